@@ -1,0 +1,109 @@
+"""From the command line to plans: Hydra composes conf/, pydantic types the result, the rules check it.
+
+Every command takes Hydra overrides (`model=… precision=… mapping.tp=4`); `a,b` values make a sweep.  All errors that
+a user can mend leave here as one InputError line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from recipes.errors import InputError, one_line
+from recipes.plan import Plan
+from recipes.rules import check
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the override lists of a multirun: the product of every `key=a,b` (Hydra's basic sweeper)."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        axes = [
+            [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line or ""]
+            for o in parsed
+        ]
+    except HydraException as error:
+        raise InputError(f"cannot read the overrides: {one_line(str(error))}; write key=value") from None
+    return [list(choice) for choice in itertools.product(*axes)]
+
+
+def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
+    """Return the composed tree as plain Python values; raise InputError on an unknown key, group or option."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explain(error, overrides, conf)) from None
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
+    """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
+    tree = compose_tree(overrides, conf)
+    tree.pop("experiment", None)
+    return check(plan_from_tree(tree))
+
+
+def plan_from_tree(tree: dict[str, Any]) -> Plan:
+    """Return the typed plan of a plain tree (composed, or read back from a run folder)."""
+    try:
+        return Plan.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_first_problem(error)) from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: no such field in the plan; remove it, or see conf/ for the fields that there are"
+    given = "" if problem["type"] == "missing" else f" (given: {one_line(repr(problem['input']))[:80]})"
+    return f"{where}: {problem['msg']}{given}; see conf/ for what it takes"
+
+
+def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
+    text = one_line(str(error))
+    wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
+    key, _, value = wrong.partition("=")
+    key = key.lstrip("+~")
+    if key and (conf / key).is_dir():
+        options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
+        return f"{wrong}: conf/{key} has no such option; choose one of {', '.join(options)}{_near(value, options)}"
+    if key:
+        return f"{wrong}: no such key in conf/; check its spelling{_near(key, _known_keys(conf))}"
+    return f"cannot compose the plan: {text}"
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _known_keys(conf: Path) -> list[str]:
+    try:
+        return list(_paths(compose_tree((), conf)))
+    except InputError:
+        return []
+
+
+def _paths(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")

@@ -1,0 +1,100 @@
+"""The plan: what composes, what is refused, and that none of it needs the heavy half."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from recipes.compose import CONF, compose_plan, sweep
+from recipes.errors import InputError
+from recipes.sizes import parameters
+
+MODELS = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
+PRECISIONS = sorted(p.stem for p in (CONF / "precision").glob("*.yaml"))
+
+BAD_INPUTS = [
+    (["modle=llama3_8b"], "did you mean model"),
+    (["model=llama9"], "choose one of"),
+    (["train.max_stps=3"], "did you mean train.max_steps"),
+    (["train.max_steps=many"], "train.max_steps"),
+    (["train.max_steps=0"], "greater than 0"),
+    (["train.max_lr=nan"], "train.max_lr"),
+    (["train.warmup_steps=100"], "warmup_steps"),
+    (["seed=-1"], "seed"),
+    (["+model.layers=3"], "no such field"),
+    (["precision.fp8=7"], "precision.fp8"),
+    (["mapping.global_batch=3"], "global_batch"),
+    (["model.num_query_groups=3"], "num_query_groups"),
+    (["mapping.tp=2", "num_gpus=2"], "data-parallel only"),
+    (["num_gpus=2", "gpu=h100", "mapping.pp=3"], "num_gpus"),
+    (["run_name=../../etc"], "run_name"),
+    (["seed=${nowhere}"], "nowhere"),
+    (["a b"], "a b"),
+    (["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "nothing would run in FP8"),
+    (["precision=fp8_delayed", "precision.fp8.first_layers_bf16=1"], "delayed"),
+    (["precision=mxfp8", "gpu=h100"], "10.0 or higher"),
+    (["precision=fp8_subchannel", "gpu=h100"], "stack=nemo_25_07"),
+    (["precision=fp8_subchannel", "gpu=b200", "stack=nemo_25_07"], "9.0 to 9.0"),
+    (["model=llama3_8b", "precision=mxfp8"], "this machine has"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "hint"), BAD_INPUTS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_clear_line(overrides: list[str], hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_plan(overrides)
+    line = str(caught.value)
+    assert hint in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_composes_on_the_cpu(precision: str) -> None:
+    plan = compose_plan([f"precision={precision}"])
+    assert plan.precision.name == precision
+    assert (plan.precision.fp8 is None) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_composes_on_a_gpu(model: str) -> None:
+    assert compose_plan([f"model={model}", "gpu=b200", "precision=mxfp8"]).model.name == model
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("llama3_8b", 8.03), ("llama3_70b", 70.55), ("llama31_405b", 405.85), ("nemotron4_15b", 15.6), ("nemotron4_340b", 341.0)],
+)
+def test_parameter_counts_match_the_published_ones(model: str, billions: float) -> None:
+    assert parameters(compose_plan([f"model={model}", "gpu=b200"]).model) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_the_plan_is_immutable() -> None:
+    with pytest.raises(ValidationError):
+        compose_plan().seed = 2
+
+
+def test_sweep_is_the_product_of_its_axes() -> None:
+    assert sweep(["precision=bf16,mxfp8", "seed=1,2"]) == [[f"precision={p}", f"seed={s}"] for p in ("bf16", "mxfp8") for s in (1, 2)]
+
+
+def test_composing_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from recipes.compose import compose_plan; compose_plan(['precision=mxfp8']);"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'nemo', 'megatron', 'transformer_engine', 'lightning'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) -> None:
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    for group, name, new in (("model", "llama3_tiny", "llama3_mini"), ("precision", "fp8_current", "fp8_mine"), ("gpu", "b200", "b300")):
+        text = (conf / group / f"{name}.yaml").read_text().replace(f"name: {name}", f"name: {new}")
+        (conf / group / f"{new}.yaml").write_text(text)
+    plan = compose_plan(["model=llama3_mini", "precision=fp8_mine", "gpu=b300"], conf)
+    assert plan.run_name == "llama3_mini.fp8_mine.b300.seed1234"
