@@ -117,7 +117,8 @@ def model_fits_machine(plan: Plan) -> str | None:
     have = plan.gpu.memory_gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     need = training_state_gb(plan.model) * plan.num_gpus
     if need > have:
-        return f"{plan.model.name} needs {need:,.0f} GB for weights, gradients and optimizer, this machine has {have:,.0f} GB; use model=llama3_tiny, fewer layers or a GPU"
+        state = f"{plan.model.name} needs {need:,.0f} GB for weights, gradients and optimizer"
+        return f"{state}, this machine has {have:,.0f} GB; use model=llama3_tiny, fewer layers or a GPU"
     return None
 
 

@@ -1,0 +1,1 @@
+"""The heavy half: how NeMo trains a plan.  Nothing outside this package imports torch, Megatron-Core or NeMo."""

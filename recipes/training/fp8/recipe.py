@@ -1,0 +1,140 @@
+"""A recipe at work in one linear layer: which operand gets which format and scale, in which of the three GEMMs.
+
+    fprop  y  = x  w^T     contracts over input features
+    dgrad  dx = dy w       contracts over output features
+    wgrad  dw = dy^T x     contracts over tokens
+
+Scaling along the contracted dimension means that an operand used in two GEMMs has two FP8 copies: "row" (scaled along
+its last dimension) and "col" (along its first).  Per-tensor recipes need one copy only.  E4M3 is used forward; the
+gradient dy is E5M2 in the hybrid format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recipes.plan import Fp8
+from recipes.training.fp8 import scaling
+from recipes.training.fp8.formats import E4M3, E5M2, Format
+
+ROLES = ("input", "weight", "grad")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """FP8 copies of a 2-D tensor as FP32 values; a GEMM's result is multiplied by both operands' `scale_inv`."""
+
+    row: Tensor
+    col: Tensor
+    scale_inv: Tensor | None = None
+
+
+class Quantiser(Protocol):
+    """Turns one operand into FP8; `training` is False in evaluation, when no state may change."""
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand: ...
+
+
+def format_of(fp8: Fp8, role: str) -> Format:
+    """Return the FP8 format of an operand."""
+    return E5M2 if role == "grad" and fp8.format == "hybrid" else E4M3
+
+
+class CurrentScaling:
+    """One scale a tensor, from the tensor itself (Transformer Engine's Float8CurrentScaling)."""
+
+    def __init__(self, fp8: Fp8) -> None:
+        self.fp8 = fp8
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
+        fmt = format_of(self.fp8, role)
+        scale = scaling.scale_from_amax(scaling.absolute_max(x), fmt, self.fp8.power_of_two_scales)
+        q = scaling.quantise_tensor(x, scale, fmt)
+        return Operand(q, q, scale.reciprocal())
+
+
+class DelayedScaling(torch.nn.Module):
+    """One scale a tensor, from the largest |x| of past steps (Transformer Engine's DelayedScaling).
+
+    Buffers, kept in checkpoints: `scale` (3) and `amax_history` (length, 3), a column a role.  As in
+    delayed_scaling.cu, entry 0 takes the maximum of the present pass, the history then rolls by one, and the new scale
+    is largest value / 2**margin / amax; a zero or non-finite amax leaves the scale as it was.  Maxima are reduced over
+    all ranks.
+    """
+
+    scale: Tensor
+    amax_history: Tensor
+
+    def __init__(self, fp8: Fp8) -> None:
+        super().__init__()
+        self.fp8 = fp8
+        self.register_buffer("scale", torch.ones(len(ROLES)))
+        self.register_buffer("amax_history", torch.zeros(fp8.amax_history_len, len(ROLES)))
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
+        fmt, column = format_of(self.fp8, role), ROLES.index(role)
+        scale = self.scale[column].clone()
+        if training:
+            self._observe(scaling.absolute_max(x), column, fmt)
+        q = scaling.quantise_tensor(x, scale, fmt)
+        return Operand(q, q, scale.reciprocal())
+
+    @torch.no_grad()
+    def _observe(self, amax: Tensor, column: int, fmt: Format) -> None:
+        """Record the maximum of this pass and set the scale of the next."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(amax, dist.ReduceOp.MAX)
+        if amax == 0:
+            return
+        history = self.amax_history[:, column]
+        history[0] = amax
+        history.copy_(history.roll(-1))
+        used = history.nan_to_num(0.0, float("inf")).max() if self.fp8.amax_compute_algo == "max" else amax
+        history[0] = 0
+        if torch.isfinite(used) and used > 0:
+            self.scale[column] = (fmt.max / 2**self.fp8.margin / used).clamp_(max=scaling.FP32_MAX)
+
+
+class SubchannelScaling:
+    """1x128 tiles for activations and gradients, 128x128 blocks for weights (Float8BlockScaling)."""
+
+    def __init__(self, fp8: Fp8) -> None:
+        self.fp8 = fp8
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
+        fmt, tile = format_of(self.fp8, role), scaling.TILE
+        if role == "weight":
+            q = scaling.quantise_blocks(x, (tile, tile), fmt, self.fp8.power_of_two_scales)
+            return Operand(q, q)
+        row = scaling.quantise_blocks(x, (1, tile), fmt, self.fp8.power_of_two_scales)
+        return Operand(row, scaling.quantise_blocks(x, (tile, 1), fmt, self.fp8.power_of_two_scales))
+
+
+class MxScaling:
+    """Blocks of 32 along the contracted dimension with power-of-two scales (MXFP8BlockScaling)."""
+
+    def __init__(self, fp8: Fp8) -> None:
+        self.fp8 = fp8
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
+        fmt, rounding = format_of(self.fp8, role), self.fp8.mx_scale_rounding
+        return Operand(scaling.quantise_mx(x, 1, fmt, rounding), scaling.quantise_mx(x, 0, fmt, rounding))
+
+
+QUANTISERS: dict[str, type] = {
+    "delayed": DelayedScaling,
+    "current": CurrentScaling,
+    "subchannel": SubchannelScaling,
+    "mxfp8": MxScaling,
+}
+
+
+def quantiser(fp8: Fp8) -> Quantiser:
+    """Return a fresh quantiser for one linear layer."""
+    made: Quantiser = QUANTISERS[fp8.scaling](fp8)
+    return made
