@@ -192,3 +192,8 @@ class Plan(Frozen):
     def tokens_per_step(self) -> int:
         """Tokens in one global batch."""
         return self.mapping.global_batch * self.seq_length
+
+
+def plan_from_json(text: str) -> Plan:
+    """Return the plan written in a run folder; ValidationError if it is no plan."""
+    return Plan.model_validate_json(text)

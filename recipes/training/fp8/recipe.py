@@ -12,7 +12,7 @@ gradient dy is E5M2 in the hybrid format.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,12 @@ class DelayedScaling(torch.nn.Module):
         self.fp8 = fp8
         self.register_buffer("scale", torch.ones(len(ROLES)))
         self.register_buffer("amax_history", torch.zeros(fp8.amax_history_len, len(ROLES)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DelayedScaling:
+        """Follow a move to a device, but stay in FP32 where the model turns to BF16 (Megatron-Core's Float16Module)."""
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(fn(buffer).device))
+        return self
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, column = format_of(self.fp8, role), ROLES.index(role)

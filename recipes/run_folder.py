@@ -1,0 +1,93 @@
+"""The run folder: the only thing that passes from training to analysis.
+
+    plan.json        the plan, as composed
+    manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
+    metrics.jsonl    a line a step, full precision, appended
+    events.jsonl     start, resume, checkpoint, NaN, end
+    fp8.json         evidence that FP8 was on: modules, GEMM calls, the largest |x| of each operand
+    status.json      running, done, failed (and why)
+    checkpoints/     NeMo's distributed checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipes.errors import InputError
+from recipes.plan import Plan, plan_from_json
+
+
+def folder_of(plan: Plan) -> Path:
+    """Return the folder that this plan's run is written to and continued in."""
+    return Path(plan.runs_dir) / plan.run_name
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append `row` as one JSON line in a single write, after ending a line that an earlier crash left open."""
+    line = json.dumps(row, allow_nan=True) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` beside `path` and rename, so that a reader sees the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
+def event(folder: Path, kind: str, **facts: Any) -> None:
+    """Append an event with its time (UTC) to events.jsonl."""
+    append_line(folder / "events.jsonl", {"time": datetime.now(UTC).isoformat(), "event": kind, **facts})
+
+
+def set_status(folder: Path, status: str, reason: str = "", step: int = 0) -> None:
+    """Record whether the run is running, done or failed, why, and at which step."""
+    write_json(folder / "status.json", {"status": status, "reason": reason, "step": step})
+
+
+def status_of(folder: Path) -> str:
+    """Return the status of a run folder; "new" where there is none yet."""
+    path = folder / "status.json"
+    return str(json.loads(path.read_text())["status"]) if path.exists() else "new"
+
+
+def open_folder(plan: Plan) -> Path:
+    """Create or reopen the plan's folder; refuse one that holds another plan."""
+    folder = folder_of(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plan.json"
+    if path.exists():
+        kept = plan_from_json(path.read_text())
+        changed = differences(comparable(kept), comparable(plan))
+        if changed:
+            raise InputError(f"{folder} holds a run with another plan ({', '.join(changed)}); choose another run_name or remove the folder")
+    write_json(path, plan.model_dump())
+    return folder
+
+
+def comparable(plan: Plan) -> dict[str, Any]:
+    """Return what decides a run's numbers: the plan without its place, its executor and the point to pause at."""
+    flat = flatten(plan.model_dump())
+    return {k: v for k, v in flat.items() if not k.startswith(("executor.", "logger.", "runs_dir", "run_name", "train.stop_after"))}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return the dotted keys whose values differ between two flat dicts, sorted."""
+    return sorted(k for k in a.keys() | b.keys() if a.get(k, "-") != b.get(k, "-"))

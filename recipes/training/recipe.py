@@ -1,0 +1,135 @@
+"""From the plan to NeMo's own recipe object: `llm.<model>.pretrain_recipe` with the plan's values put in.
+
+On a GPU and on a CPU it is the same object and the same `llm.pretrain`; what differs on a CPU is in `_for_cpu`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
+from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
+from nemo.lightning import AutoResume, NeMoLogger
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+from recipes.plan import Plan
+from recipes.training.callback import RunFolderCallback
+from recipes.training.data import prepare
+from recipes.training.layers import layer_spec, set_recipe
+
+SCALING_TO_NEMO = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
+
+
+def build(plan: Plan, folder: Path) -> run.Partial:
+    """Return the NeMo recipe (a run.Partial of llm.pretrain) for a plan; `folder` is the run folder."""
+    module = importlib.import_module(f"nemo.collections.llm.recipes.{plan.model.nemo_recipe}")
+    nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
+    recipe = module.pretrain_recipe(dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes)
+    _model(recipe, plan)
+    _data(recipe, plan, folder)
+    _trainer(recipe, plan)
+    _optimizer(recipe, plan)
+    _logging(recipe, plan, folder)
+    _for_cpu(recipe, plan) if plan.emulated else _fp8_on_gpu(recipe, plan)
+    return recipe
+
+
+def _model(recipe: run.Partial, plan: Plan) -> None:
+    config, model = recipe.model.config, plan.model
+    config.num_layers, config.hidden_size, config.ffn_hidden_size = model.num_layers, model.hidden_size, model.ffn_hidden_size
+    config.num_attention_heads, config.num_query_groups = model.num_attention_heads, model.num_query_groups
+    config.seq_length = plan.seq_length
+    config.vocab_size = model.vocab_size
+    config.make_vocab_size_divisible_by = 1 if plan.emulated else 128
+    config.share_embeddings_and_output_weights = model.tied_embeddings
+
+
+def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
+    sizes = {"seq_length": plan.seq_length, "micro_batch_size": plan.mapping.micro_batch, "global_batch_size": plan.mapping.global_batch}
+    if plan.data.kind == "mock":
+        recipe.data = run.Config(MockDataModule, **sizes)
+        return
+    root = prepare(plan.data, plan.model.vocab_size)
+    paths = {"train": [str(root / "train")], "validation": [str(root / "heldout")], "test": [str(root / "heldout")]}
+    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(root / "tokenizer"))
+    recipe.data = run.Config(
+        PreTrainingDataModule, paths=paths, tokenizer=tokenizer, seed=plan.seed, index_mapping_dir=str(folder / "index"), **sizes
+    )
+
+
+def _trainer(recipe: run.Partial, plan: Plan) -> None:
+    trainer, t, m = recipe.trainer, plan.train, plan.mapping
+    trainer.max_steps, trainer.val_check_interval = t.max_steps, t.eval_interval
+    trainer.limit_val_batches, trainer.limit_test_batches, trainer.log_every_n_steps = t.eval_batches, 1, 1
+    trainer.num_sanity_val_steps = 0
+    trainer.enable_progress_bar = False
+    strategy = trainer.strategy
+    strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size = m.tp, m.pp
+    strategy.context_parallel_size, strategy.virtual_pipeline_model_parallel_size = m.cp, m.vp
+    strategy.sequence_parallel = m.tp > 1
+
+
+def _optimizer(recipe: run.Partial, plan: Plan) -> None:
+    t = plan.train
+    recipe.optim = distributed_fused_adam_with_cosine_annealing(warmup_steps=t.warmup_steps, constant_steps=0, max_lr=t.max_lr, min_lr=t.min_lr)
+    config = recipe.optim.config
+    config.adam_beta1, config.adam_beta2, config.weight_decay, config.clip_grad = t.adam_beta1, t.adam_beta2, t.weight_decay, t.clip_grad
+    recipe.optim.lr_scheduler.max_steps = t.max_steps
+
+
+def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
+    checkpoint = run.Config(
+        ModelCheckpoint,
+        dirpath=str(folder / "checkpoints"),
+        every_n_train_steps=plan.train.checkpoint_interval,
+        save_last=True,
+        save_top_k=1,
+        monitor="step",
+        mode="max",
+        filename="{step}",
+        save_optim_on_train_end=True,
+        save_weights_only=False,
+    )
+    recipe.log = run.Config(NeMoLogger, log_dir=str(folder), name="nemo", use_datetime_version=False, version="", ckpt=checkpoint)
+    recipe.resume = run.Config(
+        AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints")
+    )
+    recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
+
+
+def _fp8_on_gpu(recipe: run.Partial, plan: Plan) -> None:
+    fp8, plugin = plan.precision.fp8, recipe.trainer.plugins
+    if fp8 is None:
+        return
+    plugin.fp8, plugin.fp8_recipe = fp8.format, SCALING_TO_NEMO[fp8.scaling]
+    plugin.fp8_margin, plugin.fp8_amax_history_len, plugin.fp8_amax_compute_algo = fp8.margin, fp8.amax_history_len, fp8.amax_compute_algo
+    plugin.first_last_layers_bf16 = bool(fp8.first_layers_bf16 or fp8.last_layers_bf16)
+    plugin.num_layers_at_start_in_bf16, plugin.num_layers_at_end_in_bf16 = fp8.first_layers_bf16, fp8.last_layers_bf16
+    plugin.fp8_param_gather = fp8.scaling in ("delayed", "current")
+
+
+def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
+    """Fused kernels, GPU workers and asynchronous saving have no counterpart on a CPU; FP8 comes by module spec."""
+    config: Any = recipe.model.config
+    for fusion in (
+        "apply_rope_fusion",
+        "masked_softmax_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "gradient_accumulation_fusion",
+        "cross_entropy_loss_fusion",
+        "persist_layer_norm",
+    ):
+        setattr(config, fusion, False)
+    config.use_cpu_initialization = True
+    config.transformer_layer_spec = layer_spec
+    set_recipe(plan.precision.fp8)
+    recipe.trainer.accelerator = "cpu"
+    recipe.trainer.strategy.ckpt_async_save = False
+    recipe.trainer.strategy.ddp.overlap_grad_reduce = False
+    recipe.trainer.strategy.ddp.overlap_param_gather = False
+    recipe.data.num_workers, recipe.data.pin_memory, recipe.data.persistent_workers = 0, False, False
