@@ -25,6 +25,7 @@ from recipes.plan import Plan
 from recipes.rules import check
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+COMMAND_KEYS = ("experiment", "dry_run")  # keys of conf/config.yaml that steer a command and are no part of the plan
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -56,8 +57,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
     tree = compose_tree(overrides, conf)
-    tree.pop("experiment", None)
-    return check(plan_from_tree(tree))
+    return check(plan_from_tree({k: v for k, v in tree.items() if k not in COMMAND_KEYS}))
 
 
 def plan_from_tree(tree: dict[str, Any]) -> Plan:

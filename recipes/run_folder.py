@@ -91,3 +91,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Return the dotted keys whose values differ between two flat dicts, sorted."""
     return sorted(k for k in a.keys() | b.keys() if a.get(k, "-") != b.get(k, "-"))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the whole JSON lines of a file; a line cut by a crash is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def last_step(folder: Path) -> dict[str, Any]:
+    """Return the newest training step's metrics, or {} before the first."""
+    return next((row for row in reversed(rows_of(folder / "metrics.jsonl")) if "loss" in row), {})
