@@ -104,10 +104,14 @@ def _optimizer() -> None:
     state_dict, load, place = cls.state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states
 
     def state_dict_with_step(self: Any) -> Any:
-        for group in self.optimizer.param_groups:  # :606 asserts that every state has a step, also before the first
+        if self.optimizer.state:
+            return state_dict(self)
+        for group in self.optimizer.param_groups:  # :606 asserts that there is a step, also before the first
             for param in group["params"]:
-                self.optimizer.state[param].setdefault("step", torch.tensor(0.0))
-        return state_dict(self)
+                self.optimizer.state[param]["step"] = torch.tensor(0.0)
+        state = state_dict(self)
+        self.optimizer.state.clear()
+        return state
 
     def load_with_own_steps(self: Any, state: Any) -> None:
         load(self, state)  # :738 gives all parameters one tensor, which AdamW would then advance once a parameter
