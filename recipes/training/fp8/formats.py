@@ -10,6 +10,7 @@ GEMM needs, and which costs a fifth of a round trip through torch's 8-bit types 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,12 @@ class Format:
     mantissa_bits: int
     min_exponent: int
     dtype: torch.dtype
+
+    @property
+    def overflow(self) -> float:
+        """The smallest magnitude that would round beyond `max`, and so saturates: `max` and half a step."""
+        step = 2.0 ** (math.frexp(self.max)[1] - 1 - self.mantissa_bits)
+        return self.max + step / 2
 
 
 E4M3 = Format("e4m3", 448.0, 3, -6, torch.float8_e4m3fn)

@@ -24,6 +24,11 @@ class Calls:
     dgrad: int = 0
     wgrad: int = 0
 
+    @property
+    def total(self) -> int:
+        """All three together."""
+        return self.fprop + self.dgrad + self.wgrad
+
 
 def _descaled(product: Tensor, a: Operand, b: Operand) -> Tensor:
     if a.scale_inv is not None and b.scale_inv is not None:

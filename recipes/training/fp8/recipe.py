@@ -21,6 +21,7 @@ from torch import Tensor
 from recipes.plan import Fp8
 from recipes.training.fp8 import scaling
 from recipes.training.fp8.formats import E4M3, E5M2, Format
+from recipes.training.fp8.scaling import Quantised
 
 ROLES = ("input", "weight", "grad")
 
@@ -34,8 +35,18 @@ class Operand:
     scale_inv: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the last quantisation of an operand met: its largest magnitude and how many elements saturated."""
+
+    amax: Tensor
+    saturated: int
+
+
 class Quantiser(Protocol):
     """Turns one operand into FP8; `training` is False in evaluation, when no state may change."""
+
+    seen: dict[str, Seen]
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand: ...
 
@@ -45,17 +56,27 @@ def format_of(fp8: Fp8, role: str) -> Format:
     return E5M2 if role == "grad" and fp8.format == "hybrid" else E4M3
 
 
-class CurrentScaling:
-    """One scale a tensor, from the tensor itself (Transformer Engine's Float8CurrentScaling)."""
+class Stateless:
+    """A recipe that looks at the present tensor only."""
 
     def __init__(self, fp8: Fp8) -> None:
         self.fp8 = fp8
+        self.seen: dict[str, Seen] = {}
+
+    def operand(self, role: str, row: Quantised, col: Quantised, scale_inv: Tensor | None = None) -> Operand:
+        """Return the operand of two quantised copies, and keep what was seen of them."""
+        self.seen[role] = Seen(row.amax, row.saturated)
+        return Operand(row.values, col.values, scale_inv)
+
+
+class CurrentScaling(Stateless):
+    """One scale a tensor, from the tensor itself (Transformer Engine's Float8CurrentScaling)."""
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt = format_of(self.fp8, role)
-        scale = scaling.scale_from_amax(scaling.absolute_max(x), fmt, self.fp8.power_of_two_scales)
-        q = scaling.quantise_tensor(x, scale, fmt)
-        return Operand(q, q, scale.reciprocal())
+        fmt, amax = format_of(self.fp8, role), scaling.absolute_max(x)
+        scale = scaling.scale_from_amax(amax, fmt, self.fp8.power_of_two_scales)
+        q = scaling.quantise_tensor(x, scale, amax, fmt)
+        return self.operand(role, q, q, scale.reciprocal())
 
 
 class DelayedScaling(torch.nn.Module):
@@ -75,6 +96,7 @@ class DelayedScaling(torch.nn.Module):
         self.fp8 = fp8
         self.register_buffer("scale", torch.ones(len(ROLES)))
         self.register_buffer("amax_history", torch.zeros(fp8.amax_history_len, len(ROLES)))
+        self.seen: dict[str, Seen] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> DelayedScaling:
         """Follow a move to a device, but stay in FP32 where the model turns to BF16 (Megatron-Core's Float16Module)."""
@@ -84,11 +106,12 @@ class DelayedScaling(torch.nn.Module):
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, column = format_of(self.fp8, role), ROLES.index(role)
-        scale = self.scale[column].clone()
+        scale, amax = self.scale[column].clone(), scaling.absolute_max(x)
+        q = scaling.quantise_tensor(x, scale, amax, fmt)
+        self.seen[role] = Seen(amax, q.saturated)
         if training:
-            self._observe(scaling.absolute_max(x), column, fmt)
-        q = scaling.quantise_tensor(x, scale, fmt)
-        return Operand(q, q, scale.reciprocal())
+            self._observe(amax.clone(), column, fmt)
+        return Operand(q.values, q.values, scale.reciprocal())
 
     @torch.no_grad()
     def _observe(self, amax: Tensor, column: int, fmt: Format) -> None:
@@ -106,30 +129,27 @@ class DelayedScaling(torch.nn.Module):
             self.scale[column] = (fmt.max / 2**self.fp8.margin / used).clamp_(max=scaling.FP32_MAX)
 
 
-class SubchannelScaling:
+class SubchannelScaling(Stateless):
     """1x128 tiles for activations and gradients, 128x128 blocks for weights (Float8BlockScaling)."""
-
-    def __init__(self, fp8: Fp8) -> None:
-        self.fp8 = fp8
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, tile = format_of(self.fp8, role), scaling.TILE
+
+        def copy(block: tuple[int, int]) -> Quantised:
+            return scaling.quantise_blocks(x, block, fmt, self.fp8.power_of_two_scales)
+
         if role == "weight":
-            q = scaling.quantise_blocks(x, (tile, tile), fmt, self.fp8.power_of_two_scales)
-            return Operand(q, q)
-        row = scaling.quantise_blocks(x, (1, tile), fmt, self.fp8.power_of_two_scales)
-        return Operand(row, scaling.quantise_blocks(x, (tile, 1), fmt, self.fp8.power_of_two_scales))
+            q = copy((tile, tile))
+            return self.operand(role, q, q)
+        return self.operand(role, copy((1, tile)), copy((tile, 1)))
 
 
-class MxScaling:
+class MxScaling(Stateless):
     """Blocks of 32 along the contracted dimension with power-of-two scales (MXFP8BlockScaling)."""
-
-    def __init__(self, fp8: Fp8) -> None:
-        self.fp8 = fp8
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, rounding = format_of(self.fp8, role), self.fp8.mx_scale_rounding
-        return Operand(scaling.quantise_mx(x, 1, fmt, rounding), scaling.quantise_mx(x, 0, fmt, rounding))
+        return self.operand(role, scaling.quantise_mx(x, 1, fmt, rounding), scaling.quantise_mx(x, 0, fmt, rounding))
 
 
 QUANTISERS: dict[str, type] = {

@@ -13,6 +13,8 @@ common/util/ptx.cuh, read at 2.11 and at d0067d0): they decide what a bad tensor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -67,37 +69,67 @@ def exp2_biased(exponent: Tensor) -> Tensor:
     return torch.where(exponent == 255, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
 
 
-def quantise_tensor(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """Return FP32 `x` times the scalar `scale`, on the grid of `fmt` (not divided by the scale again)."""
-    return round_saturate_(x * scale, fmt)
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor on the FP8 grid as FP32, and what was seen on the way.
+
+    values: the tensor; for blocks already divided by its scales, for one scale a tensor still multiplied by it.
+    amax: largest |x| of the tensor, scalar.  saturated: how many finite elements were too large for the format.
+    """
+
+    values: Tensor
+    amax: Tensor
+    saturated: int
 
 
-def _blocked(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """View (rows, cols) as (rows/b0, b0, cols/b1, b1), padded with zeros where a block is cut; return the shape too."""
+def _saturated(scaled: Tensor, scaled_amax: Tensor, fmt: Format) -> int:
+    """Count elements that saturate; free of cost where the maxima show that none can."""
+    if not bool((scaled_amax >= fmt.overflow).any()):
+        return 0
+    magnitude = scaled.abs()
+    return int(((magnitude >= fmt.overflow) & magnitude.isfinite()).sum())
+
+
+def quantise_tensor(x: Tensor, scale: Tensor, amax: Tensor, fmt: Format) -> Quantised:
+    """Quantise FP32 `x` with one `scale` (scalar); `amax` is its largest magnitude."""
+    scaled = x * scale
+    saturated = _saturated(scaled, amax * scale, fmt)
+    return Quantised(round_saturate_(scaled, fmt), amax, saturated)
+
+
+def _blocked(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """View (rows, cols) as (rows/b0, b0, cols/b1, b1), padded with zeros where a block is cut."""
     rows, cols = x.shape
     pad = (-cols % block[1], -rows % block[0])
     if any(pad):
         x = torch.nn.functional.pad(x, (0, pad[0], 0, pad[1]))
-    return x.reshape(x.shape[0] // block[0], block[0], x.shape[1] // block[1], block[1]), (rows, cols)
+    return x.reshape(x.shape[0] // block[0], block[0], x.shape[1] // block[1], block[1])
 
 
-def _unblocked(x: Tensor, shape: tuple[int, int]) -> Tensor:
+def _unblocked(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])[: shape[0], : shape[1]]
 
 
-def quantise_blocks(x: Tensor, block: tuple[int, int], fmt: Format, power_of_two: bool) -> Tensor:
-    """Return FP32 (rows, cols) `x` as FP8 with one scale a block of `block` elements, divided by the scales again."""
-    tiles, shape = _blocked(x, block)
-    scale = scale_from_amax(tiles.abs().amax((1, 3), keepdim=True), fmt, power_of_two)
-    return _unblocked(round_saturate_(tiles * scale, fmt).mul_(scale.reciprocal()), shape)
+def _quantise_tiles(tiles: Tensor, amax: Tensor, scale: Tensor, scale_inv: Tensor, shape: torch.Size, fmt: Format) -> Quantised:
+    scaled = tiles * scale
+    saturated = _saturated(scaled, amax * scale, fmt)
+    return Quantised(_unblocked(round_saturate_(scaled, fmt).mul_(scale_inv), shape), amax.amax(), saturated)
 
 
-def quantise_mx(x: Tensor, axis: int, fmt: Format, rounding: str) -> Tensor:
-    """Return FP32 (rows, cols) `x` as MXFP8 with blocks of 32 along `axis` (0 rows, 1 columns), divided by the scales.
+def quantise_blocks(x: Tensor, block: tuple[int, int], fmt: Format, power_of_two: bool) -> Quantised:
+    """Quantise FP32 `x` (rows, cols) with one scale a block of `block` elements."""
+    tiles = _blocked(x, block)
+    amax = tiles.abs().amax((1, 3), keepdim=True)
+    scale = scale_from_amax(amax, fmt, power_of_two)
+    return _quantise_tiles(tiles, amax, scale, scale.reciprocal(), x.shape, fmt)
+
+
+def quantise_mx(x: Tensor, axis: int, fmt: Format, rounding: str) -> Quantised:
+    """Quantise FP32 `x` (rows, cols) to MXFP8 with blocks of 32 along `axis` (0 rows, 1 columns).
 
     A NaN element stays NaN and leaves its block's scale alone: Transformer Engine's maximum is fmaxf, which skips NaN.
     """
-    tiles, shape = _blocked(x, (MX_BLOCK, 1) if axis == 0 else (1, MX_BLOCK))
-    exponent = e8m0_exponents(tiles.abs().nan_to_num_(0.0, float("inf")).amax((1, 3), keepdim=True), fmt, rounding)
-    quantised = round_saturate_(tiles * exp2_biased(254 - exponent), fmt)
-    return _unblocked(quantised.mul_(exp2_biased(exponent)), shape)
+    tiles = _blocked(x, (MX_BLOCK, 1) if axis == 0 else (1, MX_BLOCK))
+    amax = tiles.abs().nan_to_num_(0.0, float("inf")).amax((1, 3), keepdim=True)
+    exponent = e8m0_exponents(amax, fmt, rounding)
+    return _quantise_tiles(tiles, amax, exp2_biased(254 - exponent), exp2_biased(exponent), x.shape, fmt)
