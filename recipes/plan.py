@@ -113,11 +113,20 @@ class Mapping(Frozen):
 
 
 class Data(Frozen):
-    """Where tokens come from; `root` is the folder of the prepared files, `sources` the text they are made of."""
+    """Where tokens come from, and the seed of their order (apart from the run's seed, so that seeds see one order).
 
-    kind: Literal["text", "mock"]
-    root: str | None
+    text: `sources` (text, JSONL) are tokenised into `root` once, with `tokenizer` or one trained on them.
+    indexed: `train` and `heldout` are prefixes of .bin/.idx files made before; a number before one is its weight.
+    mock: random tokens.
+    """
+
+    kind: Literal["text", "indexed", "mock"]
+    root: str | None = None
     sources: tuple[str, ...] = Field(default=(), strict=False)
+    train: tuple[str, ...] = Field(default=(), strict=False)
+    heldout: tuple[str, ...] = Field(default=(), strict=False)
+    tokenizer: str | None = None
+    seed: NonNegative
 
 
 class Executor(Frozen):
@@ -132,6 +141,7 @@ class Logger(Frozen):
     """Where the metrics of the run folder are sent as well."""
 
     wandb: Literal["disabled", "offline", "online"]
+    wandb_project: Name
     tensorboard: bool
 
 
@@ -148,6 +158,7 @@ class Train(Frozen):
     clip_grad: Rate
     eval_interval: Positive
     eval_batches: Positive
+    diagnostics_interval: Positive
     checkpoint_interval: Positive
     stop_after: Positive | None
 

@@ -102,6 +102,14 @@ def schedule_is_possible(plan: Plan) -> str | None:
     return None
 
 
+def data_is_named(plan: Plan) -> str | None:
+    """Each kind of data needs its own fields."""
+    data = plan.data
+    needed = {"text": ["root"], "indexed": ["train", "heldout", "tokenizer"], "mock": []}[data.kind]
+    missing = next((name for name in needed if not getattr(data, name)), None)
+    return f"data.{missing} is empty, data={data.kind} needs it; set it" if missing else None
+
+
 def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
     """The CPU path is tried with data parallelism; the other ways to split a model need the GPU's collectives."""
     m = plan.mapping
@@ -130,6 +138,7 @@ RULES: tuple[Callable[[Plan], str | None], ...] = (
     mapping_divides,
     batch_divides,
     schedule_is_possible,
+    data_is_named,
     cpu_runs_data_parallel_only,
     model_fits_machine,
 )

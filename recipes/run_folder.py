@@ -2,10 +2,10 @@
 
     plan.json        the plan, as composed
     manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
-    metrics.jsonl    a line a step, full precision, appended
-    events.jsonl     start, resume, checkpoint, NaN, end
-    fp8.json         evidence that FP8 was on: modules, GEMM calls, the largest |x| of each operand
-    status.json      running, done, failed (and why)
+    metrics.jsonl    a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
+    fp8.jsonl        what FP8 did to each layer's operands, at intervals: largest |x|, saturation, underflow, noise
+    events.jsonl     start, resume, pause, NaN, failure, end
+    status.json      running, paused, done, failed (and why)
     checkpoints/     NeMo's distributed checkpoints
 """
 
@@ -37,6 +37,16 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drop what a run that goes on from `step` writes again: the lines beyond it, and a line cut by a crash."""
+    rows = [row for row in rows_of(path) if row["step"] <= step]
+    if not path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` beside `path` and rename, so that a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
@@ -50,7 +60,7 @@ def event(folder: Path, kind: str, **facts: Any) -> None:
 
 
 def set_status(folder: Path, status: str, reason: str = "", step: int = 0) -> None:
-    """Record whether the run is running, done or failed, why, and at which step."""
+    """Record whether the run is running, paused, done or failed, why, and at which step."""
     write_json(folder / "status.json", {"status": status, "reason": reason, "step": step})
 
 

@@ -1,4 +1,7 @@
-"""What a run writes while it trains: a line a step, held-out loss, events, status, and the evidence that FP8 was on."""
+"""What a run writes while it trains: a line a step, held-out loss, events, status, and the evidence that FP8 was on.
+
+The loggers that the plan names (W&B, TensorBoard) get the same numbers under the same names.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from recipes.plan import plan_from_json
-from recipes.run_folder import append_line, event, set_status, write_json
-from recipes.training.layers import fp8_modules
+from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
+from recipes.training.layers import Fp8Mixin, fp8_modules
+from recipes.training.manifest import code, manifest
 
 
 class RunFolderCallback(Callback):  # type: ignore[misc]
@@ -24,57 +28,97 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def __init__(self, folder: str, plan_json: str) -> None:
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
+        self.layers: dict[str, Fp8Mixin] = {}
         self.started = 0.0
-        self.step_time = 0.0
+        self.gemms_before = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Record the start, or the step from which the run goes on."""
-        if trainer.is_global_zero:
-            step = trainer.global_step
-            event(self.folder, "resume" if step else "start", step=step)
-            set_status(self.folder, "running", step=step)
+        """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""
+        self.layers = fp8_modules(pl_module)
+        _count_batches_of(trainer)
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        for name in ("metrics.jsonl", "fp8.jsonl"):
+            keep_until(self.folder / name, step)
+        write_json(self.folder / "manifest.json", manifest(self.plan, self.folder))
+        event(self.folder, "resume" if step else "start", step=step, code=code())
+        set_status(self.folder, "running", step=step)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(flatten(self.plan.model_dump()))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock of a step."""
+        """Start the clock of a step, and look closely at the layers where it is time to."""
+        diagnose = self._is_diagnosed(trainer.global_step + 1)
+        for layer in self.layers.values():
+            layer.fp8_quantiser.diagnose = diagnose
+        self.gemms_before = self._gemms()
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics; a loss that is no number is an event."""
+        step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
         if not trainer.is_global_zero:
             return
-        self.step_time = time.perf_counter() - self.started
-        step, logged = trainer.global_step, trainer.callback_metrics
         row = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
             "loss": _number(logged.get("reduced_train_loss")),
             "grad_norm": _number(logged.get("grad_norm")),
             "lr": _number(logged.get("lr")),
-            "step_time_s": self.step_time,
-            "tokens_per_s_per_gpu": self.plan.tokens_per_step / self.step_time / self.plan.num_gpus,
+            "step_time_s": step_time,
+            "tokens_per_s_per_gpu": self.plan.tokens_per_step / step_time / self.plan.num_gpus,
             "memory_gb": _memory_gb(),
+            "fp8_gemms": self._gemms() - self.gemms_before,
         }
-        append_line(self.folder / "metrics.jsonl", row)
+        self._write(trainer, row)
         if not math.isfinite(row["loss"]):
             event(self.folder, "non_finite_loss", step=step)
+        if self._is_diagnosed(step):
+            self._write_diagnostics(step)
         if self.plan.train.stop_after and step >= self.plan.train.stop_after:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Append the held-out loss."""
-        if trainer.is_global_zero:
-            loss = _number(trainer.callback_metrics.get("val_loss"))
-            append_line(self.folder / "metrics.jsonl", {"step": trainer.global_step, "heldout_loss": loss})
+        """Append the held-out loss; Lightning evaluates at a pause too, which an unbroken run does not."""
+        step, loss = trainer.global_step, _number(trainer.callback_metrics.get("val_loss"))
+        if trainer.is_global_zero and step % self.plan.train.eval_interval == 0:
+            self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the evidence and the end."""
+        """Record the end, or the pause."""
         if not trainer.is_global_zero:
             return
-        layers = fp8_modules(pl_module)
-        write_json(self.folder / "fp8.json", {name: vars(layer.fp8_calls) for name, layer in layers.items()})
         done = trainer.global_step >= self.plan.train.max_steps
         event(self.folder, "end" if done else "pause", step=trainer.global_step)
         set_status(self.folder, "done" if done else "paused", step=trainer.global_step)
+
+    def _write(self, trainer: Any, row: dict[str, float]) -> None:
+        append_line(self.folder / "metrics.jsonl", row)
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def _is_diagnosed(self, step: int) -> bool:
+        return step == 1 or step % self.plan.train.diagnostics_interval == 0
+
+    def _gemms(self) -> int:
+        return sum(layer.fp8_calls.total for layer in self.layers.values())
+
+    def _write_diagnostics(self, step: int) -> None:
+        for name, layer in self.layers.items():
+            for role, seen in layer.fp8_quantiser.seen.items():
+                numbers = {k: None if v is None else float(v) for k, v in vars(seen).items()}
+                append_line(self.folder / "fp8.jsonl", {"step": step, "module": name, "role": role, **numbers})
+
+
+def _count_batches_of(trainer: Any) -> None:
+    """Set Lightning's count of batches to the step that training goes on from.
+
+    Lightning 2.4 (loops/training_epoch_loop.py:269-273) saves checkpoints before it counts the batch, so a resumed run
+    would be one behind and evaluate a step late.
+    """
+    counted = trainer.fit_loop.epoch_loop.batch_progress.current
+    counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
 
 
 def _number(value: Any) -> float:

@@ -1,63 +1,123 @@
-"""From text to NeMo's data module: files -> tokenizer -> Megatron indexed data set (.bin/.idx) -> PreTrainingDataModule.
+"""From text to NeMo's data module: documents -> tokenizer -> Megatron indexed data set (.bin/.idx).
 
-The default corpus is the text that every machine with Python has: the sources of its standard library.  A tenth of
-the files, chosen by a hash of their names, is held out.  Preparation writes beside the target and renames at the end,
-so an interrupted one leaves nothing that could be taken for whole, and a repeated one finds its work done.
+`python -m recipes.training.data data=text data.sources=[…]` prepares a corpus ahead of a run; a run prepares what it
+misses.  Files are written in a folder beside the target, which is renamed at the end, under a lock: an interrupted
+preparation leaves nothing that could be taken for whole, a repeated one finds its work done, and two at once wait for
+each other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
 import json
 import shutil
 import sys
-import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
-from recipes.errors import InputError
+from recipes.compose import compose_plan
+from recipes.errors import EXIT_WRONG_INPUT, InputError
 from recipes.plan import Data
+from recipes.training.text import SPLITS, Document, SourceFile, documents, source_files
 
 END = "<|end_of_text|>"
 PAD = "<|pad|>"
-SPLITS = ("train", "heldout")
-HELD_OUT_ONE_IN = 10
+BATCH = 256  # documents tokenised at once, in parallel
 
 
-def source_files(sources: tuple[str, ...]) -> list[Path]:
-    """Return the text and JSONL files to read, sorted; the standard library's sources where none are named."""
-    if not sources:
-        library = Path(sysconfig.get_paths()["stdlib"])
-        return sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts and "test" not in p.parts)
-    missing = [s for s in sources if not Path(s).exists()]
-    if missing:
-        raise InputError(f"data.sources: no such file {missing[0]}; name text (.txt, .md, .py) or .jsonl files")
-    return sorted(p for s in sources for p in ([Path(s)] if Path(s).is_file() else Path(s).rglob("*")) if p.is_file())
+def prepare(data: Data, vocab_size: int) -> Path:
+    """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now if need be.
+
+    `data` is of kind text.  InputError where the folder was made from other text or another tokenizer.
+    """
+    assert data.root
+    root = Path(data.root) / f"vocab{vocab_size}"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(root.with_name(root.name + ".lock")):
+        if (root / "provenance.json").exists():
+            return _made_from(root, data)
+        work = root.with_name(root.name + ".partial")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        _write(data, vocab_size, work)
+        shutil.rmtree(root, ignore_errors=True)
+        work.rename(root)
+    return root
 
 
-def documents(path: Path) -> Iterator[str]:
-    """Yield the documents of a file: one a line (its "text") of a JSONL file, else the whole file."""
+def facts(data: Data, vocab_size: int) -> dict[str, Any]:
+    """Return what a manifest says about the data: its source, size and hashes."""
+    if data.kind == "text":
+        return dict(json.loads((prepare(data, vocab_size) / "provenance.json").read_text()))
+    if data.kind == "mock":
+        return {"source": "random tokens", "sha256": {}}
+    files = [Path(f"{p}.idx") for p in (*data.train, *data.heldout) if Path(f"{p}.idx").exists()]
+    return {"source": [*data.train, *data.heldout], "vocab_size": vocab_size, "sha256": {str(f): _sha256(f) for f in files}}
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _asked(data: Data) -> dict[str, Any]:
+    return {"sources": list(data.sources), "tokenizer": data.tokenizer}
+
+
+def _made_from(root: Path, data: Data) -> Path:
+    made = json.loads((root / "provenance.json").read_text())["asked"]
+    if made != _asked(data):
+        raise InputError(f"{root} was prepared from {made}, the plan asks for {_asked(data)}; choose another data.root")
+    return root
+
+
+def _write(data: Data, vocab_size: int, work: Path) -> None:
+    files = source_files(data.sources)
+    tokenizer = _tokenizer(data, files, vocab_size, work / "tokenizer")
+    counts = _tokenise(files, tokenizer, work)
+    if not all(count.sum() for count in counts.values()):
+        raise InputError(f"data: {len(files)} files leave nothing to train on or nothing to hold out; name more in data.sources")
+    share = counts["heldout"][counts["heldout"] > 0] / counts["heldout"].sum()
+    provenance = {
+        "source": list(data.sources) or f"Python {sys.version.split()[0]} standard library",
+        "asked": _asked(data),
+        "tokens": {split: int(count.sum()) for split, count in counts.items()},
+        "vocab_size": len(tokenizer),
+        "unigram_entropy_nats": float(-(share * np.log(share)).sum()),
+        "sha256": {f"{s}.bin": _sha256(work / f"{s}.bin") for s in SPLITS},
+    }
+    (work / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+
+def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Path) -> Any:
+    """Return the plan's tokenizer, or one trained on the text; a copy lies in `folder`."""
+    from transformers import AutoTokenizer
+
+    if data.tokenizer is None:
+        texts = (d.text for f in _shown(files, "training the tokenizer") for d in documents(f) if d.split == "train")
+        train_tokenizer(texts, vocab_size, folder)
+        return AutoTokenizer.from_pretrained(str(folder))
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"data: {path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
-    if path.suffix != ".jsonl":
-        if text.strip():
-            yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            yield str(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f'data: {path} line {number} is no JSON object with a "text"; mend the file') from None
-
-
-def split_of(name: str) -> str:
-    """Return "train" or "heldout" for a document's name, by hash, so that the split does not depend on the order."""
-    return "heldout" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0 else "train"
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    except (OSError, ValueError) as error:
+        raise InputError(f"data.tokenizer={data.tokenizer} cannot be loaded ({type(error).__name__}); name a Hugging Face folder or model") from None
+    if len(tokenizer) > vocab_size:
+        sizes = f"{len(tokenizer)} entries, the model's vocabulary {vocab_size}"
+        raise InputError(f"data.tokenizer={data.tokenizer} has {sizes}; choose another model or tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"data.tokenizer={data.tokenizer} has no end-of-text token to part documents with; choose another")
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
@@ -74,56 +134,51 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD).save_pretrained(str(folder))
 
 
-def prepare(data: Data, vocab_size: int) -> Path:
-    """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now if need be."""
-    assert data.root
-    root = Path(data.root) / f"vocab{vocab_size}"
-    if (root / "provenance.json").exists():
-        return root
-    work = root.with_name(root.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _write(data, vocab_size, work)
-    shutil.rmtree(root, ignore_errors=True)
-    work.rename(root)
-    return root
+def _tokenise(files: list[SourceFile], tokenizer: Any, work: Path) -> dict[str, np.ndarray]:
+    """Write both splits' .bin/.idx; return how often each token occurs in each."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(len(tokenizer))
+    builders = {split: IndexedDatasetBuilder(str(work / f"{split}.bin"), dtype=dtype) for split in SPLITS}
+    counts = {split: np.zeros(len(tokenizer), dtype=np.int64) for split in SPLITS}
+    for batch in _batches(d for f in _shown(files, "tokenising") for d in documents(f)):
+        encoded = tokenizer([d.text for d in batch], add_special_tokens=False)["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            row = np.array([*ids, tokenizer.eos_token_id], dtype=dtype)
+            builders[document.split].add_document(row, [len(row)])
+            counts[document.split] += np.bincount(row, minlength=len(tokenizer))
+    for split, builder in builders.items():
+        builder.finalize(str(work / f"{split}.idx"))
+    return counts
 
 
-def _write(data: Data, vocab_size: int, work: Path) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from transformers import AutoTokenizer
+def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(stream, BATCH)):
+        yield batch
 
-    files = source_files(data.sources)
-    named = [(f"{path}#{n}", text) for path in track(files, "reading text") for n, text in enumerate(documents(path))]
-    train = [text for name, text in named if split_of(name) == "train"]
-    if not train or len(train) == len(named):
-        raise InputError(f"data: {len(named)} documents leave nothing to train on or to hold out; name more files in data.sources")
-    train_tokenizer(iter(train), vocab_size, work / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(str(work / "tokenizer"))
-    builders = {s: IndexedDatasetBuilder(str(work / f"{s}.bin"), dtype=np.int32) for s in SPLITS}
-    tokens = dict.fromkeys(SPLITS, 0)
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for name, text in track(named, "tokenising"):
-        ids = np.array([*tokenizer(text)["input_ids"], tokenizer.eos_token_id], dtype=np.int32)
-        split = split_of(name)
-        builders[split].add_document(ids, [len(ids)])
-        tokens[split] += len(ids)
-        if split == "heldout":
-            counts += np.bincount(ids, minlength=vocab_size)
-    for split in SPLITS:
-        builders[split].finalize(str(work / f"{split}.idx"))
-    share = counts[counts > 0] / counts.sum()
-    provenance = {
-        "source": list(data.sources) or f"Python {sys.version.split()[0]} standard library",
-        "documents": len(named),
-        "tokens": tokens,
-        "vocab_size": len(tokenizer),
-        "unigram_entropy_nats": float(-(share * np.log(share)).sum()),
-        "sha256": {f"{s}.bin": _sha256(work / f"{s}.bin") for s in SPLITS},
-    }
-    (work / "provenance.json").write_text(json.dumps(provenance, indent=1))
+
+def _shown(files: list[SourceFile], what: str) -> Iterator[SourceFile]:
+    yield from track(files, what, console=Console(stderr=True))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(overrides: list[str]) -> int:
+    """Prepare the data of the plan that `overrides` compose and say where it lies; exit code 2 for a wrong input."""
+    try:
+        plan = compose_plan(overrides)
+        if plan.data.kind != "text":
+            raise InputError(f"data={plan.data.kind} needs no preparation; use data=text")
+        root = prepare(plan.data, plan.model.vocab_size)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    print(f"{root}: {json.loads((root / 'provenance.json').read_text())['tokens']} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
@@ -53,12 +54,20 @@ def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
     if plan.data.kind == "mock":
         recipe.data = run.Config(MockDataModule, **sizes)
         return
-    root = prepare(plan.data, plan.model.vocab_size)
-    paths = {"train": [str(root / "train")], "validation": [str(root / "heldout")], "test": [str(root / "heldout")]}
-    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=str(root / "tokenizer"))
+    train, heldout, name = _prepared(plan)
+    paths = {"train": train, "validation": heldout, "test": heldout}
+    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=name)
     recipe.data = run.Config(
-        PreTrainingDataModule, paths=paths, tokenizer=tokenizer, seed=plan.seed, index_mapping_dir=str(folder / "index"), **sizes
+        PreTrainingDataModule, paths=paths, tokenizer=tokenizer, seed=plan.data.seed, index_mapping_dir=str(folder / "index"), **sizes
     )
+
+
+def _prepared(plan: Plan) -> tuple[list[str], list[str], str | None]:
+    """Return the prefixes of the training and held-out files and the tokenizer that made them."""
+    if plan.data.kind == "indexed":
+        return list(plan.data.train), list(plan.data.heldout), plan.data.tokenizer
+    root = prepare(plan.data, plan.model.vocab_size)
+    return [str(root / "train")], [str(root / "heldout")], str(root / "tokenizer")
 
 
 def _trainer(recipe: run.Partial, plan: Plan) -> None:
@@ -94,11 +103,29 @@ def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         save_optim_on_train_end=True,
         save_weights_only=False,
     )
-    recipe.log = run.Config(NeMoLogger, log_dir=str(folder), name="nemo", use_datetime_version=False, version="", ckpt=checkpoint)
+    recipe.trainer.logger = False  # else Lightning adds its own beside the plan's
+    recipe.log = run.Config(
+        NeMoLogger,
+        log_dir=str(folder),
+        name="nemo",
+        use_datetime_version=False,
+        update_logger_directory=False,
+        ckpt=checkpoint,
+        tensorboard=run.Config(TensorBoardLogger, save_dir=str(folder), name="tensorboard", version="") if plan.logger.tensorboard else None,
+        wandb=_wandb(plan, folder),
+    )
     recipe.resume = run.Config(
         AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints")
     )
     recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
+
+
+def _wandb(plan: Plan, folder: Path) -> run.Config | None:
+    if plan.logger.wandb == "disabled":
+        return None
+    return run.Config(
+        WandbLogger, project=plan.logger.wandb_project, name=plan.run_name, save_dir=str(folder), offline=plan.logger.wandb == "offline"
+    )
 
 
 def _fp8_on_gpu(recipe: run.Partial, plan: Plan) -> None:

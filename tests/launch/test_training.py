@@ -1,0 +1,96 @@
+"""Real runs through NeMo's llm.pretrain on this machine: what they write, that they resume, that two processes agree."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.__main__ import main
+from recipes.run_folder import rows_of, status_of
+
+SHORT = [
+    "train.max_steps=6",
+    "train.warmup_steps=1",
+    "train.eval_interval=2",
+    "train.eval_batches=1",
+    "train.checkpoint_interval=100",
+    "train.diagnostics_interval=3",
+    "executor.max_parallel=2",
+]
+PRECISIONS = ["bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8"]
+FP8_LINEARS = {"bf16": 0, "fp8_current": 2 * 4}  # the rest: 4 layers of 4 linear layers; current keeps the outer two in BF16
+
+pytestmark = pytest.mark.nemo
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every precision, once unbroken and once paused after two steps, where an evaluation is due, and after five."""
+    root = tmp_path_factory.mktemp("runs")
+    sweep = ["-m", *SHORT, f"precision={','.join(PRECISIONS)}"]
+    assert main([*sweep, f"runs_dir={root}/whole"]) == 0
+    for step in (2, 5):
+        assert main([*sweep, f"runs_dir={root}/cut", f"train.stop_after={step}"]) == 0
+        assert {status_of(folder) for folder in (root / "cut").iterdir()} == {"paused"}
+    assert main([*sweep, f"runs_dir={root}/cut"]) == 0
+    return root
+
+
+def folder(runs: Path, kind: str, precision: str) -> Path:
+    return next((runs / kind).glob(f"*.{precision}.*"))
+
+
+def numbers(folder: Path) -> list[Any]:
+    return [(r["step"], r.get("loss"), r.get("grad_norm"), r.get("heldout_loss")) for r in rows_of(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_paused_run_continues_to_the_numbers_of_an_unbroken_one(precision: str, runs: Path) -> None:
+    whole, cut = (numbers(folder(runs, kind, precision)) for kind in ("whole", "cut"))
+    assert [step for step, loss, *_ in cut if loss is not None] == [1, 2, 3, 4, 5, 6]
+    assert whole == cut
+    assert [e["event"] for e in rows_of(folder(runs, "cut", precision) / "events.jsonl")] == ["start", "pause", "resume", "pause", "resume", "end"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_step_counts_its_fp8_gemms(precision: str, runs: Path) -> None:
+    rows = [r for r in rows_of(folder(runs, "whole", precision) / "metrics.jsonl") if "loss" in r]
+    micro_batches, gemms = 2, 3
+    expected = FP8_LINEARS.get(precision, 4 * 4) * gemms * micro_batches
+    assert {r["fp8_gemms"] for r in rows} == {expected}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_diagnostics_name_every_fp8_layer_and_role(precision: str, runs: Path) -> None:
+    rows = rows_of(folder(runs, "whole", precision) / "fp8.jsonl")
+    assert len(rows) == 3 * 3 * FP8_LINEARS.get(precision, 4 * 4)  # steps 1, 3, 6; three roles
+    assert all(r["amax"] > 0 for r in rows)
+
+
+def test_every_precision_saw_the_same_batches(runs: Path) -> None:
+    manifests = [json.loads((folder(runs, "whole", p) / "manifest.json").read_text()) for p in PRECISIONS]
+    assert len({m["order_sha256"] for m in manifests}) == 1
+    assert len({json.dumps(m["data"]) for m in manifests}) == 1
+    assert manifests[0]["order_sha256"] and manifests[0]["versions"]["nemo-toolkit"]
+
+
+def test_wandb_and_tensorboard_hold_the_numbers_of_the_run_folder(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = folder(runs, "whole", "mxfp8")
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    rows = [r for r in rows_of(run / "metrics.jsonl") if "loss" in r]
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(r["step"], r["loss"]) for r in rows]
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        assert main([*SHORT, "precision=fp8_subchannel", f"num_gpus={processes}", f"runs_dir={tmp_path}/{processes}"]) == 0
+    one, two = (numbers(next((tmp_path / n).iterdir())) for n in ("1", "2"))
+    assert [r[0] for r in one] == [r[0] for r in two]
+    # the gradients of the two micro-batches are added in another order: FP32 rounding, and what BF16 makes of it
+    for a, b in zip(one, two, strict=True):
+        assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=2e-3)
+    assert one[0][1] == pytest.approx(two[0][1], rel=1e-6)  # before the first update only the loss's sum differs
