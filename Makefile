@@ -1,9 +1,17 @@
-# `make test` installs what is missing and runs every test; `make check` runs the linters and the type checker.
+# `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test;
+# `make check` the linters and the type checker; `make bench` the cost of an FP8 step.  Each installs what is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install install-dev test check
+.PHONY: demo test check bench install install-dev
+
+# Interrupted, it continues where it stopped.  The second BF16 seed is the noise floor.
+demo: install
+	$(PY) -m recipes.training.data experiment=demo
+	$(PY) -m launch -m experiment=demo precision=bf16 seed=1,2
+	$(PY) -m launch -m experiment=demo precision=fp8_delayed,fp8_current,fp8_subchannel,mxfp8
+	$(PY) -m analysis.report runs/demo/*.seed* --out runs/demo/report.html
 
 install: .venv/.stack
 install-dev: .venv/.dev
@@ -24,4 +32,10 @@ test: install-dev
 
 check: install-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/shellcheck .ci/run
+	git ls-files '*.ipynb' | xargs -r .venv/bin/nbstripout --verify
+
+bench: install
+	$(PY) -m recipes.training.bench

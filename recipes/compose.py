@@ -32,10 +32,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     """Return the override lists of a multirun: the product of every `key=a,b` (Hydra's basic sweeper)."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        axes = [
-            [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line or ""]
-            for o in parsed
-        ]
+        axes = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line or ""] for o in parsed]
     except HydraException as error:
         raise InputError(f"cannot read the overrides: {one_line(str(error))}; write key=value") from None
     return [list(choice) for choice in itertools.product(*axes)]

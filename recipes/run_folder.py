@@ -1,12 +1,12 @@
 """The run folder: the only thing that passes from training to analysis.
 
-    plan.json        the plan, as composed
-    manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
-    metrics.jsonl    a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
-    fp8.jsonl        what FP8 did to each layer's operands, at intervals: largest |x|, saturation, underflow, noise
-    events.jsonl     start, resume, pause, NaN, failure, end
-    status.json      running, paused, done, failed (and why)
-    checkpoints/     NeMo's distributed checkpoints
+plan.json        the plan, as composed
+manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
+metrics.jsonl    a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
+fp8.jsonl        what FP8 did to each layer's operands, at intervals: largest |x|, saturation, underflow, noise
+events.jsonl     start, resume, pause, NaN, failure, end
+status.json      running, paused, done, failed (and why)
+checkpoints/     NeMo's distributed checkpoints
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         tensorboard=run.Config(TensorBoardLogger, save_dir=str(folder), name="tensorboard", version="") if plan.logger.tensorboard else None,
         wandb=_wandb(plan, folder),
     )
-    recipe.resume = run.Config(
-        AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints")
-    )
+    recipe.resume = run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints"))
     recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
 
 

@@ -13,7 +13,9 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("wrong", [
+@pytest.mark.parametrize(
+    "wrong",
+    [
         "modle=x",
         "precision=fp7",
         "seed=-1",
@@ -28,7 +30,8 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pyte
         "data.root=null",
         "run_name=../../etc",
         "=",
-    ])
+    ],
+)
 def test_wrong_input_is_one_line_and_code_2(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([wrong, f"runs_dir={tmp_path}/runs"]) == 2
     error = capsys.readouterr().err
