@@ -183,7 +183,7 @@ class Plan(Frozen):
     logger: Logger
     train: Train
     bar: Bar
-    seed: NonNegative
+    seed: Positive
     num_gpus: Positive
     seq_length: Positive
     runs_dir: str

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from nemo.lightning import megatron_init
 
 from recipes.plan import plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
@@ -31,6 +32,10 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.layers: dict[str, Fp8Mixin] = {}
         self.started = 0.0
         self.gemms_before = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Seed the initial weights: NeMo 2.3 (lightning/_strategy_lib.py:96) always seeds with 1234, just before this."""
+        megatron_init._set_random_seed(self.plan.seed)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""

@@ -75,6 +75,14 @@ def test_every_precision_saw_the_same_batches(runs: Path) -> None:
     assert manifests[0]["order_sha256"] and manifests[0]["versions"]["nemo-toolkit"]
 
 
+def test_another_seed_starts_from_other_weights_and_sees_the_same_batches(runs: Path, tmp_path: Path) -> None:
+    assert main([*SHORT, "seed=2", f"runs_dir={tmp_path}"]) == 0
+    first, second = folder(runs, "whole", "bf16"), next(tmp_path.iterdir())
+    assert numbers(first)[0][1] != numbers(second)[0][1]
+    orders = [json.loads((run / "manifest.json").read_text())["order_sha256"] for run in (first, second)]
+    assert orders[0] == orders[1]
+
+
 def test_wandb_and_tensorboard_hold_the_numbers_of_the_run_folder(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
