@@ -164,9 +164,15 @@ class Train(Frozen):
 
 
 class Bar(Frozen):
-    """The bar that a candidate's loss is held to, fixed before the run."""
+    """The bar that a candidate's loss is held to, fixed before the run.
 
-    max_relative_gap: Rate
+    `decides` names the limit that gives the verdict; the others are reported beside it.
+    """
+
+    decides: Literal["relative", "perplexity", "absolute"]
+    relative: Rate
+    perplexity: Rate
+    absolute: Rate
     tail_fraction: Fraction
 
 

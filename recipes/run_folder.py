@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import InputError
+from pydantic import ValidationError
+
+from recipes.errors import InputError, one_line
 from recipes.plan import Plan, plan_from_json
 
 
@@ -70,14 +72,23 @@ def status_of(folder: Path) -> str:
     return str(json.loads(path.read_text())["status"]) if path.exists() else "new"
 
 
+def read_plan(folder: Path) -> Plan:
+    """Return the plan of a run folder; InputError where there is none, or none that this version reads."""
+    try:
+        return plan_from_json((folder / "plan.json").read_text())
+    except OSError:
+        raise InputError(f"{folder} is no run folder: it has no plan.json") from None
+    except ValidationError as error:
+        raise InputError(f"{folder / 'plan.json'} is no plan of this version: {one_line(str(error))[:120]}") from None
+
+
 def open_folder(plan: Plan) -> Path:
     """Create or reopen the plan's folder; refuse one that holds another plan."""
     folder = folder_of(plan)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
     if path.exists():
-        kept = plan_from_json(path.read_text())
-        changed = differences(comparable(kept), comparable(plan))
+        changed = differences(comparable(read_plan(folder)), comparable(plan))
         if changed:
             raise InputError(f"{folder} holds a run with another plan ({', '.join(changed)}); choose another run_name or remove the folder")
     write_json(path, plan.model_dump())

@@ -1,0 +1,1 @@
+"""What came out: run folders read and judged.  Nothing here imports torch, NeMo or launch/."""

@@ -1,0 +1,60 @@
+"""`python -m analysis.compare RUN RUN…`: does the loss of each FP8 run follow BF16?
+
+BF16 runs are the base, whatever their place; further ones, with other seeds, give the noise floor.  Exit code 0 if all
+pass, 1 if one fails, 3 if one is undecided and none fails, 2 for a run or an input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from analysis.runs import load_run
+from analysis.table import compare, notes, row, terminal_table
+from analysis.verdict import FAIL, UNDECIDED
+from recipes.errors import EXIT_WRONG_INPUT, InputError
+
+EXIT_FAIL = 1
+EXIT_UNDECIDED = 3
+
+
+def exit_code(verdicts: Sequence[str]) -> int:
+    """Return the exit code of a set of verdicts."""
+    return EXIT_FAIL if FAIL in verdicts else EXIT_UNDECIDED if UNDECIDED in verdicts else 0
+
+
+def run(folders: Sequence[Path], as_json: bool) -> int:
+    """Compare the runs and print what was found; return the exit code."""
+    comparison = compare([load_run(folder) for folder in folders])
+    rows = [row(verdict) for verdict in comparison.verdicts]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console = Console()
+        console.print(terminal_table(rows))
+        for verdict in comparison.verdicts:
+            for note in notes(verdict):
+                console.print(note, markup=False, highlight=False)
+    return exit_code([verdict.verdict for verdict in comparison.verdicts])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; one line and exit code 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, at least one BF16 and one FP8")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    args = parser.parse_args(argv)
+    try:
+        return run(args.runs, args.json)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What may be compared: two runs that saw the same batches and differ in nothing that changes the loss but precision.
+
+Differences of layout (GPUs, mapping, stack) leave the loss as it should be, but not the speed: a pair without any is
+an iso-mapping one, the others are best-mapping, and say what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from analysis.runs import Run
+from recipes.errors import InputError
+from recipes.run_folder import comparable, differences, flatten
+
+PLACES = ("data.root", "bar.")  # where files lie, and what is judged, not what is trained
+INTERVALS = ("train.eval_interval", "train.diagnostics_interval", "train.checkpoint_interval")
+LAYOUT = ("gpu.", "stack.", "num_gpus", "mapping.")
+ASKED = ("precision.", "seed")
+
+
+def plan_differences(a: Run, b: Run) -> list[str]:
+    """Return the keys in which two plans differ, apart from names, places and intervals."""
+    keys = differences(comparable(a.plan), comparable(b.plan))
+    return [key for key in keys if not key.startswith((*PLACES, *INTERVALS))]
+
+
+def layout_label(base: Run, candidate: Run) -> str:
+    """Return "iso-mapping", or "best-mapping" with the layout keys that differ."""
+    keys = [key for key in plan_differences(base, candidate) if key.startswith(LAYOUT)]
+    return f"best-mapping ({', '.join(_with_values(base, candidate, keys))})" if keys else "iso-mapping"
+
+
+def precision_differences(base: Run, candidate: Run) -> list[str]:
+    """Return what was asked to differ, with the candidate's values."""
+    keys = [key for key in plan_differences(base, candidate) if key.startswith(ASKED)]
+    return _with_values(base, candidate, keys)
+
+
+def check_pair(base: Run, candidate: Run) -> None:
+    """Raise InputError where two runs cannot be compared."""
+    allowed = (*ASKED, *LAYOUT)
+    refused = [k for k in plan_differences(base, candidate) if not k.startswith(allowed) or k == "mapping.global_batch"]
+    if refused:
+        what = ", ".join(_with_values(base, candidate, refused))
+        raise InputError(f"{candidate.folder} and {base.folder} differ in more than precision and layout: {what}; compare runs of one experiment")
+    for key, what in (("order_sha256", "the order of the batches"), ("data", "the data")):
+        ours, theirs = ((_hashes(run.manifest.get(key)) if key == "data" else run.manifest.get(key)) for run in (base, candidate))
+        if ours != theirs:
+            raise InputError(f"{candidate.folder} and {base.folder} differ in {what} ({key} in their manifests): their losses are not comparable")
+
+
+def _hashes(data: object) -> object:
+    return data.get("sha256") if isinstance(data, dict) else data
+
+
+def _with_values(base: Run, candidate: Run, keys: Sequence[str]) -> list[str]:
+    a, b = (flatten(run.plan.model_dump()) for run in (base, candidate))
+    return [f"{key} {a.get(key, '-')} → {b.get(key, '-')}" for key in keys]
+
+
+def split_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the BF16 runs and the candidates; InputError where either is missing."""
+    bases, candidates = [r for r in runs if r.is_base], [r for r in runs if not r.is_base]
+    if not bases:
+        raise InputError("none of the runs is BF16: nothing to compare with; name one")
+    if not candidates:
+        raise InputError("all runs are BF16: no candidate to judge; name an FP8 run")
+    return bases, candidates
+
+
+def base_of(candidate: Run, bases: Sequence[Run]) -> Run:
+    """Return the BF16 run with the candidate's seed, and so its initial weights, or else the first."""
+    return next((base for base in bases if base.plan.seed == candidate.plan.seed), bases[0])

@@ -1,0 +1,107 @@
+"""`python -m analysis.report RUN RUN…`: one HTML page with verdicts, figures, what differed, and what ran.
+
+The page needs nothing beside itself: figures are inline SVG, there is no script and no link.  Runs that are not sound
+are left out and listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from analysis.figures import Figure, figures
+from analysis.runs import Run, load_run
+from analysis.table import Comparison, cells, compare, notes, row, terminal_table
+from recipes.errors import EXIT_WRONG_INPUT, InputError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Return the sound runs, and for each of the others one line that says why it is left out."""
+    runs, left_out = [], []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except InputError as error:
+            left_out.append(str(error))
+    return runs, left_out
+
+
+def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) -> str:
+    """Return the report as HTML; every text that comes from a run is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    rows = [row(verdict) for verdict in found.verdicts]
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2").render(
+        base=found.bases[0],
+        rows=rows,
+        shown=[cells(values) for values in rows],
+        notes=[note for verdict in found.verdicts for note in notes(verdict)],
+        figures=[(figure, Markup(figure.svg())) for figure in drawn],  # drawn here, by matplotlib, which escapes its text
+        runs=[(run, facts(run)) for run in found.runs],
+        left_out=left_out,
+    )
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Return what a reader should know of how a run was made."""
+    m = run.manifest
+    code, data = m.get("code") or {}, m.get("data") or {}
+    return {
+        "folder": str(run.folder),
+        "commit": f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}",
+        "device": m.get("device", "unknown"),
+        "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items()),
+        "data": json.dumps(data.get("source", "unknown")),
+        "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",
+        "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}",
+        "peak memory": f"{run.steps['memory_gb'].max():.2f} GB" if "memory_gb" in run.steps else "unknown",
+    }
+
+
+def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
+    """Write the report on the runs to `out`, and its figures as PNG to the folder `png`."""
+    runs, left_out = load_all(folders)
+    if not runs:
+        raise InputError(f"none of the runs can be used; the first: {left_out[0]}")
+    found = compare(runs)
+    drawn = figures(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(found, drawn, left_out), encoding="utf-8")
+    if png:
+        png.mkdir(parents=True, exist_ok=True)
+        for figure in drawn:
+            figure.write_png(png)
+    console = Console()
+    console.print(terminal_table([row(verdict) for verdict in found.verdicts]))
+    for line in [*left_out, *(note for verdict in found.verdicts for note in notes(verdict))]:
+        console.print(line, markup=False, highlight=False)
+    print(f"report: {out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; one line and exit code 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, at least one BF16 and one FP8")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page is written (default: report.html)")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write the figures there as PNG too")
+    args = parser.parse_args(argv)
+    try:
+        report(args.runs, args.out, args.png)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

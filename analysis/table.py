@@ -1,0 +1,141 @@
+"""A comparison as rows: one dictionary a candidate with the project's words as keys, for --json, terminal and report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from analysis.pairing import base_of, split_runs
+from analysis.runs import Run
+from analysis.speed import Interval, loss_matched, speedup, step_time
+from analysis.statistics import Mean
+from analysis.verdict import Verdict, judge, limits_in_nats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The BF16 runs, and each candidate's verdict."""
+
+    bases: list[Run]
+    verdicts: list[Verdict]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, BF16 first."""
+        return [*self.bases, *(verdict.candidate for verdict in self.verdicts)]
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Return the verdict on each FP8 run against the BF16 run that fits it; InputError where a pair cannot be compared."""
+    bases, candidates = split_runs(runs)
+    verdicts = []
+    for candidate in candidates:
+        base = base_of(candidate, bases)
+        verdicts.append(judge(base, candidate, [other for other in bases if other is not base]))
+    return Comparison(bases, verdicts)
+
+
+def row(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as plain values; infinite ends of intervals become None, for JSON has no infinity."""
+    base, candidate, tail = verdict.base, verdict.candidate, verdict.gaps["tail"]
+    faster = speedup(base, candidate)
+    matched = loss_matched(base, faster, tail.nats, tail.nats.count)
+    bar = candidate.plan.bar
+    return {
+        "run": candidate.name,
+        "base": base.name,
+        "model": candidate.plan.model.name,
+        "precision": candidate.plan.precision.name,
+        "gpu": candidate.plan.gpu.name,
+        "verdict": verdict.verdict,
+        "verdict_by_limit": verdict.by_limit,
+        "bar": {"decides": bar.decides, **{k: getattr(bar, k) for k in ("relative", "perplexity", "absolute", "tail_fraction")}},
+        "bar_nats": limits_in_nats(bar, tail.base_loss),
+        "gap_nats": {name: _mean(gap.nats) for name, gap in verdict.gaps.items()},
+        "gap_relative": {name: _mean(gap.relative) for name, gap in verdict.gaps.items()},
+        "heldout_gap_nats": verdict.heldout,
+        "heldout_loss": None if verdict.heldout is None else candidate.heldout["heldout_loss"][-1],
+        "noise_floor_nats": verdict.noise_floor,
+        "tokens_to_decide": verdict.tokens_to_decide,
+        "spikes": verdict.spikes,
+        "spikes_of_base": verdict.base_spikes,
+        "layout": verdict.layout,
+        "differs": verdict.asked,
+        "step_time_s": step_time(candidate).value,
+        "tokens_per_s_per_gpu": candidate.plan.tokens_per_step / step_time(candidate).value / candidate.plan.num_gpus,
+        "speedup_over_bf16": _interval(faster),
+        "loss_matched_speedup": None if matched is None else _interval(matched),
+        "labels": {"loss": candidate.label("loss"), "step_time": candidate.label("step_time"), "device": candidate.plan.gpu.name},
+    }
+
+
+def _mean(mean: Mean) -> dict[str, Any]:
+    return {"value": mean.value, "low": _finite(mean.low), "high": _finite(mean.high), "steps": mean.count}
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    return {"value": interval.value, "low": _finite(interval.low), "high": _finite(interval.high)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a share as a signed percentage."""
+    return "?" if value is None else f"{value * 100:+.{digits}f}"
+
+
+def cells(values: dict[str, Any]) -> dict[str, str]:
+    """Return a row as the columns that people read."""
+    tail, decides = values["gap_relative"]["tail"], values["bar"]["decides"]
+    matched, faster = values["loss_matched_speedup"], values["speedup_over_bf16"]
+    floor = values["noise_floor_nats"]
+    return {
+        "run": values["run"],
+        "verdict": values["verdict"],
+        "gap %": percent(tail["value"]),
+        "99 % interval": f"[{percent(tail['low'])}, {percent(tail['high'])}]",
+        "bar": f"±{values['bar'][decides]:g} {decides}",
+        "held-out gap, nats": "-" if values["heldout_gap_nats"] is None else f"{values['heldout_gap_nats']:+.4f}",
+        "BF16 seeds, nats": "-" if floor is None else f"±{floor:.4f}",
+        "step time s": f"{values['step_time_s']:.3f}",
+        "speedup": f"{faster['value']:.2f}x",
+        "loss-matched": "-" if matched is None else f"{matched['value']:.2f}x",
+        "pair": values["layout"],
+    }
+
+
+def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table for the terminal, with where the numbers come from above it."""
+    labels = rows[0]["labels"]
+    window = f"Gap to BF16 over the last {rows[0]['bar']['tail_fraction']:.0%} of the run"
+    title = f"{window} (loss {labels['loss']}, step time {labels['step_time']} on {labels['device']})"
+    table = Table(title=title, title_justify="left")
+    shown = [cells(values) for values in rows]
+    for column in shown[0]:
+        table.add_column(column, justify="left" if column in ("run", "verdict", "pair") else "right", overflow="fold")
+    for line in shown:
+        colour = {"pass": "green", "fail": "red"}.get(line["verdict"], "yellow")
+        table.add_row(*(f"[{colour}]{v}[/]" if k == "verdict" else v for k, v in line.items()))
+    return table
+
+
+def notes(verdict: Verdict) -> list[str]:
+    """Return what a reader should know of a verdict beside its row, as sentences."""
+    said, name = [], verdict.candidate.name
+    if verdict.tokens_to_decide is not None:
+        said.append(f"{name}: undecided; about {verdict.tokens_to_decide:,.0f} more tokens would decide it if the gap stays as it is")
+    elif verdict.verdict == "undecided":
+        said.append(f"{name}: undecided; the tail is too short for an interval, or the end lies outside the bar: run longer")
+    if verdict.spikes > verdict.base_spikes:
+        said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
+    if verdict.base.plan.seed != verdict.candidate.plan.seed:
+        said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
+    if verdict.candidate.plan.emulated:
+        said.append(f"{name}: FP8 is emulated on the CPU; its step time says nothing about a GPU")
+    return said

@@ -1,0 +1,141 @@
+"""Does the loss hold?  Pass, fail, or undecided.
+
+The gap is candidate minus BF16, step by step on the same batches, which takes the noise between batches out.  It is
+held to a bar that was set before the run.  Three windows are looked at: the whole run, which is reported; the tail,
+which decides; and its last fifth, the end, which can only spoil a pass: a gap that opens late is small in a mean.
+
+    pass        the tail's interval lies inside the bar, and the end's mean too
+    fail        the interval of the tail, or of the end, lies wholly outside
+    undecided   anything else, with the tokens that would decide it if the gap stayed as it is
+
+How far apart BF16 runs of other seeds lie (the noise floor) is reported beside, and does not decide: a candidate
+shares its seed with its base, so it is held to more than luck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.pairing import check_pair, layout_label, precision_differences
+from analysis.runs import Run
+from analysis.statistics import Array, Mean, mean_with_interval, spikes
+from recipes.errors import InputError
+from recipes.plan import Bar
+
+PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
+END_OF_TAIL = 0.2
+MIN_STEPS = 20  # common steps, below which no curve is judged
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The mean gap over a window in nats, the mean BF16 loss there, and the limits of the bar in nats."""
+
+    nats: Mean
+    base_loss: float
+
+    @property
+    def relative(self) -> Mean:
+        """The gap over the BF16 loss."""
+        return self.nats.scaled(1 / self.base_loss)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats."""
+
+    base: Run
+    candidate: Run
+    verdict: str
+    by_limit: dict[str, str]
+    gaps: dict[str, Gap]
+    heldout: float | None
+    heldout_base: float | None
+    noise_floor: float | None
+    tokens_to_decide: float | None
+    spikes: int
+    base_spikes: int
+    layout: str
+    asked: list[str]
+
+
+def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
+    """Return each limit of the bar as a gap in nats at a BF16 loss."""
+    return {"relative": bar.relative * base_loss, "perplexity": math.log1p(bar.perplexity), "absolute": bar.absolute}
+
+
+def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
+    """Return the verdict on `candidate` against `base`; `others` are BF16 runs with other seeds."""
+    check_pair(base, candidate)
+    windows = _windows(len(base.steps["loss"]), candidate.plan.bar.tail_fraction)
+    gaps = {name: _gap(base, candidate, window) for name, window in windows.items()}
+    limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
+    by_limit = {name: _decide(gaps, limit) for name, limit in limits.items()}
+    decides = candidate.plan.bar.decides
+    heldout = heldout_gaps(base, candidate)
+    return Verdict(
+        base=base,
+        candidate=candidate,
+        verdict=by_limit[decides],
+        by_limit=by_limit,
+        gaps=gaps,
+        heldout=float(heldout[1][-1]) if heldout[0].size else None,
+        heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
+        noise_floor=noise_floor(base, others, windows["tail"]),
+        tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED else None,
+        spikes=spikes(candidate.steps["loss"]),
+        base_spikes=spikes(base.steps["loss"]),
+        layout=layout_label(base, candidate),
+        asked=precision_differences(base, candidate),
+    )
+
+
+def _windows(steps: int, tail_fraction: float) -> dict[str, slice]:
+    if steps < MIN_STEPS:
+        raise InputError(f"{steps} common steps say nothing about a loss curve; run at least {MIN_STEPS}")
+    tail = max(1, round(steps * tail_fraction))
+    end = max(1, round(tail * END_OF_TAIL))
+    return {"run": slice(0, steps), "tail": slice(steps - tail, steps), "end": slice(steps - end, steps)}
+
+
+def _gap(base: Run, candidate: Run, window: slice) -> Gap:
+    ours, theirs = base.steps["loss"][window], candidate.steps["loss"][window]
+    return Gap(mean_with_interval(theirs - ours), float(ours.mean()))
+
+
+def _decide(gaps: dict[str, Gap], limit: float) -> str:
+    tail, end = gaps["tail"].nats, gaps["end"].nats
+    if any(gap.low > limit or gap.high < -limit for gap in (tail, end)):
+        return FAIL
+    if -limit <= tail.low and tail.high <= limit and abs(end.value) <= limit:
+        return PASS
+    return UNDECIDED
+
+
+def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
+    """Return the further tokens after which an interval that shrinks with the root of the steps would clear the limit."""
+    distance = abs(limit - abs(gap.nats.value))
+    if not np.isfinite(gap.nats.half_width) or distance == 0:
+        return None
+    tokens = candidate.steps["tokens"][-1]
+    return float(tokens * max(0.0, (gap.nats.half_width / distance) ** 2 - 1))
+
+
+def noise_floor(base: Run, others: Sequence[Run], window: slice) -> float | None:
+    """Return the largest mean gap in nats over `window` between `base` and BF16 runs with other seeds; None without any."""
+    for other in others:
+        check_pair(base, other)
+    means = [abs(float((other.steps["loss"][window] - base.steps["loss"][window]).mean())) for other in others]
+    return max(means, default=None)
+
+
+def heldout_gaps(base: Run, candidate: Run) -> tuple[Array, Array]:
+    """Return the steps at which both runs were evaluated and the gaps in nats there."""
+    if not base.heldout or not candidate.heldout:
+        return np.zeros(0), np.zeros(0)
+    steps, ours, theirs = np.intersect1d(base.heldout["step"], candidate.heldout["step"], return_indices=True)
+    return steps, candidate.heldout["heldout_loss"][theirs] - base.heldout["heldout_loss"][ours]
