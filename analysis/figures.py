@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure as Drawing
 
 from analysis.runs import Run
 from analysis.speed import step_time
-from analysis.statistics import smooth
+from analysis.statistics import Array, smooth
 from analysis.table import Comparison
 from analysis.verdict import Verdict, heldout_gaps
 
@@ -26,7 +27,7 @@ COLOURS = {"bf16": "#222222", "fp8_delayed": "#E69F00", "fp8_current": "#0072B2"
 OTHER = ("#CC79A7", "#56B4E9", "#999933", "#882255")
 SMOOTHING = 0.05  # share of the run in the moving average
 SIZE = (8.0, 4.2)  # inches
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "figures", "font.size": 10}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "figures", "font.size": 10}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _window(run: Run) -> int:
     return max(1, round(len(run.steps["loss"]) * SMOOTHING))
 
 
-def _millions(run: Run) -> np.ndarray:
+def _millions(run: Run) -> Array:
     return run.steps["tokens"] / 1e6
 
 
@@ -96,7 +97,7 @@ def loss_curves(found: Comparison) -> Figure:
     for run in found.runs:
         x, y = _millions(run), smooth(run.steps["loss"], _window(run))
         start = len(x) * 3 // 4
-        style = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.4, "label": _name(run, found.runs)}
+        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.4, "label": _name(run, found.runs)}
         whole.plot(x, y, **style)
         close.plot(x[start:], y[start:], **style)
     entropy = found.bases[0].manifest.get("data", {}).get("unigram_entropy_nats")
@@ -106,8 +107,8 @@ def loss_curves(found: Comparison) -> Figure:
     close.set_title("the last quarter", fontsize=9)
     whole.legend(fontsize=8, frameon=False)
     caption = (
-        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the dotted line, the loss of a model that only knows how often each "
-        "token occurs. Curves that lie on each other are the wanted result: the next figure shows their distance."
+        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the dotted line, the loss of a model that only "
+        "knows how often each token occurs. Curves that lie on each other are the wanted result: the next figure shows their distance."
     )
     return Figure("loss", title, caption, drawing)
 
@@ -125,7 +126,7 @@ def gap(found: Comparison) -> Figure:
             continue
         y = smooth(run.steps["loss"] - pair.steps["loss"], _window(run)) / reference * 100
         faint = run in found.bases
-        style = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
+        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
         axis.plot(_millions(run), y, label=_name(run, found.runs), **style)
     limit = first.candidate.plan.bar.relative * 100
     axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"bar ±{limit:g} %")
@@ -133,8 +134,8 @@ def gap(found: Comparison) -> Figure:
     axis.axvspan(*_tail(first), color="#777777", alpha=0.07, lw=0, label="tail, which decides")
     axis.legend(fontsize=8, frameon=False, ncols=2)
     caption = (
-        "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green band a recipe passes. "
-        "Dashed: a BF16 run with another seed, which is how far luck alone moves a curve."
+        "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green "
+        "band a recipe passes. Dashed: a BF16 run with another seed, which is how far luck alone moves a curve."
     )
     return Figure("gap", title, caption, drawing)
 
