@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from analysis.runs import load_run
-from analysis.table import compare, notes, row, terminal_table
+from analysis.table import all_notes, compare, row, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
 from recipes.errors import EXIT_WRONG_INPUT, InputError
 
@@ -37,9 +37,8 @@ def run(folders: Sequence[Path], as_json: bool) -> int:
     else:
         console = Console()
         console.print(terminal_table(rows))
-        for verdict in comparison.verdicts:
-            for note in notes(verdict):
-                console.print(note, markup=False, highlight=False)
+        for note in all_notes(comparison):
+            console.print(note, markup=False, highlight=False)
     return exit_code([verdict.verdict for verdict in comparison.verdicts])
 
 

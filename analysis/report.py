@@ -17,7 +17,7 @@ from rich.console import Console
 
 from analysis.figures import Figure, figures
 from analysis.runs import Run, load_run
-from analysis.table import Comparison, cells, compare, notes, row, terminal_table
+from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
 from recipes.errors import EXIT_WRONG_INPUT, InputError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,7 +45,8 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
         base=found.bases[0],
         rows=rows,
         shown=[cells(values) for values in rows],
-        notes=[note for verdict in found.verdicts for note in notes(verdict)],
+        notes=all_notes(found),
+        headline=headline(rows[0]),
         figures=[(figure, Markup(figure.svg())) for figure in drawn],  # drawn here, by matplotlib, which escapes its text
         runs=[(run, facts(run)) for run in found.runs],
         left_out=left_out,
@@ -83,7 +84,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
             figure.write_png(png)
     console = Console()
     console.print(terminal_table([row(verdict) for verdict in found.verdicts]))
-    for line in [*left_out, *(note for verdict in found.verdicts for note in notes(verdict))]:
+    for line in [*left_out, *all_notes(found)]:
         console.print(line, markup=False, highlight=False)
     print(f"report: {out}")
 

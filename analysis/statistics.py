@@ -67,7 +67,8 @@ def _optimal_length(series: Array) -> float:
 
     if np.ptp(series) == 0:
         return 0.0
-    return float(optimal_block_length(series)["circular"].iloc[0])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a stretch without any spread
+        return float(optimal_block_length(series)["circular"].iloc[0])
 
 
 def _block_bootstrap_variance(series: Array, length: int) -> float:

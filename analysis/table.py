@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from analysis.pairing import base_of, split_runs
@@ -85,6 +87,9 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+EMULATED = "FP8 is emulated on the CPU: the losses mean something, the step times of FP8 say nothing about a GPU"
+
+
 def percent(value: float | None, digits: int = 2) -> str:
     """Return a share as a signed percentage."""
     return "?" if value is None else f"{value * 100:+.{digits}f}"
@@ -92,42 +97,48 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def cells(values: dict[str, Any]) -> dict[str, str]:
     """Return a row as the columns that people read."""
-    tail, decides = values["gap_relative"]["tail"], values["bar"]["decides"]
-    matched, faster = values["loss_matched_speedup"], values["speedup_over_bf16"]
-    floor = values["noise_floor_nats"]
+    tail = values["gap_relative"]["tail"]
+    matched, faster, heldout = values["loss_matched_speedup"], values["speedup_over_bf16"], values["heldout_gap_nats"]
     return {
-        "run": values["run"],
+        "precision": values["precision"],
         "verdict": values["verdict"],
         "gap %": percent(tail["value"]),
-        "99 % interval": f"[{percent(tail['low'])}, {percent(tail['high'])}]",
-        "bar": f"±{values['bar'][decides]:g} {decides}",
-        "held-out gap, nats": "-" if values["heldout_gap_nats"] is None else f"{values['heldout_gap_nats']:+.4f}",
-        "BF16 seeds, nats": "-" if floor is None else f"±{floor:.4f}",
-        "step time s": f"{values['step_time_s']:.3f}",
+        "99 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
+        "held-out": "-" if heldout is None else f"{heldout:+.4f}",
+        "step s": f"{values['step_time_s']:.3f}",
         "speedup": f"{faster['value']:.2f}x",
-        "loss-matched": "-" if matched is None else f"{matched['value']:.2f}x",
-        "pair": values["layout"],
+        "matched": "-" if matched is None else f"{matched['value']:.2f}x",
     }
 
 
+def headline(values: dict[str, Any]) -> str:
+    """Return what the columns of a row mean: window, bar, noise floor and labels."""
+    bar, labels, floor = values["bar"], values["labels"], values["noise_floor_nats"]
+    loss = values["bar_nats"]["relative"] / bar["relative"]
+    seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
+    window = f"loss ({labels['loss']}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
+    return (
+        f"{values['model']} on {values['gpu']}, {values['layout']}: {window}; "
+        f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {labels['step_time']} on {labels['device']}; "
+        "matched: speedup to an equal loss"
+    )
+
+
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table for the terminal, with where the numbers come from above it."""
-    labels = rows[0]["labels"]
-    window = f"Gap to BF16 over the last {rows[0]['bar']['tail_fraction']:.0%} of the run"
-    title = f"{window} (loss {labels['loss']}, step time {labels['step_time']} on {labels['device']})"
-    table = Table(title=title, title_justify="left")
+    """Return the rows as a table for the terminal, with what they mean above it."""
+    table = Table(title=headline(rows[0]), title_justify="left", title_style="", box=SIMPLE, padding=(0, 1, 0, 0))
     shown = [cells(values) for values in rows]
     for column in shown[0]:
-        table.add_column(column, justify="left" if column in ("run", "verdict", "pair") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("precision", "verdict") else "right", no_wrap=True)
     for line in shown:
         colour = {"pass": "green", "fail": "red"}.get(line["verdict"], "yellow")
-        table.add_row(*(f"[{colour}]{v}[/]" if k == "verdict" else v for k, v in line.items()))
+        table.add_row(*(f"[{colour}]{v}[/]" if k == "verdict" else escape(v) for k, v in line.items()))
     return table
 
 
 def notes(verdict: Verdict) -> list[str]:
     """Return what a reader should know of a verdict beside its row, as sentences."""
-    said, name = [], verdict.candidate.name
+    said, name = list[str](), verdict.candidate.name
     if verdict.tokens_to_decide is not None:
         said.append(f"{name}: undecided; about {verdict.tokens_to_decide:,.0f} more tokens would decide it if the gap stays as it is")
     elif verdict.verdict == "undecided":
@@ -136,6 +147,10 @@ def notes(verdict: Verdict) -> list[str]:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
         said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
-    if verdict.candidate.plan.emulated:
-        said.append(f"{name}: FP8 is emulated on the CPU; its step time says nothing about a GPU")
     return said
+
+
+def all_notes(found: Comparison) -> list[str]:
+    """Return the notes on every verdict, and what holds for all."""
+    emulated = [EMULATED] if found.bases[0].plan.emulated else []
+    return [*emulated, *(note for verdict in found.verdicts for note in notes(verdict))]
