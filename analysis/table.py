@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -126,7 +125,7 @@ def headline(values: dict[str, Any]) -> str:
 
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the rows as a table for the terminal, with what they mean above it."""
-    table = Table(title=headline(rows[0]), title_justify="left", title_style="", box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=headline(rows[0]), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [cells(values) for values in rows]
     for column in shown[0]:
         table.add_column(column, justify="left" if column in ("precision", "verdict") else "right", no_wrap=True)
