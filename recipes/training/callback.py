@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def _write_diagnostics(self, step: int) -> None:
         for name, layer in self.layers.items():
             for role, seen in layer.fp8_quantiser.seen.items():
-                numbers = {k: None if v is None else float(v) for k, v in vars(seen).items()}
-                append_line(self.folder / "fp8.jsonl", {"step": step, "module": name, "role": role, **numbers})
+                append_line(self.folder / "fp8.jsonl", {"step": step, "module": name, "role": role, **asdict(seen)})
 
 
 def _count_batches_of(trainer: Any) -> None:

@@ -7,6 +7,7 @@ PyTorch 2.13).  `activate` applies them once, before NeMo is used, and does noth
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _active = False
 
 
@@ -25,9 +27,17 @@ def activate() -> bool:
     if torch.cuda.is_available() or _active:
         return False
     _active = True
-    for mend in (_devices, _factories, _type_names, _rng, _optimizer, _checkpoint_writer, _checkpoint_reader, _progress, _gemms):
+    for mend in (_allocator, _devices, _factories, _type_names, _rng, _optimizer, _checkpoint_writer, _checkpoint_reader, _progress, _gemms):
         mend()
     return True
+
+
+def _allocator() -> None:
+    """glibc returns large blocks to the kernel after each use; the page faults of the next cost more than the arithmetic."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _devices() -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_EXPONENT_MASK = 0x7F800000
-_MANTISSA_BITS = 23
-_BIAS = 127
+FP32_EXPONENT_MASK = 0x7F800000
+FP32_MANTISSA_BITS = 23
+FP32_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def round_saturate_(x: Tensor, fmt: Format) -> Tensor:
     becomes zero.
     """
     x.clamp_(-fmt.max, fmt.max)
-    shift = _MANTISSA_BITS - fmt.mantissa_bits
-    magic = x.view(torch.int32).bitwise_and(_EXPONENT_MASK)
-    magic.clamp_(min=(_BIAS + fmt.min_exponent) << _MANTISSA_BITS)
-    magic.add_((shift << _MANTISSA_BITS) + (1 << (_MANTISSA_BITS - 1)))
+    shift = FP32_MANTISSA_BITS - fmt.mantissa_bits
+    magic = x.view(torch.int32).bitwise_and(FP32_EXPONENT_MASK)
+    magic.clamp_(min=(FP32_BIAS + fmt.min_exponent) << FP32_MANTISSA_BITS)
+    magic.add_((shift << FP32_MANTISSA_BITS) + (1 << (FP32_MANTISSA_BITS - 1)))
     adder = magic.view(torch.float32)
     return x.add_(adder).sub_(adder)

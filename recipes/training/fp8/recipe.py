@@ -11,6 +11,7 @@ gradient dy is E5M2 in the hybrid format.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,18 +38,40 @@ class Operand:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the last quantisation of an operand met: its largest magnitude and how many elements saturated."""
+    """What the last quantisation of an operand met.
 
-    amax: Tensor
-    saturated: int
+    amax: its largest magnitude.  saturated: the share of its elements that were too large for the format.  On request
+    (`diagnose`) also underflow: the share of its non-zero elements that became zero; and sqnr_db: the power of the
+    signal over that of the quantisation noise, in decibels, over finite elements (None where there is no noise).
+    """
+
+    amax: float
+    saturated: float
+    underflow: float | None = None
+    sqnr_db: float | None = None
 
 
 class Quantiser(Protocol):
     """Turns one operand into FP8; `training` is False in evaluation, when no state may change."""
 
     seen: dict[str, Seen]
+    diagnose: bool
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand: ...
+
+
+def look(x: Tensor, q: Quantised, dequantised: Tensor, diagnose: bool) -> Seen:
+    """Return what was seen when `x` became `q`, which stands for the values `dequantised`."""
+    amax, saturated = float(q.amax), q.saturated / max(1, x.numel())
+    if not diagnose:
+        return Seen(amax, saturated)
+    nonzero = int(x.count_nonzero())
+    lost = int(((x != 0) & (dequantised == 0)).sum())
+    finite = x.isfinite()
+    signal = float(x[finite].double().square().sum())
+    noise = float((x - dequantised)[finite].double().square().sum())
+    sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+    return Seen(amax, saturated, lost / max(1, nonzero), sqnr)
 
 
 def format_of(fp8: Fp8, role: str) -> Format:
@@ -62,11 +85,12 @@ class Stateless:
     def __init__(self, fp8: Fp8) -> None:
         self.fp8 = fp8
         self.seen: dict[str, Seen] = {}
+        self.diagnose = False
 
-    def operand(self, role: str, row: Quantised, col: Quantised, scale_inv: Tensor | None = None) -> Operand:
-        """Return the operand of two quantised copies, and keep what was seen of them."""
-        self.seen[role] = Seen(row.amax, row.saturated)
-        return Operand(row.values, col.values, scale_inv)
+    def blocks(self, x: Tensor, role: str, row: Quantised, col: Quantised) -> Operand:
+        """Return the operand of two copies that are divided by their scales already, and keep what was seen."""
+        self.seen[role] = look(x, row, row.values, self.diagnose)
+        return Operand(row.values, col.values)
 
 
 class CurrentScaling(Stateless):
@@ -75,8 +99,9 @@ class CurrentScaling(Stateless):
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, amax = format_of(self.fp8, role), scaling.absolute_max(x)
         scale = scaling.scale_from_amax(amax, fmt, self.fp8.power_of_two_scales)
-        q = scaling.quantise_tensor(x, scale, amax, fmt)
-        return self.operand(role, q, q, scale.reciprocal())
+        q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
+        self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
+        return Operand(q.values, q.values, scale_inv)
 
 
 class DelayedScaling(torch.nn.Module):
@@ -97,6 +122,7 @@ class DelayedScaling(torch.nn.Module):
         self.register_buffer("scale", torch.ones(len(ROLES)))
         self.register_buffer("amax_history", torch.zeros(fp8.amax_history_len, len(ROLES)))
         self.seen: dict[str, Seen] = {}
+        self.diagnose = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> DelayedScaling:
         """Follow a move to a device, but stay in FP32 where the model turns to BF16 (Megatron-Core's Float16Module)."""
@@ -107,11 +133,11 @@ class DelayedScaling(torch.nn.Module):
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, column = format_of(self.fp8, role), ROLES.index(role)
         scale, amax = self.scale[column].clone(), scaling.absolute_max(x)
-        q = scaling.quantise_tensor(x, scale, amax, fmt)
-        self.seen[role] = Seen(amax, q.saturated)
+        q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
+        self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
         if training:
             self._observe(amax.clone(), column, fmt)
-        return Operand(q.values, q.values, scale.reciprocal())
+        return Operand(q.values, q.values, scale_inv)
 
     @torch.no_grad()
     def _observe(self, amax: Tensor, column: int, fmt: Format) -> None:
@@ -133,23 +159,23 @@ class SubchannelScaling(Stateless):
     """1x128 tiles for activations and gradients, 128x128 blocks for weights (Float8BlockScaling)."""
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt, tile = format_of(self.fp8, role), scaling.TILE
+        fmt, tile, source = format_of(self.fp8, role), scaling.TILE, scaling.Source.of(x)
 
         def copy(block: tuple[int, int]) -> Quantised:
-            return scaling.quantise_blocks(x, block, fmt, self.fp8.power_of_two_scales)
+            return scaling.quantise_blocks(source, block, fmt, self.fp8.power_of_two_scales)
 
         if role == "weight":
             q = copy((tile, tile))
-            return self.operand(role, q, q)
-        return self.operand(role, copy((1, tile)), copy((tile, 1)))
+            return self.blocks(x, role, q, q)
+        return self.blocks(x, role, copy((1, tile)), copy((tile, 1)))
 
 
 class MxScaling(Stateless):
     """Blocks of 32 along the contracted dimension with power-of-two scales (MXFP8BlockScaling)."""
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt, rounding = format_of(self.fp8, role), self.fp8.mx_scale_rounding
-        return self.operand(role, scaling.quantise_mx(x, 1, fmt, rounding), scaling.quantise_mx(x, 0, fmt, rounding))
+        fmt, rounding, source = format_of(self.fp8, role), self.fp8.mx_scale_rounding, scaling.Source.of(x)
+        return self.blocks(x, role, *(scaling.quantise_mx(source, axis, fmt, rounding) for axis in (1, 0)))
 
 
 QUANTISERS: dict[str, type] = {

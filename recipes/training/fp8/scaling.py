@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.training.fp8.formats import Format, round_saturate_
+from recipes.training.fp8.formats import FP32_BIAS, FP32_EXPONENT_MASK, FP32_MANTISSA_BITS, Format, round_saturate_
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 FP32_MAX = torch.finfo(torch.float32).max
 TILE = 128
 MX_BLOCK = 32
+FP32_MANTISSA_MASK = (1 << FP32_MANTISSA_BITS) - 1
 
 
 def absolute_max(x: Tensor) -> Tensor:
@@ -97,6 +98,20 @@ def quantise_tensor(x: Tensor, scale: Tensor, amax: Tensor, fmt: Format) -> Quan
     return Quantised(round_saturate_(scaled, fmt), amax, saturated)
 
 
+@dataclass(frozen=True)
+class Source:
+    """FP32 `x` (rows, cols) with its magnitudes and the powers of two below them, which both copies of it need."""
+
+    x: Tensor
+    magnitude: Tensor
+    binade: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Source:
+        """Return the source of `x`."""
+        return cls(x, x.abs(), x.view(torch.int32) & FP32_EXPONENT_MASK)
+
+
 def _blocked(x: Tensor, block: tuple[int, int]) -> Tensor:
     """View (rows, cols) as (rows/b0, b0, cols/b1, b1), padded with zeros where a block is cut."""
     rows, cols = x.shape
@@ -110,26 +125,54 @@ def _unblocked(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])[: shape[0], : shape[1]]
 
 
-def _quantise_tiles(tiles: Tensor, amax: Tensor, scale: Tensor, scale_inv: Tensor, shape: torch.Size, fmt: Format) -> Quantised:
-    scaled = tiles * scale
-    saturated = _saturated(scaled, amax * scale, fmt)
-    return Quantised(_unblocked(round_saturate_(scaled, fmt).mul_(scale_inv), shape), amax.amax(), saturated)
+def _is_ordinary(amax: Tensor) -> bool:
+    """Whether all maxima are zero or well inside FP32's range, so that no exponent below runs over an end."""
+    low, high = torch.aminmax(amax)
+    return bool(high < 2.0**100) and (bool(low > 2.0**-80) or bool(((amax > 2.0**-80) | (amax == 0)).all()))
 
 
-def quantise_blocks(x: Tensor, block: tuple[int, int], fmt: Format, power_of_two: bool) -> Quantised:
-    """Quantise FP32 `x` (rows, cols) with one scale a block of `block` elements."""
-    tiles = _blocked(x, block)
-    amax = tiles.abs().amax((1, 3), keepdim=True)
+def _quantise_tiles(source: Source, block: tuple[int, int], amax: Tensor, scale: Tensor, scale_inv: Tensor, fmt: Format) -> Quantised:
+    tiles = _blocked(source.x, block)
+    saturated = _saturated(tiles * scale, amax * scale, fmt)
+    rounded = round_saturate_(tiles * scale, fmt).mul_(scale_inv)
+    return Quantised(_unblocked(rounded, source.x.shape), amax.amax(), saturated)
+
+
+def _round_in_place_of_scale(source: Source, block: tuple[int, int], amax: Tensor, exponent: Tensor, fmt: Format) -> Quantised:
+    """Quantise as `_quantise_tiles` does, in half the passes; `exponent` (int32, biased) is that of 1/scale, a power of two.
+
+    Multiplying by a power of two moves no mantissa bit, so elements can be rounded where they stand: only the exponent
+    below which they are subnormal depends on the scale.  For ordinary maxima of which none saturates.
+    """
+    shift = FP32_MANTISSA_BITS - fmt.mantissa_bits
+    lowest = (exponent + fmt.min_exponent).clamp_(min=1) << FP32_MANTISSA_BITS
+    adder = torch.maximum(_blocked(source.binade, block), lowest)
+    adder = adder.add_((shift << FP32_MANTISSA_BITS) + (1 << (FP32_MANTISSA_BITS - 1))).view(torch.float32)
+    rounded = (_blocked(source.x, block) + adder).sub_(adder)
+    return Quantised(_unblocked(rounded, source.x.shape), amax.amax(), 0)
+
+
+def quantise_blocks(source: Source, block: tuple[int, int], fmt: Format, power_of_two: bool) -> Quantised:
+    """Quantise with one scale a block of `block` elements."""
+    amax = _blocked(source.magnitude, block).amax((1, 3), keepdim=True)
+    if power_of_two and _is_ordinary(amax):
+        exponent = 2 * FP32_BIAS - (torch.div(fmt.max, amax).view(torch.int32) >> FP32_MANTISSA_BITS)
+        return _round_in_place_of_scale(source, block, amax, exponent, fmt)
     scale = scale_from_amax(amax, fmt, power_of_two)
-    return _quantise_tiles(tiles, amax, scale, scale.reciprocal(), x.shape, fmt)
+    return _quantise_tiles(source, block, amax, scale, scale.reciprocal(), fmt)
 
 
-def quantise_mx(x: Tensor, axis: int, fmt: Format, rounding: str) -> Quantised:
-    """Quantise FP32 `x` (rows, cols) to MXFP8 with blocks of 32 along `axis` (0 rows, 1 columns).
+def quantise_mx(source: Source, axis: int, fmt: Format, rounding: str) -> Quantised:
+    """Quantise to MXFP8 with blocks of 32 along `axis` (0 rows, 1 columns).
 
     A NaN element stays NaN and leaves its block's scale alone: Transformer Engine's maximum is fmaxf, which skips NaN.
     """
-    tiles = _blocked(x, (MX_BLOCK, 1) if axis == 0 else (1, MX_BLOCK))
-    amax = tiles.abs().nan_to_num_(0.0, float("inf")).amax((1, 3), keepdim=True)
+    block = (MX_BLOCK, 1) if axis == 0 else (1, MX_BLOCK)
+    amax = _blocked(source.magnitude, block).amax((1, 3), keepdim=True)
+    if rounding == "up" and _is_ordinary(amax):
+        exponent = ((amax * (1.0 / fmt.max)).view(torch.int32) + FP32_MANTISSA_MASK) >> FP32_MANTISSA_BITS
+        return _round_in_place_of_scale(source, block, amax, exponent, fmt)
+    if bool(amax.isnan().any()):
+        amax = _blocked(source.magnitude.nan_to_num(0.0, float("inf")), block).amax((1, 3), keepdim=True)
     exponent = e8m0_exponents(amax, fmt, rounding)
-    return _quantise_tiles(tiles, amax, exp2_biased(254 - exponent), exp2_biased(exponent), x.shape, fmt)
+    return _quantise_tiles(source, block, amax, exp2_biased(254 - exponent), exp2_biased(exponent), fmt)
