@@ -117,6 +117,9 @@ def _is_complete(run: Run) -> None:
     wrong = np.flatnonzero(steps != np.arange(1, len(steps) + 1))
     if wrong.size:
         raise InputError(f"{run.folder}: step {wrong[0] + 1} is missing, repeated or out of order in metrics.jsonl; run it again")
+    evaluated = run.heldout.get("step", np.zeros(0))
+    if (np.diff(evaluated) <= 0).any():
+        raise InputError(f"{run.folder}: held-out losses are repeated or out of order in metrics.jsonl; run it again")
     if len(steps) != wanted:
         raise InputError(f"{run.folder}: metrics.jsonl ends at step {len(steps)} of {wanted}; the run lost its end, run it again")
 

@@ -7,7 +7,7 @@ spread of the means of all stretches of one length, so nothing is drawn and noth
 
 The length is a tenth of the series.  Shorter stretches, such as the length that minimises the error of the variance
 (Politis and White 2004, 2009; arch library), give narrower intervals that miss the truth too often: on autoregressive
-noise (0.9) over 500 steps 4 % instead of the 1 % asked for, against 1.7 % with a tenth.  The optimal length still
+noise (0.9) over 500 steps a 99 % interval misses in 4 % of the cases, against 2 % with a tenth.  The optimal length still
 serves: a series that would need longer stretches than that is too short to be judged, and gets no interval.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-CONFIDENCE = 0.99  # of the interval, both sides together: 0.5 % a side keeps wrong verdicts below 1 %
+CONFIDENCE = 0.995  # of an interval, both sides together; a verdict looks at two of them and is wrong in less than 1 %
 BLOCKS = 10  # stretches that a series is cut into
 FREEDOM = 11.5  # degrees of freedom of the variance of overlapping stretches: 1.25 times that of separate ones (Meketon and Schmeiser 1984)
 MAX_BINS = 4096  # longer series are averaged to so many bins first: the mean is the same, the cost is bounded
@@ -56,6 +56,23 @@ def mean_with_interval(series: Array, confidence: float = CONFIDENCE) -> Mean:
     return Mean(value, value - reach, value + reach, len(series))
 
 
+def last_block_with_interval(series: Array, length: int, before: int = 10, confidence: float = CONFIDENCE) -> Mean:
+    """Return the mean of the last `length` values, with an interval from how the `before` stretches ahead of them spread.
+
+    For a stretch that may be unlike the rest, such as an end at which a run diverges: its own spread says nothing about
+    noise then, but that of the stretches before it does.
+    """
+    from scipy.stats import t
+
+    last = float(series[-length:].mean())
+    ahead = series[-length * (before + 1) : -length]
+    if len(ahead) < 2 * length:
+        return Mean(last, -np.inf, np.inf, length)
+    means = ahead[len(ahead) % length :].reshape(-1, length).mean(axis=1)
+    reach = float(t.ppf(0.5 + confidence / 2, len(means) - 1) * means.std(ddof=1) * np.sqrt(1 + 1 / len(means)))
+    return Mean(last, last - reach, last + reach, length)
+
+
 def _binned(series: Array) -> Array:
     if len(series) <= MAX_BINS:
         return series
@@ -90,13 +107,14 @@ def smooth(series: Array, window: int) -> Array:
 def spikes(loss: Array, window: int = 51, sigmas: float = 8.0) -> int:
     """Return how many times the loss leaves its running median upwards by `sigmas` robust standard deviations.
 
-    Neighbouring steps are one spike.  The deviation is 1.4826 times the median absolute one; eight of them are out of
-    reach of the noise between batches, also of its heavy upper tail.
+    Neighbouring steps are one spike; the first and last half window, which have no median, hold none.  The deviation is
+    1.4826 times the median absolute one; eight of them are out of reach of the noise between batches, also of its heavy tail.
     """
     import pandas as pd
 
-    median = pd.Series(loss).rolling(window, center=True, min_periods=1).median().to_numpy()
-    residual = loss - median
-    deviation = 1.4826 * float(np.median(np.abs(residual)))
+    residual = loss - pd.Series(loss).rolling(window, center=True).median().to_numpy()
+    if np.isnan(residual).all():
+        return 0
+    deviation = 1.4826 * float(np.nanmedian(np.abs(residual)))
     high = residual > sigmas * max(deviation, float(np.finfo(float).eps))
     return int((high & ~np.concatenate([[False], high[:-1]])).sum())

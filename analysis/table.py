@@ -102,7 +102,7 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
         "precision": values["precision"],
         "verdict": values["verdict"],
         "gap %": percent(tail["value"]),
-        "99 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
+        "99.5 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
         "held-out": "-" if heldout is None else f"{heldout:+.4f}",
         "step s": f"{values['step_time_s']:.3f}",
         "speedup": f"{faster['value']:.2f}x",

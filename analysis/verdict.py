@@ -22,7 +22,7 @@ import numpy as np
 
 from analysis.pairing import check_pair, layout_label, precision_differences
 from analysis.runs import Run
-from analysis.statistics import Array, Mean, mean_with_interval, spikes
+from analysis.statistics import Array, Mean, last_block_with_interval, mean_with_interval, spikes
 from recipes.errors import InputError
 from recipes.plan import Bar
 
@@ -71,10 +71,9 @@ def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
 def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     """Return the verdict on `candidate` against `base`; `others` are BF16 runs with other seeds."""
     check_pair(base, candidate)
-    windows = _windows(len(base.steps["loss"]), candidate.plan.bar.tail_fraction)
-    gaps = {name: _gap(base, candidate, window) for name, window in windows.items()}
+    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction)
     limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
-    by_limit = {name: _decide(gaps, limit) for name, limit in limits.items()}
+    by_limit = {name: decide(gaps, limit) for name, limit in limits.items()}
     decides = candidate.plan.bar.decides
     heldout = heldout_gaps(base, candidate)
     return Verdict(
@@ -85,7 +84,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         gaps=gaps,
         heldout=float(heldout[1][-1]) if heldout[0].size else None,
         heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
-        noise_floor=noise_floor(base, others, windows["tail"]),
+        noise_floor=noise_floor(base, others, gaps["tail"].nats.count),
         tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED else None,
         spikes=spikes(candidate.steps["loss"]),
         base_spikes=spikes(base.steps["loss"]),
@@ -94,20 +93,20 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     )
 
 
-def _windows(steps: int, tail_fraction: float) -> dict[str, slice]:
+def gaps_of(base: Array, candidate: Array, tail_fraction: float) -> dict[str, Gap]:
+    """Return the gap between two loss curves (a value a step) over the run, its tail, and the end of the tail."""
+    steps = len(base)
     if steps < MIN_STEPS:
         raise InputError(f"{steps} common steps say nothing about a loss curve; run at least {MIN_STEPS}")
     tail = max(1, round(steps * tail_fraction))
     end = max(1, round(tail * END_OF_TAIL))
-    return {"run": slice(0, steps), "tail": slice(steps - tail, steps), "end": slice(steps - end, steps)}
+    gap = candidate - base
+    means = {"run": mean_with_interval(gap), "tail": mean_with_interval(gap[-tail:]), "end": last_block_with_interval(gap, end)}
+    return {name: Gap(mean, float(base[-mean.count :].mean())) for name, mean in means.items()}
 
 
-def _gap(base: Run, candidate: Run, window: slice) -> Gap:
-    ours, theirs = base.steps["loss"][window], candidate.steps["loss"][window]
-    return Gap(mean_with_interval(theirs - ours), float(ours.mean()))
-
-
-def _decide(gaps: dict[str, Gap], limit: float) -> str:
+def decide(gaps: dict[str, Gap], limit: float) -> str:
+    """Return the verdict on the gaps of a run at a limit in nats."""
     tail, end = gaps["tail"].nats, gaps["end"].nats
     if any(gap.low > limit or gap.high < -limit for gap in (tail, end)):
         return FAIL
@@ -125,11 +124,11 @@ def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
     return float(tokens * max(0.0, (gap.nats.half_width / distance) ** 2 - 1))
 
 
-def noise_floor(base: Run, others: Sequence[Run], window: slice) -> float | None:
-    """Return the largest mean gap in nats over `window` between `base` and BF16 runs with other seeds; None without any."""
+def noise_floor(base: Run, others: Sequence[Run], tail: int) -> float | None:
+    """Return the largest mean gap in nats over the last `tail` steps between `base` and other BF16 runs; None without any."""
     for other in others:
         check_pair(base, other)
-    means = [abs(float((other.steps["loss"][window] - base.steps["loss"][window]).mean())) for other in others]
+    means = [abs(float((other.steps["loss"] - base.steps["loss"])[-tail:].mean())) for other in others]
     return max(means, default=None)
 
 
