@@ -141,12 +141,22 @@ def notes(verdict: Verdict) -> list[str]:
     if verdict.tokens_to_decide is not None:
         said.append(f"{name}: undecided; about {verdict.tokens_to_decide:,.0f} more tokens would decide it if the gap stays as it is")
     elif verdict.verdict == "undecided":
-        said.append(f"{name}: undecided; the tail is too short for an interval, or the end lies outside the bar: run longer")
+        said.append(f"{name}: undecided; {_why_open(verdict)}")
     if verdict.spikes > verdict.base_spikes:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
         said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
     return said
+
+
+def _why_open(verdict: Verdict) -> str:
+    gap = verdict.gaps["tail"].nats
+    if not math.isfinite(gap.half_width):
+        return "the tail is too short for an interval: run longer"
+    limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]
+    if abs(gap.value) + gap.half_width <= limit:
+        return "the tail lies inside the bar but its end outside: run longer"
+    return "the gap lies on the bar itself, no reasonable length of run would settle it: compare more seeds, or set another bar"
 
 
 def all_notes(found: Comparison) -> list[str]:

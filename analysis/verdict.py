@@ -28,6 +28,7 @@ from recipes.plan import Bar
 
 PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 END_OF_TAIL = 0.2
+MOST_RUNS = 20  # how much longer than it was a run is worth making to settle an undecided verdict
 MIN_STEPS = 20  # common steps, below which no curve is judged
 
 
@@ -116,12 +117,16 @@ def decide(gaps: dict[str, Gap], limit: float) -> str:
 
 
 def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
-    """Return the further tokens after which an interval that shrinks with the root of the steps would clear the limit."""
+    """Return the further tokens after which an interval that shrinks with the root of the steps would clear the limit.
+
+    None where there is no interval, and where the gap lies so near the limit that it would take MOST_RUNS runs or more.
+    """
     distance = abs(limit - abs(gap.nats.value))
     if not np.isfinite(gap.nats.half_width) or distance == 0:
         return None
     tokens = candidate.steps["tokens"][-1]
-    return float(tokens * max(0.0, (gap.nats.half_width / distance) ** 2 - 1))
+    runs = max(0.0, (gap.nats.half_width / distance) ** 2 - 1)
+    return float(tokens * runs) if runs < MOST_RUNS else None
 
 
 def noise_floor(base: Run, others: Sequence[Run], tail: int) -> float | None:
