@@ -17,7 +17,8 @@ from rich.console import Console
 from analysis.runs import load_run
 from analysis.table import all_notes, compare, row, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
-from recipes.errors import EXIT_WRONG_INPUT, InputError
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
 
 EXIT_FAIL = 1
 EXIT_UNDECIDED = 3

@@ -18,7 +18,8 @@ from rich.console import Console
 from analysis.figures import Figure, figures
 from analysis.runs import Run, load_run
 from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
-from recipes.errors import EXIT_WRONG_INPUT, InputError
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,25 +1,34 @@
-"""`python -m launch model=… precision=… gpu=…`: plan, check and run; `-m` for a sweep, `dry_run=true` to look first."""
+"""`python -m launch model=… precision=… gpu=…`: plan, check, and run here or submit; `-m` for a sweep, `dry_run=true` to look first.
+
+The job's script goes to standard output in a dry run, and what it will do to standard error, so that the script can be
+piped.  The same command again continues what has not ended.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 
-from launch.local import Job, command, run_all
+from launch.job import write_job
+from launch.local import Job, run_all
+from launch.script import render
+from launch.submit import submit_all
+from launch.summary import summary, table
 from recipes.compose import compose_plan, compose_tree, sweep
-from recipes.errors import EXIT_WRONG_INPUT, InputError
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
-from recipes.run_folder import folder_of, open_folder, status_of
+from recipes.run_folder import check_folder, folder_of, status_of
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; what is no flag is a Hydra override."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. precision=mxfp8 train.max_steps=50")
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of comma-separated values")
+    parser.add_argument("--json", action="store_true", help="with dry_run=true: print plan, summary and script as JSON")
     return parser.parse_intermixed_args(argv)
 
 
@@ -30,27 +39,34 @@ def plans(overrides: Sequence[str], multirun: bool) -> list[Plan]:
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice:
         raise InputError(f"two plans of this sweep share the folder {twice}; put what differs into run_name")
-    if not all(plan.emulated for plan in found):
-        raise InputError("executor=local runs gpu=cpu only; other GPUs need a cluster executor, which this version does not have yet")
+    for plan in found:
+        check_folder(plan)
     return found
 
 
-def launch(overrides: Sequence[str], multirun: bool) -> int:
-    """Run the plans of a command line, leaving out those that are done; return the exit code."""
-    found = plans(overrides, multirun)
-    if compose_tree(sweep(overrides)[0]).get("dry_run"):
-        for plan in found:
-            print(json.dumps(plan.model_dump(), indent=1))
-            print(shlex.join(command(plan, folder_of(plan))))
+def show(found: Sequence[Plan], as_json: bool) -> int:
+    """Print what would be launched."""
+    if as_json:
+        print(json.dumps([{"plan": p.model_dump(), "summary": summary(p), "script": render(p)} for p in found], indent=1))
         return 0
-    jobs = [Job(plan, open_folder(plan)) for plan in found]
-    todo = [job for job in jobs if status_of(job.folder) != "done"]
-    for job in jobs:
-        if job not in todo:
-            print(f"{job.folder}: done already")
-    code = run_all(todo) if todo else 0
-    for job in todo:
-        print(f"{job.folder}: {status_of(job.folder)}")
+    for plan in found:
+        sys.stdout.write(render(plan))
+        sys.stdout.flush()
+        print(table(plan), file=sys.stderr)
+    return 0
+
+
+def launch(found: Sequence[Plan]) -> int:
+    """Run or submit the plans, leaving out those that are done; return the exit code."""
+    todo = [plan for plan in found if status_of(folder_of(plan)) != "done"]
+    for plan in found:
+        if plan not in todo:
+            print(f"{folder_of(plan)}: done already")
+    here = [plan for plan in todo if plan.executor.kind == "local"]
+    submit_all([plan for plan in todo if plan.executor.kind == "slurm"])
+    code = run_all([Job(plan, folder_of(plan), write_job(plan)) for plan in here]) if here else 0
+    for plan in here:
+        print(f"{folder_of(plan)}: {status_of(folder_of(plan))}")
     return code
 
 
@@ -58,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
     args = arguments(argv)
     try:
-        return launch(args.overrides, args.multirun)
+        found = plans(args.overrides, args.multirun)
+        if compose_tree(sweep(args.overrides)[0]).get("dry_run"):
+            return show(found, args.json)
+        return launch(found)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT

@@ -1,13 +1,11 @@
-"""Runs on this machine: each job is a process group of its own, so many side by side as the plan allows.
+"""Runs on this machine: the scripts of their job folders, so many side by side as the plan allows.
 
-One process a device; more than one is started through torchrun.  A run's output goes to log.txt in its folder.
+A run's output goes to log.txt in its folder.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,27 +25,8 @@ class Job:
 
     plan: Plan
     folder: Path
+    script: Path
     process: subprocess.Popen[bytes] | None = None
-
-
-def command(plan: Plan, folder: Path) -> list[str]:
-    """Return the command that trains the plan of a run folder."""
-    module = ["-m", "recipes.training.run", str(folder)]
-    if plan.num_gpus == 1:
-        return [sys.executable, *module]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.num_gpus}", *module]
-
-
-def threads(plan: Plan) -> int:
-    """Return the CPU threads of one process: the plan's, or this machine's cores shared by all that run at once."""
-    cores = len(os.sched_getaffinity(0))
-    return plan.executor.threads or max(1, cores // (plan.num_gpus * plan.executor.max_parallel))
-
-
-def environment(plan: Plan) -> dict[str, str]:
-    """Return the environment of a run: this one, with threads set and nothing fetched from the network."""
-    fixed = {"OMP_NUM_THREADS": str(threads(plan)), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": plan.logger.wandb}
-    return {**os.environ, **fixed}
 
 
 def run_all(jobs: Sequence[Job]) -> int:
@@ -69,9 +48,7 @@ def run_all(jobs: Sequence[Job]) -> int:
 
 def _start(job: Job) -> Job:
     with (job.folder / "log.txt").open("ab") as log:
-        job.process = subprocess.Popen(
-            command(job.plan, job.folder), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(job.plan)
-        )
+        job.process = subprocess.Popen(["bash", str(job.script)], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     return job
 
 

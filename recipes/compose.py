@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from recipes.defaults import fill
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan
 from recipes.rules import check
@@ -45,7 +46,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
         with initialize_config_dir(str(conf), version_base="1.3"):
             config = compose("config", overrides=list(overrides))
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra itself raises ValueError on group=null
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
@@ -54,7 +55,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
     tree = compose_tree(overrides, conf)
-    return check(plan_from_tree({k: v for k, v in tree.items() if k not in COMMAND_KEYS}))
+    return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
 
 
 def plan_from_tree(tree: dict[str, Any]) -> Plan:

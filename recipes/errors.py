@@ -1,7 +1,5 @@
 """The one exception for what a user can mend: it carries a line that says what, why, and what to do instead."""
 
-EXIT_WRONG_INPUT = 2
-
 
 class InputError(Exception):
     """A wrong input or an illegal cell.  Commands print its text on one line and exit with code 2."""

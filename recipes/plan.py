@@ -28,7 +28,11 @@ class Frozen(BaseModel):
 
 
 class Model(Frozen):
-    """A decoder-only transformer; sizes in elements, `nemo_recipe` names the module under nemo.collections.llm."""
+    """A decoder-only transformer; sizes in elements, `nemo_recipe` names the module under nemo.collections.llm.
+
+    `embedding_and_loss_count_as_layers`: whether pipeline stages are cut as if the embedding and the loss were a layer each
+    (NeMo's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
+    """
 
     name: Name
     nemo_recipe: Name
@@ -41,10 +45,14 @@ class Model(Frozen):
     seq_length: Positive
     activation: Literal["swiglu", "squared_relu"]
     tied_embeddings: bool
+    embedding_and_loss_count_as_layers: bool = False
 
 
 class Fp8(Frozen):
-    """How operands of the linear layers' GEMMs become FP8; fields that a scaling does not use keep their default."""
+    """How operands of the linear layers' GEMMs become FP8; fields that a scaling does not use keep their default.
+
+    `param_gather`: parameters are kept and gathered in FP8 (NeMo's fp8_param_gather); it has no meaning on the CPU.
+    """
 
     scaling: Scaling
     format: Literal["hybrid", "e4m3"] = "hybrid"
@@ -55,6 +63,7 @@ class Fp8(Frozen):
     mx_scale_rounding: Literal["up", "ocp_floor"] = "up"
     first_layers_bf16: NonNegative = 0
     last_layers_bf16: NonNegative = 0
+    param_gather: bool = False
 
 
 class Precision(Frozen):
@@ -65,23 +74,32 @@ class Precision(Frozen):
 
 
 class Gpu(Frozen):
-    """A device: compute capability (None: the CPU), memory in GB (1e9 bytes), dense peaks in TFLOP/s."""
+    """A device: compute capability (None: the CPU), memory in GB (1e9 bytes), dense peaks in TFLOP/s.
+
+    `nvlink_domain`: devices joined by NVLink beyond a node (GB200: 72); None where the node is the domain.
+    `gpus_per_numa_node`: by which ranks of a node are bound to processors.  `mapped_like`: the GPU whose recommended
+    mappings serve this one too.
+    """
 
     name: Name
     compute_capability: Capability | None
     memory_gb: Rate | None
     devices_per_node: Positive
+    gpus_per_numa_node: Positive | None = None
+    nvlink_domain: Positive | None = None
+    mapped_like: Name | None = None
     bf16_dense_tflops: Rate | None = None
     fp8_dense_tflops: Rate | None = None
     source: str
 
 
 class Support(Frozen):
-    """The compute capabilities on which a stack runs a scaling, both ends included, and where that is written."""
+    """The compute capabilities on which a stack runs a scaling, both ends included, where that is written, and what to do elsewhere."""
 
     min_capability: Capability
     max_capability: Capability | None
     source: str
+    remedy: str
 
 
 class Missing(Frozen):
@@ -92,24 +110,40 @@ class Missing(Frozen):
 
 
 class Stack(Frozen):
-    """A set of versions and what it can do, by scaling."""
+    """A set of versions and what it can do, by scaling.
+
+    `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
+    parameters kept in FP8.
+    """
 
     name: Name
     container: str
     versions: dict[str, str]
+    recommended: str
+    fp8_parameters_with_fsdp: bool
     fp8: dict[Scaling, Support]
     missing: dict[Scaling, Missing]
 
 
 class Mapping(Frozen):
-    """How the model is laid out: tensor, pipeline, context and virtual-pipeline sizes; batches in sequences."""
+    """How the model is laid out: tensor, pipeline, context and virtual-pipeline sizes (vp 1: none); batches in sequences.
+
+    `fsdp`: Megatron-Core's FSDP, which shards parameters, gradients and optimizer state over the data-parallel ranks.
+    `recompute_layers`: layers a pipeline stage (a chunk of it, under vp) whose activations are computed again backward.
+    `offload_layers`: layers whose activations wait in host memory.  `source`: where the layout comes from.
+    """
 
     tp: Positive
     pp: Positive
     cp: Positive
-    vp: Positive | None
+    vp: Positive
     micro_batch: Positive
     global_batch: Positive
+    cuda_graphs: bool
+    fsdp: bool
+    recompute_layers: NonNegative
+    offload_layers: NonNegative
+    source: str
 
 
 class Data(Frozen):
@@ -130,11 +164,51 @@ class Data(Frozen):
 
 
 class Executor(Frozen):
-    """Where the job runs; `threads` are CPU threads a process (None: the machine's cores, shared out)."""
+    """How the job runs: on this machine, or submitted to Slurm.
 
-    kind: Literal["local"]
+    local: `max_parallel` runs of a sweep side by side; `threads` are CPU threads a process (None: the machine's cores,
+    shared out).  slurm: `time_limit` as sbatch takes it; `stop_before_limit_s` seconds before it the run is told to save
+    and is queued again; at most `max_restarts` times, whatever ended it; `chain` jobs are submitted, each after the last.
+    """
+
+    kind: Literal["local", "slurm"]
     max_parallel: Positive
     threads: Positive | None
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")]
+    stop_before_limit_s: Positive
+    max_restarts: NonNegative
+    chain: Positive
+
+
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]
+
+
+class Cluster(Frozen):
+    """A site: what its Slurm wants to be told, and how containers and secrets reach the job (conf/cluster).
+
+    `container_runtime`: pyxis (`srun --container-image`) or none, where the stack is installed on the nodes and
+    `python` names its interpreter.  `token_files`: environment variable -> file on the node that holds the secret.
+    """
+
+    name: Name
+    account: Text | None
+    partition: Text | None
+    qos: Text | None
+    reservation: Text | None
+    gpus_flag: Literal["gpus-per-node", "gres", "none"]
+    mpi: Text | None
+    exclusive: bool
+    numa_binding: bool
+    vboost: bool
+    segment: Literal["auto"] | None
+    container_runtime: Literal["pyxis", "none"]
+    container_image: Text | None
+    python: Text
+    mounts: tuple[Text, ...] = Field(strict=False)
+    extra_sbatch: tuple[Text, ...] = Field(strict=False)
+    extra_srun: tuple[Text, ...] = Field(strict=False)
+    environment: dict[str, Text]
+    token_files: dict[str, Text]
 
 
 class Logger(Frozen):
@@ -163,6 +237,23 @@ class Train(Frozen):
     stop_after: Positive | None
 
 
+class Settings(Frozen):
+    """What NVIDIA's performance scripts set otherwise than for training that must converge (conf/settings).
+
+    `precision_aware_optimizer`: Adam moments and main parameters as Transformer Engine's FusedAdam keeps them.
+    `bf16_layers`: whether a recipe's first and last layers in BF16 are kept; the scripts drop them "for benchmarking".
+    """
+
+    name: Name
+    grad_reduce_in_fp32: bool
+    precision_aware_optimizer: bool
+    cross_entropy_fusion: Literal["native", "te"]
+    overlap_param_gather_with_optimizer_step: bool
+    bf16_layers: bool
+    checkpoints: bool
+    evaluation: bool
+
+
 class Bar(Frozen):
     """The bar that a candidate's loss is held to, fixed before the run.
 
@@ -186,8 +277,10 @@ class Plan(Frozen):
     mapping: Mapping
     data: Data
     executor: Executor
+    cluster: Cluster
     logger: Logger
     train: Train
+    settings: Settings
     bar: Bar
     seed: Positive
     num_gpus: Positive

@@ -7,11 +7,14 @@ the cell first (can this stack run this recipe on this device?), then the shapes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 from recipes.errors import InputError
+from recipes.fit import does_not_fit
+from recipes.mapping_rules import MAPPING_RULES, Rule
 from recipes.plan import Plan
 from recipes.sizes import training_state_gb
+
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "CREDENTIAL")
 
 
 def capability(text: str) -> tuple[int, int]:
@@ -34,8 +37,8 @@ def cell_is_supported(plan: Plan) -> str | None:
     support = plan.stack.fp8[fp8.scaling]
     low, high = support.min_capability, support.max_capability
     if capability(device) < capability(low) or (high and capability(device) > capability(high)):
-        allowed = f"compute capability {low}" + (f" to {high}" if high else " or higher")
-        return f"{cell}: needs {allowed}, {plan.gpu.name} has {device} ({support.source}); use precision=fp8_current or another gpu"
+        allowed = f"{low} or higher" if high is None else low if low == high else f"{low} to {high}"
+        return f"{cell}: needs compute capability {allowed} and not {device} ({support.source}); {support.remedy}"
     return None
 
 
@@ -53,42 +56,6 @@ def bf16_layers_leave_some_fp8(plan: Plan) -> str | None:
     if fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16 >= plan.model.num_layers:
         kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
         return f"precision.fp8 keeps {kept} layers in BF16 but {plan.model.name} has {plan.model.num_layers}: nothing would run in FP8; keep fewer"
-    return None
-
-
-def heads_divide(plan: Plan) -> str | None:
-    """Heads share hidden_size evenly, and query groups share the heads."""
-    model = plan.model
-    if model.hidden_size % model.num_attention_heads:
-        return f"model.hidden_size={model.hidden_size} is no multiple of model.num_attention_heads={model.num_attention_heads}; change one"
-    if model.num_attention_heads % model.num_query_groups:
-        return f"model.num_attention_heads={model.num_attention_heads} is no multiple of model.num_query_groups={model.num_query_groups}; change one"
-    return None
-
-
-def mapping_divides(plan: Plan) -> str | None:
-    """Model-parallel sizes must divide devices, heads, groups and layers (Megatron-Core 0.12 transformer_config.py)."""
-    m, model = plan.mapping, plan.model
-    if plan.num_gpus % (m.tp * m.pp * m.cp):
-        return f"num_gpus={plan.num_gpus} is no multiple of tp*pp*cp={m.tp * m.pp * m.cp}; change num_gpus or the mapping"
-    for what, size in (("num_attention_heads", model.num_attention_heads), ("num_query_groups", model.num_query_groups)):
-        if size % m.tp:
-            return f"mapping.tp={m.tp} does not divide model.{what}={size}; choose a divisor"
-    if model.num_layers % (m.pp * (m.vp or 1)):
-        return f"mapping.pp={m.pp} times vp={m.vp or 1} does not divide model.num_layers={model.num_layers}; choose divisors"
-    if m.vp and m.vp > 1 and m.pp == 1:
-        return f"mapping.vp={m.vp} needs mapping.pp > 1; set mapping.vp=null"
-    return None
-
-
-def batch_divides(plan: Plan) -> str | None:
-    """A global batch is a whole number of micro-batches on every replica."""
-    m, replicas = plan.mapping, plan.data_parallel
-    if m.global_batch % (m.micro_batch * replicas):
-        return (
-            f"mapping.global_batch={m.global_batch} is no multiple of micro_batch*data_parallel="
-            f"{m.micro_batch}*{replicas}; use e.g. mapping.global_batch={m.micro_batch * replicas}"
-        )
     return None
 
 
@@ -110,12 +77,57 @@ def data_is_named(plan: Plan) -> str | None:
     return f"data.{missing} is empty, data={data.kind} needs it; set it" if missing else None
 
 
+def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
+    """Throughput settings, CUDA graphs and the like have no meaning where FP8 is emulated, nor has Slurm's GPU request."""
+    m, what = plan.mapping, None
+    if not plan.emulated:
+        return None
+    if plan.settings.name == "throughput" or plan.settings.precision_aware_optimizer or plan.settings.cross_entropy_fusion == "te":
+        what = "settings=throughput measures GPUs; use settings=convergence"
+    elif m.cuda_graphs or m.fsdp or m.recompute_layers or m.offload_layers:
+        what = "CUDA graphs, FSDP, recompute and offloading are for GPUs; use mapping=single"
+    return f"gpu=cpu emulates FP8, {what}" if what else None
+
+
 def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
     """The CPU path is tried with data parallelism; the other ways to split a model need the GPU's collectives."""
     m = plan.mapping
     if plan.emulated and max(m.tp, m.pp, m.cp) > 1:
         return f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}; set them to 1 or choose a GPU"
     return None
+
+
+def secrets_are_not_in_the_plan(plan: Plan) -> str | None:
+    """The plan is written to folders and logs: what looks like a secret belongs into a file that only the node reads."""
+    name = next((n for n in plan.cluster.environment if any(word in n.upper() for word in SECRET_WORDS)), None)
+    if name:
+        return (
+            f"cluster.environment.{name} looks like a secret and would be written to files; export it before you launch, or use cluster.token_files"
+        )
+    return None
+
+
+def time_limit_leaves_time(plan: Plan) -> str | None:
+    """A time limit must leave time to train before the run is told to stop."""
+    if plan.executor.kind == "slurm" and seconds(plan.executor.time_limit) <= plan.executor.stop_before_limit_s:
+        return (
+            f"executor.time_limit={plan.executor.time_limit} is no longer than executor.stop_before_limit_s="
+            f"{plan.executor.stop_before_limit_s}: nothing would be trained; raise the limit"
+        )
+    return None
+
+
+def seconds(limit: str) -> int:
+    """Return a Slurm time limit (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]) in seconds."""
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, secs = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, secs = parts
+    else:
+        hours, (minutes, secs) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
 
 
 def model_fits_machine(plan: Plan) -> str | None:
@@ -130,17 +142,24 @@ def model_fits_machine(plan: Plan) -> str | None:
     return None
 
 
-RULES: tuple[Callable[[Plan], str | None], ...] = (
+def model_fits_gpu(plan: Plan) -> str | None:
+    """On GPUs, the predicted memory of the fullest pipeline stage must leave a margin."""
+    return does_not_fit(plan)
+
+
+RULES: tuple[Rule, ...] = (
     cell_is_supported,
     delayed_keeps_no_bf16_layers,
     bf16_layers_leave_some_fp8,
-    heads_divide,
-    mapping_divides,
-    batch_divides,
+    cpu_runs_data_parallel_only,
+    *MAPPING_RULES,
     schedule_is_possible,
     data_is_named,
-    cpu_runs_data_parallel_only,
+    secrets_are_not_in_the_plan,
+    time_limit_leaves_time,
+    cpu_runs_what_is_emulated,
     model_fits_machine,
+    model_fits_gpu,
 )
 
 

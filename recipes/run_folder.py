@@ -84,21 +84,29 @@ def read_plan(folder: Path) -> Plan:
 
 def open_folder(plan: Plan) -> Path:
     """Create or reopen the plan's folder; refuse one that holds another plan."""
+    folder = check_folder(plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", plan.model_dump())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another runs_dir or make room") from None
+    return folder
+
+
+def check_folder(plan: Plan) -> Path:
+    """Return the plan's folder; InputError where it holds another plan."""
     folder = folder_of(plan)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "plan.json"
-    if path.exists():
+    if (folder / "plan.json").exists():
         changed = differences(comparable(read_plan(folder)), comparable(plan))
         if changed:
             raise InputError(f"{folder} holds a run with another plan ({', '.join(changed)}); choose another run_name or remove the folder")
-    write_json(path, plan.model_dump())
     return folder
 
 
 def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor and the point to pause at."""
     flat = flatten(plan.model_dump())
-    return {k: v for k, v in flat.items() if not k.startswith(("executor.", "logger.", "runs_dir", "run_name", "train.stop_after"))}
+    return {k: v for k, v in flat.items() if not k.startswith(("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after"))}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

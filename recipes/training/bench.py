@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.compose import CONF, compose_plan
-from recipes.errors import EXIT_WRONG_INPUT, InputError
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
 from recipes.training import cpu
 

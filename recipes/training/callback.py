@@ -18,6 +18,7 @@ from nemo.lightning import megatron_init
 
 from recipes.plan import plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
+from recipes.training import stop
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, manifest
 
@@ -41,6 +42,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""
         self.layers = fp8_modules(pl_module)
+        stop.listen()
         _count_batches_of(trainer)
         if not trainer.is_global_zero:
             return
@@ -64,6 +66,8 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics; a loss that is no number is an event."""
         step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
+        if stop.asked_on_rank_0() or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
+            trainer.should_stop = True
         if not trainer.is_global_zero:
             return
         row = {
@@ -82,8 +86,6 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             event(self.folder, "non_finite_loss", step=step)
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
-        if self.plan.train.stop_after and step >= self.plan.train.stop_after:
-            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Append the held-out loss; Lightning evaluates at a pause too, which an unbroken run does not."""
@@ -96,7 +98,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.plan.train.max_steps
-        event(self.folder, "end" if done else "pause", step=trainer.global_step)
+        event(self.folder, "end" if done else "pause", step=trainer.global_step, **({"why": "signal"} if stop.asked() else {}))
         set_status(self.folder, "done" if done else "paused", step=trainer.global_step)
 
     def _write(self, trainer: Any, row: dict[str, float]) -> None:

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 
 from recipes.compose import compose_plan
-from recipes.errors import EXIT_WRONG_INPUT, InputError
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Data
 from recipes.training.text import SPLITS, Document, SourceFile, documents, source_files
 

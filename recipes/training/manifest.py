@@ -7,6 +7,7 @@ changes a run's numbers or speed is kept, by name; nothing that could be a secre
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -39,7 +40,12 @@ def manifest(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Return the commit that this code is at and whether files differ from it; None outside a git checkout."""
+    """Return the commit that this code is at and whether files differ from it; None outside a git checkout.
+
+    A job runs a copy of the code, in which `code.json` holds what was known when it was made.
+    """
+    if (PROJECT / "code.json").exists():
+        return dict(json.loads((PROJECT / "code.json").read_text()))
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 

@@ -1,6 +1,7 @@
 """From the plan to NeMo's own recipe object: `llm.<model>.pretrain_recipe` with the plan's values put in.
 
-On a GPU and on a CPU it is the same object and the same `llm.pretrain`; what differs on a CPU is in `_for_cpu`.
+On a GPU and on a CPU it is the same object and the same `llm.pretrain`; what is set for GPUs alone stands in `gpu.py`,
+what a CPU needs in `_for_cpu`.
 """
 
 from __future__ import annotations
@@ -14,28 +15,39 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
+from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.lightning import AutoResume, NeMoLogger
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
 from recipes.plan import Plan
 from recipes.training.callback import RunFolderCallback
 from recipes.training.data import prepare
+from recipes.training.gpu import for_gpu
 from recipes.training.layers import layer_spec, set_recipe
 
-SCALING_TO_NEMO = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
+FUSIONS = (
+    "apply_rope_fusion",
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "cross_entropy_loss_fusion",
+    "persist_layer_norm",
+)
 
 
 def build(plan: Plan, folder: Path) -> run.Partial:
     """Return the NeMo recipe (a run.Partial of llm.pretrain) for a plan; `folder` is the run folder."""
     module = importlib.import_module(f"nemo.collections.llm.recipes.{plan.model.nemo_recipe}")
     nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
-    recipe = module.pretrain_recipe(dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes)
-    _model(recipe, plan)
+    recipe = module.pretrain_recipe(
+        dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, performance_mode=not plan.emulated
+    )
+    for part in (_model, _trainer, _optimizer):
+        part(recipe, plan)
     _data(recipe, plan, folder)
-    _trainer(recipe, plan)
-    _optimizer(recipe, plan)
     _logging(recipe, plan, folder)
-    _for_cpu(recipe, plan) if plan.emulated else _fp8_on_gpu(recipe, plan)
+    _for_cpu(recipe, plan) if plan.emulated else for_gpu(recipe, plan)
     return recipe
 
 
@@ -52,7 +64,10 @@ def _model(recipe: run.Partial, plan: Plan) -> None:
 def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
     sizes = {"seq_length": plan.seq_length, "micro_batch_size": plan.mapping.micro_batch, "global_batch_size": plan.mapping.global_batch}
     if plan.data.kind == "mock":
-        recipe.data = run.Config(MockDataModule, **sizes)
+        # NullTokenizer adds an end token to the size it is given
+        tokenizer = run.Config(get_nmt_tokenizer, library="null", model_name="NullTokenizer", vocab_size=plan.model.vocab_size - 1)
+        samples = plan.train.max_steps * plan.mapping.global_batch  # one epoch, as in NeMo's performance scripts
+        recipe.data = run.Config(MockDataModule, tokenizer=tokenizer, num_train_samples=samples, **sizes)
         return
     train, heldout, name = _prepared(plan)
     paths = {"train": train, "validation": heldout, "test": heldout}
@@ -72,14 +87,19 @@ def _prepared(plan: Plan) -> tuple[list[str], list[str], str | None]:
 
 def _trainer(recipe: run.Partial, plan: Plan) -> None:
     trainer, t, m = recipe.trainer, plan.train, plan.mapping
-    trainer.max_steps, trainer.val_check_interval = t.max_steps, t.eval_interval
+    trainer.max_steps, trainer.val_check_interval = t.max_steps, min(t.eval_interval, t.max_steps)
     trainer.limit_val_batches, trainer.limit_test_batches, trainer.log_every_n_steps = t.eval_batches, 1, 1
+    if not plan.settings.evaluation:
+        trainer.val_check_interval, trainer.limit_val_batches = t.max_steps, 0
     trainer.num_sanity_val_steps = 0
     trainer.enable_progress_bar = False
     strategy = trainer.strategy
     strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size = m.tp, m.pp
-    strategy.context_parallel_size, strategy.virtual_pipeline_model_parallel_size = m.cp, m.vp
+    strategy.context_parallel_size = m.cp
+    strategy.virtual_pipeline_model_parallel_size = m.vp if m.vp > 1 else None
     strategy.sequence_parallel = m.tp > 1
+    if plan.model.embedding_and_loss_count_as_layers:
+        strategy.account_for_embedding_in_pipeline_split = strategy.account_for_loss_in_pipeline_split = True
 
 
 def _optimizer(recipe: run.Partial, plan: Plan) -> None:
@@ -91,7 +111,27 @@ def _optimizer(recipe: run.Partial, plan: Plan) -> None:
 
 
 def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
-    checkpoint = run.Config(
+    saved = plan.settings.checkpoints and plan.data.kind != "mock"  # NullTokenizer cannot be written, and noise is not worth saving
+    recipe.trainer.logger = False  # else Lightning adds its own beside the plan's
+    recipe.trainer.enable_checkpointing = saved
+    recipe.log = run.Config(
+        NeMoLogger,
+        log_dir=str(folder),
+        name="nemo",
+        use_datetime_version=False,
+        update_logger_directory=False,
+        ckpt=_checkpoint(plan, folder) if saved else None,
+        tensorboard=run.Config(TensorBoardLogger, save_dir=str(folder), name="tensorboard", version="") if plan.logger.tensorboard else None,
+        wandb=_wandb(plan, folder),
+    )
+    recipe.resume = run.Config(
+        AutoResume, resume_if_exists=saved, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints")
+    )
+    recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
+
+
+def _checkpoint(plan: Plan, folder: Path) -> run.Config:
+    return run.Config(
         ModelCheckpoint,
         dirpath=str(folder / "checkpoints"),
         every_n_train_steps=plan.train.checkpoint_interval,
@@ -103,19 +143,6 @@ def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         save_optim_on_train_end=True,
         save_weights_only=False,
     )
-    recipe.trainer.logger = False  # else Lightning adds its own beside the plan's
-    recipe.log = run.Config(
-        NeMoLogger,
-        log_dir=str(folder),
-        name="nemo",
-        use_datetime_version=False,
-        update_logger_directory=False,
-        ckpt=checkpoint,
-        tensorboard=run.Config(TensorBoardLogger, save_dir=str(folder), name="tensorboard", version="") if plan.logger.tensorboard else None,
-        wandb=_wandb(plan, folder),
-    )
-    recipe.resume = run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints"))
-    recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
 
 
 def _wandb(plan: Plan, folder: Path) -> run.Config | None:
@@ -126,29 +153,10 @@ def _wandb(plan: Plan, folder: Path) -> run.Config | None:
     )
 
 
-def _fp8_on_gpu(recipe: run.Partial, plan: Plan) -> None:
-    fp8, plugin = plan.precision.fp8, recipe.trainer.plugins
-    if fp8 is None:
-        return
-    plugin.fp8, plugin.fp8_recipe = fp8.format, SCALING_TO_NEMO[fp8.scaling]
-    plugin.fp8_margin, plugin.fp8_amax_history_len, plugin.fp8_amax_compute_algo = fp8.margin, fp8.amax_history_len, fp8.amax_compute_algo
-    plugin.first_last_layers_bf16 = bool(fp8.first_layers_bf16 or fp8.last_layers_bf16)
-    plugin.num_layers_at_start_in_bf16, plugin.num_layers_at_end_in_bf16 = fp8.first_layers_bf16, fp8.last_layers_bf16
-    plugin.fp8_param_gather = fp8.scaling in ("delayed", "current")
-
-
 def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     """Fused kernels, GPU workers and asynchronous saving have no counterpart on a CPU; FP8 comes by module spec."""
     config: Any = recipe.model.config
-    for fusion in (
-        "apply_rope_fusion",
-        "masked_softmax_fusion",
-        "bias_activation_fusion",
-        "bias_dropout_fusion",
-        "gradient_accumulation_fusion",
-        "cross_entropy_loss_fusion",
-        "persist_layer_norm",
-    ):
+    for fusion in FUSIONS:
         setattr(config, fusion, False)
     config.use_cpu_initialization = True
     config.transformer_layer_spec = layer_spec

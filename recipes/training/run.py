@@ -1,4 +1,8 @@
-"""Train the plan of a run folder: `python -m recipes.training.run FOLDER` (one process a device, torchrun for more)."""
+"""Train the plan of a run folder: `python -m recipes.training.run FOLDER`, one process a device.
+
+The job's script starts it, under torchrun or Slurm.  Exit codes: 0 done, or paused with a checkpoint (status.json says
+which: a code of its own would make Slurm and torchrun end the ranks that are still writing), 2 wrong input, 1 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from recipes.errors import EXIT_WRONG_INPUT, InputError
-from recipes.plan import Plan, plan_from_json
-from recipes.run_folder import event, set_status
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.plan import Plan
+from recipes.run_folder import event, read_plan, set_status
+from recipes.training import stop
 
 
 def train(plan: Plan, folder: Path) -> None:
@@ -27,7 +33,8 @@ def train(plan: Plan, folder: Path) -> None:
 
 def main(folder: Path) -> int:
     """Train; on failure record why in the folder.  Returns the exit code."""
-    plan = plan_from_json((folder / "plan.json").read_text())
+    stop.listen()
+    plan = read_plan(folder)
     if plan.executor.threads:
         torch.set_num_threads(plan.executor.threads)
     try:

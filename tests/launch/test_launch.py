@@ -1,16 +1,52 @@
-"""The launch command: what it prints and what it refuses."""
+"""The launch commands: what they print, write and refuse, without a Slurm."""
 
+import json
+import os
+import secrets
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launch import status
 from launch.__main__ import main
+from launch.job import PROJECT, code, snapshot, write_job
+from launch.matrix import main as matrix
+from launch.slurm import JobState, refusal
+from recipes.compose import compose_plan
+from recipes.run_folder import append_line, event, set_status
+
+CELL = ["model=llama31_405b", "precision=fp8_current", "gpu=h100", "experiment=throughput"]
+SECRET = "hf_" + secrets.token_hex(16)  # not in any file, not even this one
 
 
-def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["precision=mxfp8", "dry_run=true", f"runs_dir={tmp_path}/runs"]) == 0
-    assert '"scaling": "mxfp8"' in capsys.readouterr().out
+def test_dry_run_prints_the_job_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CELL, "dry_run=true", f"runs_dir={tmp_path}/runs"]) == 0
+    said = capsys.readouterr()
+    assert "#SBATCH --nodes=128" in said.out and "#SBATCH --ntasks-per-node=8" in said.out
+    assert "1024 x h100 on 128 node(s)" in said.err and "global batch 512" in said.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_says_where_throughput_settings_differ_from_those_that_train_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CELL, "dry_run=true", "--json"]) == 0
+    (job,) = json.loads(capsys.readouterr().out)
+    differs = job["summary"]["differs_from_convergence"]
+    assert differs["settings.grad_reduce_in_fp32"] == [True, False] and differs["data.kind"] == ["text", "mock"]
+    assert differs["precision.fp8.first_layers_bf16"] == [1, 0] and differs["settings.checkpoints"] == [True, False]
+    assert job["summary"]["memory_gb_per_gpu"]["predicted"] > 0 and job["plan"]["num_gpus"] == 1024
+
+
+def test_a_dry_run_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from launch.__main__ import main; import contextlib, io\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): main({[*CELL, 'dry_run=true']!r})\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'nemo', 'megatron', 'transformer_engine', 'lightning', 'analysis'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -19,9 +55,9 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pyte
         "modle=x",
         "precision=fp7",
         "seed=-1",
-        "gpu=h100",
         "mapping.global_batch=3",
         "mapping.tp=2",
+        "mapping=null",
         "model=llama3_70b",
         "num_gpus=two",
         "train.max_steps=0",
@@ -29,10 +65,14 @@ def test_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pyte
         "data=indexed",
         "data.root=null",
         "run_name=../../etc",
+        "executor.time_limit=soon",
+        "executor=slurm",
+        "settings=throughput",
         "=",
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_and_code_2(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm here
     assert main([wrong, f"runs_dir={tmp_path}/runs"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -42,3 +82,129 @@ def test_wrong_input_is_one_line_and_code_2(wrong: str, tmp_path: Path, capsys: 
 def test_two_plans_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "train.max_steps=20,30", f"runs_dir={tmp_path}/runs"]) == 2
     assert "run_name" in capsys.readouterr().err
+
+
+def test_a_folder_with_another_plan_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_job(compose_plan([f"runs_dir={tmp_path}", "run_name=one"]))
+    assert main([f"runs_dir={tmp_path}", "run_name=one", "seed=2"]) == 2
+    assert "seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stack", ["nemo_25_04", "nemo_25_07"])
+def test_the_matrix_answers_for_all_75_cells_of_a_stack(stack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix(["--stack", stack, "--json", "experiment=throughput"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert len(cells) == 75
+    refused = {(c["precision"], c["gpu"]) for c in cells if not c["runs"]}
+    expected = {("mxfp8", "h100")}
+    expected |= {("fp8_subchannel", gpu) for gpu in (("h100", "b200", "gb200") if stack == "nemo_25_04" else ("b200", "gb200"))}
+    assert refused == expected
+    assert all(c["why"] and c["instead"] for c in cells if not c["runs"])
+
+
+# The job folder
+
+
+def test_the_job_folder_holds_the_code_its_commit_and_its_changes(tmp_path: Path) -> None:
+    script = write_job(compose_plan([f"runs_dir={tmp_path}", "run_name=one"]))
+    job = tmp_path / "one" / "job"
+    assert script == job / "local.sh" and (job / "code/recipes/training/run.py").read_text() == (PROJECT / "recipes/training/run.py").read_text()
+    assert json.loads((job / "code/code.json").read_text()) == code()
+    assert (job / "code/changes.diff").exists() and not list((job / "code").rglob("*.pyc"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "one", job, script)} == {0o700}
+
+
+def test_code_outside_a_checkout_is_copied_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot(tmp_path / "first")
+    monkeypatch.setattr("launch.job.PROJECT", tmp_path / "first")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    snapshot(tmp_path / "second")
+    names = [sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.suffix in {".py", ".yaml"}) for root in sorted(tmp_path.iterdir())]
+    assert names[0] == names[1] and "recipes/plan.py" in names[1]
+    assert json.loads((tmp_path / "second/code.json").read_text()) == code()
+
+
+def test_the_copy_of_the_code_composes_a_plan_by_itself(tmp_path: Path) -> None:
+    snapshot(tmp_path / "code")
+    command = "import recipes.compose as c; print(c.__file__); c.compose_plan(['precision=mxfp8'])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=PROJECT, env=environment, check=True)
+    assert done.stdout.startswith(str(tmp_path / "code"))
+
+
+def test_a_secret_of_the_environment_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    (tmp_path / "token").write_text(SECRET)
+    write_job(compose_plan([*CELL, f"runs_dir={tmp_path}/runs", f"+cluster.token_files.HF_TOKEN={tmp_path}/token"]))
+    assert main([*CELL, "dry_run=true"]) == 0
+    said = capsys.readouterr()
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(files) > 50 and not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert SECRET not in said.out + said.err
+
+
+# Status: the run folder, Slurm and the log are read together
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write_job(compose_plan([f"runs_dir={tmp_path}", "run_name=one"]))
+    append_line(tmp_path / "one/metrics.jsonl", {"step": 7, "loss": 3.25})
+    append_line(tmp_path / "one/job/submitted.jsonl", {"job_id": 41})
+    return tmp_path / "one"
+
+
+OUTCOMES = [
+    ("PENDING", "new", "", ("queued", "Resources")),
+    ("RUNNING", "running", "", ("running", "")),
+    ("RUNNING", "new", "", ("starting", "")),
+    ("COMPLETED", "done", "", ("done", "")),
+    ("CANCELLED", "running", "", ("cancelled", "user")),
+    ("TIMEOUT", "running", "", ("failed", "time limit")),
+    ("NODE_FAIL", "running", "", ("failed", "node failed")),
+    ("OUT_OF_MEMORY", "running", "", ("failed", "host memory")),
+    ("FAILED", "failed", "0: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", ("failed", "GPU memory")),
+    ("FAILED", "failed", "3: RuntimeError: found NaN in local grad norm", ("failed", "NaN")),
+    ("FAILED", "failed", "1: error: n3: megatron-core is 0.13, nemo_25_04 has 0.12", ("failed", "megatron-core is 0.13")),
+    ("FAILED", "failed", "Segmentation fault", ("failed", "log.txt")),
+]
+
+
+@pytest.mark.parametrize(("state", "said", "log", "expected"), OUTCOMES)
+def test_status_says_what_became_of_a_run_and_why(state: str, said: str, log: str, expected: tuple[str, str], run: Path) -> None:
+    if said != "new":
+        set_status(run, said)
+    (run / "log.txt").write_text(log)
+    found = status.row(run, {41: JobState(41, state, "Resources" if state == "PENDING" else "", restarts=2)})
+    assert found.status == expected[0] and expected[1] in found.why
+    assert (found.step, found.loss, found.job_id, found.restarts) == (7, 3.25, 41, 2)
+
+
+def test_status_of_a_run_on_this_machine_comes_from_its_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "job/submitted.jsonl").unlink()
+    set_status(run, "failed")
+    event(run, "failed", reason="RuntimeError('disk')")
+    assert status.main([str(run.parent), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["status"], row["why"], row["max_steps"]) == ("failed", "RuntimeError('disk')", 100)
+    assert status.main([str(run / "job")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (
+            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition name",
+            "cluster.partition",
+        ),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "cluster.account"),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "num_gpus"),
+        ("sbatch: unrecognized option '--segment=16'", "cluster.segment=null"),
+        ("sbatch: error: something new", "by hand"),
+    ],
+)
+def test_what_slurm_refuses_is_one_line_with_a_remedy(said: str, remedy: str) -> None:
+    line = refusal(said)
+    assert remedy in line and "\n" not in line and "sbatch: " not in line

@@ -1,0 +1,85 @@
+"""What a job will do, before it does it: layout, batch, memory, and where its settings differ from those that train well."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.script import described, nodes
+from recipes.compose import compose_plan
+from recipes.errors import InputError
+from recipes.fit import is_tight
+from recipes.memory import Memory, estimate, usable_gb
+from recipes.plan import Plan
+from recipes.run_folder import differences, flatten, folder_of
+from recipes.sizes import parameters
+
+DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Return the facts of a job with the project's words as keys."""
+    memory = None if plan.emulated else estimate(plan)
+    return {
+        "run_folder": str(folder_of(plan)),
+        "parameters": parameters(plan.model),
+        "num_gpus": plan.num_gpus,
+        "nodes": nodes(plan),
+        "data_parallel": plan.data_parallel,
+        "global_batch": plan.mapping.global_batch,
+        "tokens_per_step": plan.tokens_per_step,
+        "mapping": described(plan),
+        "memory_gb_per_gpu": memory and _memory_facts(plan, memory),
+        "differs_from_convergence": settings_differences(plan),
+    }
+
+
+def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
+    terms = {name: size / 1e9 for name, size in memory.terms.items()}
+    return {"predicted": memory.total_gb, "terms": terms, "dominant": memory.dominant, "usable": usable_gb(plan), "tight": is_tight(plan)}
+
+
+def settings_differences(plan: Plan) -> dict[str, tuple[Any, Any]]:
+    """Return what the plan sets otherwise than the convergence settings would for its cell: key -> (there, here)."""
+    axes = {"model": plan.model.name, "precision": plan.precision.name, "gpu": plan.gpu.name, "stack": plan.stack.name}
+    try:
+        usual = compose_plan([f"{axis}={name}" for axis, name in axes.items()])
+    except InputError:
+        return {}  # a cell of the user's own, which the default mapping does not fit
+    there, here = (flatten(p.model_dump()) for p in (usual, plan))
+    keys = [key for key in differences(there, here) if key.startswith(DIFFER) and key != "settings.name"]
+    return {key: (there.get(key), here.get(key)) for key in keys}
+
+
+def table(plan: Plan) -> str:
+    """Return the summary as text for people."""
+    facts = summary(plan)
+    grid = Table.grid(padding=(0, 2))
+    memory = facts["memory_gb_per_gpu"]
+    rows = {
+        "run folder": facts["run_folder"],
+        "model": f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters, {plan.precision.name}, {plan.stack.name}",
+        "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
+        "mapping": facts["mapping"],
+        "tokens a step": f"{facts['tokens_per_step']:,}",
+        **({"memory": _memory(memory)} if memory else {}),
+        "settings": f"{plan.settings.name}{_differing(facts['differs_from_convergence'])}",
+    }
+    for name, value in rows.items():
+        grid.add_row(name, str(value))
+    text = io.StringIO()
+    Console(file=text, width=140, highlight=False, markup=False).print(grid)
+    return text.getvalue().rstrip()
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    parts = ", ".join(f"{name} {size:.0f}" for name, size in sorted(memory["terms"].items(), key=lambda item: -item[1]) if size >= 0.5)
+    tight = "; tight: it may run out of memory, mapping.recompute_layers=… makes room" if memory["tight"] else ""
+    return f"{memory['predicted']:.0f} GB a GPU of {memory['usable']:.0f} usable (predicted): {parts}{tight}"
+
+
+def _differing(found: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(["", *(f"{key.removeprefix('settings.')} {a} → {b}" for key, (a, b) in found.items())]).replace("; ", ", differs: ", 1)

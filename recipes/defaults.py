@@ -1,0 +1,91 @@
+"""What a plan leaves open: values that depend on more than one axis, filled in after the axes were composed.
+
+A recommended mapping belongs to a model, a GPU, a stack and a number format together, so no single YAML file can hold
+it; it is looked up in `reference/recommended_mappings.csv` (NVIDIA's own tables, by NeMo tag).  Whatever the user gave
+stays as given: only what is null is filled, and the rules check the outcome.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+from typing import Any
+
+Tree = dict[str, Any]
+RECOMMENDED = Path(__file__).resolve().parent / "reference" / "recommended_mappings.csv"
+FLAGS = ("cuda_graphs", "fsdp")
+SIZES = ("tp", "pp", "cp", "vp", "micro_batch", "global_batch", "recompute_layers", "offload_layers")
+
+
+def fill(tree: Tree) -> Tree:
+    """Return the composed tree with every null filled that has a known value."""
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    try:
+        for step in (_mapping, _executor, _settings, _precision):
+            step(filled)
+    except (KeyError, TypeError, AttributeError):
+        return tree  # a part is missing or no mapping: the plan's types say which
+    return filled
+
+
+@functools.cache
+def recommended() -> list[dict[str, str]]:
+    """Return NVIDIA's recommended mappings, a row a NeMo tag, model, GPU and number format ("*": any)."""
+    with RECOMMENDED.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _row(tree: Tree) -> dict[str, str]:
+    """Return the recommended row of a tree's cell: that of its GPU, of one mapped like it, or the last, which fits any."""
+    gpu, as_bf16 = tree["gpu"], tree["precision"]["fp8"] is None or tree["mapping"]["source"] == "recommended_for_bf16"
+    wanted = {
+        "nemo_ref": (tree["stack"]["recommended"],),
+        "model": (tree["model"]["name"],),
+        "gpu": (gpu["name"], gpu.get("mapped_like")),
+        "dtype": ("bf16",) if as_bf16 else (tree["precision"]["name"], "fp8"),
+    }
+    for row in recommended():
+        if all(row[key] == "*" or row[key] in values for key, values in wanted.items()):
+            return row
+    raise AssertionError("the last row fits any cell")
+
+
+def _mapping(tree: Tree) -> None:
+    mapping = tree["mapping"]
+    missing = [key for key in (*SIZES, *FLAGS) if mapping[key] is None]
+    row = _row(tree) if missing else None
+    if row:
+        mapping.update({key: row[key] == "1" if key in FLAGS else int(row[key] or 1) for key in missing})
+        mapping["source"] = f"{mapping['source']}: {row['source']}"
+    if tree["num_gpus"] is None:
+        tree["num_gpus"] = int(row["num_gpus"]) if row else _smallest(mapping)
+
+
+def _smallest(mapping: Tree) -> int:
+    return int(mapping["tp"] * mapping["pp"] * mapping["cp"])
+
+
+def _executor(tree: Tree) -> None:
+    if tree["executor"].get("kind") is None:
+        tree["executor"]["kind"] = "slurm" if tree["gpu"].get("compute_capability") else "local"
+
+
+def _settings(tree: Tree) -> None:
+    """NeMo v2.3.2 scripts/performance/utils.py:293 (overlap) and :339 (precision-aware optimizer, for BF16 alone)."""
+    settings, mapping = tree["settings"], tree["mapping"]
+    if settings.get("precision_aware_optimizer", False) is None:
+        settings["precision_aware_optimizer"] = tree["precision"]["fp8"] is None
+    if settings.get("overlap_param_gather_with_optimizer_step", False) is None:
+        settings["overlap_param_gather_with_optimizer_step"] = bool(mapping["pp"] > 1 and mapping["vp"] > 1 and tree["num_gpus"] > _smallest(mapping))
+
+
+def _precision(tree: Tree) -> None:
+    precision = tree["precision"]
+    if not isinstance(precision["fp8"], dict):
+        return
+    fp8 = precision["fp8"] = dict(precision["fp8"])
+    if fp8.get("param_gather", False) is None:
+        fp8["param_gather"] = tree["stack"]["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"]
+    if tree["settings"]["bf16_layers"] is False:
+        fp8["first_layers_bf16"] = fp8["last_layers_bf16"] = 0

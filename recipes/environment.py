@@ -1,0 +1,75 @@
+"""Environment variables of a training job on GPUs, each with its reason.
+
+NeMo 25.04 sets them in three places (v2.3.2 scripts/performance/utils.py:68-76, nemo/lightning/run/plugins.py
+PerfEnvPlugin, and the scripts of single models); here they follow from the plan alone, so that a job's script can be
+printed and tested without NeMo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recipes.plan import Plan
+
+NORM_SM_MARGIN = 16  # PerfEnvPlugin.layernorm_sm_margin
+PIPELINE_CHUNK_BYTES = 2 * 1024 * 1024  # nccl_pp_comm_chunksize in the scripts of all five models
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable and why it is set."""
+
+    name: str
+    value: str
+    why: str
+
+
+def variables(plan: Plan) -> list[Variable]:
+    """Return the variables of the plan's job, the site's own last; on the CPU only those."""
+    own = [Variable(name, value, "cluster.environment") for name, value in plan.cluster.environment.items()]
+    if plan.emulated:
+        return own
+    return [*_always(plan), *_connections(plan), *_pipeline(plan), *_norms(plan), *own]
+
+
+def _always(plan: Plan) -> list[Variable]:
+    on_the_hub = plan.data.tokenizer is not None and not plan.data.tokenizer.startswith(("/", ".", "~"))
+    margin = str(NORM_SM_MARGIN)
+    return [
+        Variable("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "do not cache the memory of NCCL's buffers"),
+        Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP costs memory"),
+        Variable("NVTE_FLASH_ATTN", "1", "needed beside the next for cuDNN's fused attention"),
+        Variable("NVTE_FUSED_ATTN", "1", "cuDNN's fused attention"),
+        Variable("NVTE_FWD_LAYERNORM_SM_MARGIN", margin, "leave multiprocessors to communication that overlaps the norms"),
+        Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", margin, "the same, backward"),
+        Variable("NEMO_LOG_MEMORY_USAGE", "1", "print the memory that each rank allocates"),
+        Variable("TOKENIZERS_PARALLELISM", "False", "no warnings from forked data workers"),
+        Variable("HF_HUB_OFFLINE", "0" if on_the_hub else "1", "1: tokenizers come from disk; 0 where data.tokenizer names one on the hub"),
+    ]
+
+
+def _connections(plan: Plan) -> list[Variable]:
+    """One queue before compute capability 10 keeps the order in which TP and CP overlap launch; from 10.0 on, many.
+
+    Megatron-LM arguments.py refuses a single one under FSDP.
+    """
+    m = plan.mapping
+    if m.tp == 1 and m.cp == 1:
+        return []
+    blackwell = int((plan.gpu.compute_capability or "0").split(".")[0]) >= 10
+    if blackwell:
+        return [Variable("CUDA_DEVICE_MAX_CONNECTIONS", "32", "enough hardware queues for TP and CP communication to overlap")]
+    return [] if m.fsdp else [Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "launch in program order, so that TP and CP communication overlaps")]
+
+
+def _pipeline(plan: Plan) -> list[Variable]:
+    if plan.mapping.pp == 1:
+        return []
+    return [Variable("NCCL_P2P_NET_CHUNKSIZE", str(PIPELINE_CHUNK_BYTES), "large chunks between pipeline stages")]
+
+
+def _norms(plan: Plan) -> list[Variable]:
+    """NeMo v2.3.2 scripts/performance/llm/pretrain_nemotron4_340b.py sets them; they matter where FSDP overlaps the norms."""
+    if not plan.mapping.fsdp and plan.model.name != "nemotron4_340b":
+        return []
+    return [Variable(f"NVTE_NORM_{way}_USE_CUDNN", "1", "norms that overlap with FSDP's communication") for way in ("FWD", "BWD")]

@@ -1,0 +1,3 @@
+"""Exit codes of the commands."""
+
+EXIT_WRONG_INPUT = 2

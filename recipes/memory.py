@@ -1,0 +1,327 @@
+"""Bytes a GPU needs for a plan, counted before a job is submitted.
+
+Training memory is three things.  State: weights, gradients and Adam's moments, whose size follows from the parameters a
+rank holds and from who shares them.  Activations: what each layer keeps for its backward pass, times the micro-batches
+a pipeline stage has in flight.  And what is neither: logits, gathered weights, buffers of NCCL and cuBLAS.  FP8 makes
+the second smaller and, unless parameters themselves are FP8, the first larger: a GEMM needs its FP8 weight by rows in
+the forward pass and by columns in the backward pass, and Transformer Engine keeps both beside the BF16 weight.
+
+What is kept is read from source: Megatron-Core 0.12.3 ("MCore"), Transformer Engine 2.2 ("TE") and NeMo v2.3.2.  Every
+stage of the pipeline is counted and the one that needs most is returned.
+
+Left out: fragmentation beyond the margin; CUDA graphs' private pools; weight gradients of the output layer that are
+deferred into the pipeline's bubble (NeMo's defer_embedding_wgrad_compute); pipeline send and receive buffers; double
+buffers of context parallelism; what offloading has in transit; amax histories and scales of whole tensors; evaluation and checkpoint copies; the CPU,
+where FP8 is emulated.
+
+`reference/peak_memory.csv` holds runs against which `validation` holds the estimate.  No constant is fitted to one row.
+Two were read from our runs there, not from source: what lies outside PyTorch's allocator, for which the runs are no
+independent test, and the second FP32 copy of the logits under the native loss, which others measured too.  The runs are
+in BF16: for FP8 peaks there is source to read, and whether what NVIDIA ran fits, but no measurement.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from recipes.plan import Fp8, Plan
+from recipes.sizes import layer_parameters
+
+BF16, FP32 = 2, 4  # bytes an element
+MX_SCALES = 1 / 32  # bytes an element: one E8M0 byte for 32 elements (OCP MX v1.0)
+ROW_SCALES = 4 / 128  # one FP32 scale for a 1x128 tile (TE 2.5 Float8BlockScaling, activations)
+BLOCK_SCALES = 4 / 128**2  # one FP32 scale for a 128x128 block (the same, weights)
+
+# Adam with FP32 main parameter and two FP32 moments (MCore optimizer/distrib_optimizer.py).  TE's FusedAdam, asked to be
+# precision-aware, keeps only the 16 bits of a main parameter that its BF16 weight lacks (store_param_remainders).
+ADAM, ADAM_WITH_REMAINDERS = 4 + 4 + 4, 2 + 4 + 4
+
+# Logits, bytes an element.  te: TE's kernel writes the BF16 gradient over the BF16 logits (pytorch/triton/cross_entropy.py).
+# native: beside the BF16 logits stand their FP32 copy and its exponential (MCore fusions/fused_cross_entropy.py updates in
+# place, but torch.compile, in which it runs, does not: 10 bytes in our runs and in NovaSky-AI/SkyRL pull request 1841).
+LOGITS = {"te": BF16, "native": BF16 + 2 * FP32}
+
+OUTSIDE_PYTORCH = 2.6e9  # CUDA context (0.55e9), loaded kernels, NCCL of one kind of parallelism: measured on 2 H100s
+NCCL_GROUP = 0.4e9  # each further kind of parallelism: measured 0.15e9 to 0.77e9 for pipeline parallelism
+CUBLAS = 2 * 32 * 2**20  # PyTorch's and TE's workspaces, 32 MiB each from Hopper on (TE pytorch/module/base.py)
+USERBUFFERS = 10  # [tokens, hidden] buffers of tensor-parallel overlap, one a GEMM (TE pytorch/module/base.py, initialize_ub)
+
+GIB_PER_GB = 2**30 / 1e9  # a data sheet's GB are GiB: nvidia-smi reads 81559 MiB for "80 GB", 143771 for 141, 183359 for 180, 189471 for 186
+DRIVER_SHARE = 0.01  # of the device: of an H100's 80 GiB PyTorch sees 79.18
+MARGIN = 0.02  # of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
+VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to this times tp (NeMo's make_vocab_size_divisible_by)
+PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU of the pipeline stage that needs most, by what they are for."""
+
+    terms: dict[str, float]
+    stage: int = 0
+
+    @property
+    def total_gb(self) -> float:
+        """All terms, in GB of 1e9 bytes."""
+        return sum(self.terms.values()) / 1e9
+
+    @property
+    def dominant(self) -> str:
+        """The name of the largest term."""
+        return max(self.terms, key=lambda name: self.terms[name])
+
+
+def estimate(plan: Plan) -> Memory:
+    """Return the memory of the pipeline stage that needs most."""
+    return max((_stage(plan, stage) for stage in range(plan.mapping.pp)), key=lambda memory: memory.total_gb)
+
+
+def usable_gb(plan: Plan) -> float | None:
+    """Return what a job can have of a device, in GB of 1e9 bytes; None where the plan does not say."""
+    return plan.gpu.memory_gb and plan.gpu.memory_gb * GIB_PER_GB * (1 - DRIVER_SHARE - MARGIN)
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+class Weights(NamedTuple):
+    """Parameters of one rank: of layers that run in FP8, of layers in BF16 with all norms, of embedding and output layer."""
+
+    fp8: float
+    bf16: float
+    vocabulary: float
+
+
+def _matrices(plan: Plan) -> float:
+    """Return the parameters of one layer's linear maps on one tensor-parallel rank."""
+    norms = 2 * plan.model.hidden_size
+    return (layer_parameters(plan.model) - norms) / plan.mapping.tp
+
+
+def _vocabulary(plan: Plan) -> int:
+    """Return the padded vocabulary of one tensor-parallel rank."""
+    unit = VOCABULARY_MULTIPLE * plan.mapping.tp
+    return -(-plan.model.vocab_size // unit) * VOCABULARY_MULTIPLE
+
+
+def _weights(plan: Plan, stage: int) -> Weights:
+    chunks, h = layers_by_chunk(plan, stage), plan.model.hidden_size
+    layers, in_fp8 = sum(map(len, chunks)), sum(map(sum, chunks))
+    first, last = stage == 0, stage == plan.mapping.pp - 1
+    tables = 1 if first and last and plan.model.tied_embeddings else first + last
+    norms = 2 * h * layers + h * last
+    return Weights(in_fp8 * _matrices(plan), (layers - in_fp8) * _matrices(plan) + norms, tables * _vocabulary(plan) * h)
+
+
+def layers_by_chunk(plan: Plan, stage: int) -> list[list[bool]]:
+    """Return a stage's model chunks, each a list with one entry a layer: whether it runs in FP8."""
+    m, model, fp8 = plan.mapping, plan.model, plan.precision.fp8
+    lent = int(model.embedding_and_loss_count_as_layers)
+    per_chunk = (model.num_layers + 2 * lent) // (m.pp * m.vp)
+    chunks = []
+    for chunk in range(m.vp):
+        start = (chunk * m.pp + stage) * per_chunk - lent
+        layers = range(max(start, 0), min(start + per_chunk, model.num_layers))
+        chunks.append([fp8 is not None and fp8.first_layers_bf16 <= i < model.num_layers - fp8.last_layers_bf16 for i in layers])
+    return chunks
+
+
+def _fp8_copies(plan: Plan, fp8: Fp8) -> float:
+    """Return bytes of FP8 a weight that runs in FP8.
+
+    Hopper's FP8 GEMM takes one layout only, so that per-tensor scaling keeps a transpose; Blackwell's takes both (TE
+    pytorch/utils.py, non_tn_fp8_gemm_supported).  Scales of blocks depend on the direction: always two copies.
+    """
+    if fp8.scaling == "mxfp8":
+        return 2 * (1 + MX_SCALES)
+    if fp8.scaling == "subchannel":
+        return 2 * (1 + BLOCK_SCALES)
+    return 1 if _blackwell(plan) or (plan.mapping.fsdp and fp8.param_gather) else 2  # FSDP drops transposes after use
+
+
+def _blackwell(plan: Plan) -> bool:
+    return int((plan.gpu.compute_capability or "0").split(".")[0]) >= 10
+
+
+def _shards(plan: Plan) -> int:
+    """Return the ranks that share optimizer state: data- and context-parallel (MCore's distributed optimizer)."""
+    return plan.data_parallel * plan.mapping.cp
+
+
+def _state(plan: Plan, weights: Weights) -> dict[str, float]:
+    fp8, fsdp, shards = plan.precision.fp8, plan.mapping.fsdp, _shards(plan)
+    primary = weights.fp8 if fp8 and fp8.param_gather else 0.0  # parameters that are FP8 and nothing else
+    everything = sum(weights)
+    shared = shards if fsdp else 1
+    copies = weights.fp8 * _fp8_copies(plan, fp8) if fp8 else 0.0
+    small = plan.settings.precision_aware_optimizer and not fsdp
+    adam = ADAM * primary + (ADAM_WITH_REMAINDERS if small else ADAM) * (everything - primary)
+    return {
+        "weights": BF16 * (everything - primary) / shared,
+        "fp8_weights": copies / (shared if primary else 1),  # TE caches the copies of BF16 weights whole, also under FSDP
+        "gradients": _gradient(plan) * everything / shared,
+        "optimizer": adam / shards,
+    }
+
+
+def _gradient(plan: Plan) -> int:
+    """Return bytes a gradient (MCore distributed_data_parallel.py: FP32, or the BF16 of the parameter)."""
+    return FP32 if plan.settings.grad_reduce_in_fp32 else BF16
+
+
+def _gathered(plan: Plan, weights: Weights) -> float:
+    """Return bytes of weights that FSDP holds whole: two layers, embedding and output layer.
+
+    MCore distributed/custom_fsdp gathers the next layer while one computes; what is in no transformer layer is taken to
+    stay from its use forward to its use backward.
+    """
+    if not plan.mapping.fsdp:
+        return 0.0
+    fp8 = plan.precision.fp8
+    return 2 * _matrices(plan) * (1 if fp8 and fp8.param_gather else BF16) + weights.vocabulary * BF16
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+def layer_bytes_per_token(plan: Plan, in_fp8: bool) -> float:
+    """Return bytes that one layer keeps for its backward pass, a token, on one rank.
+
+    TE keeps of a norm its input and of a linear map its input; of attention q, k, v, output and softmax statistics (no
+    matrix of scores); MCore keeps of the activation function its input.  In BF16 the attention output is the projection's
+    input, kept once; in FP8 the projection keeps its own copy.  In FP8 a linear map keeps one direction of its input
+    (TE pytorch/module/linear.py, layernorm_linear.py).  With sequence parallelism all of it is shared over tp.
+    """
+    model, fp8 = plan.model, plan.precision.fp8
+    h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
+    head = h // heads
+    kept = _fp8_input(fp8) if fp8 and in_fp8 else BF16
+    norms = 2 * h * (BF16 + kept)
+    attention = BF16 * head * (2 * heads + 2 * model.num_query_groups) + FP32 * heads
+    projection = heads * head * kept if in_fp8 else 0
+    mlp = BF16 * _fc1_width(plan) + f * kept
+    return (norms + attention + projection + mlp) / plan.mapping.tp
+
+
+def _fp8_input(fp8: Fp8) -> float:
+    return 1 + {"mxfp8": MX_SCALES, "subchannel": ROW_SCALES}.get(fp8.scaling, 0)
+
+
+def _fc1_width(plan: Plan) -> int:
+    """Return the outputs of the first linear map: two a hidden unit if gated."""
+    return plan.model.ffn_hidden_size * (2 if plan.model.activation == "swiglu" else 1)
+
+
+def _tokens(plan: Plan) -> int:
+    """Return the tokens of a micro-batch on one context-parallel rank."""
+    return plan.mapping.micro_batch * plan.seq_length // plan.mapping.cp
+
+
+def _chunk_activations(plan: Plan, chunk: list[bool]) -> float:
+    """Return bytes one model chunk keeps a micro-batch: of its first recomputed layers only the input, then whole layers."""
+    m = plan.mapping
+    recomputed = min(m.recompute_layers, len(chunk))
+    whole = sum(_kept(plan, in_fp8, offloaded=i < m.offload_layers) for i, in_fp8 in enumerate(chunk) if i >= recomputed)
+    return _tokens(plan) * (whole + recomputed * BF16 * plan.model.hidden_size / m.tp)
+
+
+def _kept(plan: Plan, in_fp8: bool, offloaded: bool) -> float:
+    """Return bytes a token of a layer on the GPU; TE's modules offload what they keep, MCore's SwiGLU from 0.13 on (03f7793)."""
+    if not offloaded:
+        return layer_bytes_per_token(plan, in_fp8)
+    version = tuple(int(part) for part in plan.stack.versions["megatron_core"].split(".")[:2])
+    return 0 if version >= (0, 13) else BF16 * _fc1_width(plan) / plan.mapping.tp
+
+
+def in_flight(plan: Plan, stage: int) -> list[int]:
+    """Return micro-batches whose activations a stage holds, a model chunk (MCore pipeline_parallel/schedules.py, 1F1B).
+
+    Without chunks a stage runs pp - stage - 1 forward passes before the first backward one; interleaved
+    2 (pp - stage - 1) + (vp - 1) pp of them, pp micro-batches of one chunk after another; then one more.
+    """
+    m = plan.mapping
+    after = m.pp - stage - 1
+    ahead = 2 * after + (m.vp - 1) * m.pp if m.vp > 1 else after
+    total = m.global_batch // (m.micro_batch * plan.data_parallel) * m.vp
+    counts = [0] * m.vp
+    for forward in range(min(ahead + 1, total)):
+        counts[forward // m.pp % m.vp] += 1
+    return counts
+
+
+def _activations(plan: Plan, stage: int) -> float:
+    flights = zip(in_flight(plan, stage), layers_by_chunk(plan, stage), strict=True)
+    return sum(count * _chunk_activations(plan, chunk) for count, chunk in flights)
+
+
+def _logits(plan: Plan, stage: int) -> float:
+    """Return bytes of the loss on the last stage: logits, inputs of final norm and output layer, with FSDP the latter's gradient."""
+    if stage < plan.mapping.pp - 1:
+        return 0.0
+    h = plan.model.hidden_size
+    inputs = _tokens(plan) * BF16 * (2 * h / plan.mapping.tp + (2 * h if plan.mapping.tp > 1 else 0))
+    gradient = _vocabulary(plan) * h * BF16 if plan.mapping.fsdp else 0  # not fused into the gradient buffer
+    return _tokens(plan) * _vocabulary(plan) * LOGITS[plan.settings.cross_entropy_fusion] + inputs + gradient
+
+
+def _layer_backward(plan: Plan, stage: int) -> float:
+    """Return bytes that a layer's backward pass adds: gradients inside its MLP and of its input and output, gathered over tp.
+
+    A recomputed layer is whole once more, if its stage keeps no whole layer; with FSDP two layers' gradients wait for
+    their reduction.
+    """
+    chunks = layers_by_chunk(plan, stage)
+    hidden = (_fc1_width(plan) + plan.model.ffn_hidden_size) / plan.mapping.tp
+    again = layer_bytes_per_token(plan, any(map(any, chunks))) if plan.mapping.recompute_layers >= max(map(len, chunks)) else 0
+    reduction = 2 * _matrices(plan) * _gradient(plan) if plan.mapping.fsdp else 0
+    return _tokens(plan) * (BF16 * (hidden + 2 * plan.model.hidden_size) + again) + reduction
+
+
+# ------------------------------------------------------------------------------------------------------------ the stage
+
+
+def _workspace(plan: Plan) -> float:
+    m = plan.mapping
+    further = max(0, sum(size > 1 for size in (m.tp, m.pp, m.cp, plan.data_parallel)) - 1)
+    overlap = USERBUFFERS * _tokens(plan) * plan.model.hidden_size * BF16 if m.tp > 1 and not m.fsdp else 0
+    return OUTSIDE_PYTORCH + further * NCCL_GROUP + CUBLAS + overlap
+
+
+def _stage(plan: Plan, stage: int) -> Memory:
+    """Return the terms of one stage at its peak: the end of the forward pass, the backward pass or the optimizer's step."""
+    weights, logits, kept = _weights(plan, stage), _logits(plan, stage), _activations(plan, stage)
+    state = _state(plan, weights)
+    activations = kept + max(0.0, _layer_backward(plan, stage) - logits)  # logits are gone when layers go backward
+    state["optimizer"] += max(0.0, _step(plan, weights) - activations - logits)  # and activations when the optimizer steps
+    terms = {**state, "activations": activations, "logits": logits, "gathered": _gathered(plan, weights)}
+    return Memory({**terms, "workspace": _workspace(plan)}, stage)
+
+
+def _step(plan: Plan, weights: Weights) -> float:
+    """Return bytes of the FP32 copies of BF16 gradients that Adam reads (MCore distrib_optimizer.py), unless precision-aware."""
+    settings = plan.settings
+    return 0.0 if settings.grad_reduce_in_fp32 or settings.precision_aware_optimizer else FP32 * sum(weights) / _shards(plan)
+
+
+# ---------------------------------------------------------------------------------------------------- held against runs
+
+
+def validation() -> list[dict[str, str | float]]:
+    """Return the rows of `reference/peak_memory.csv` with `predicted_gb` and `error` (predicted over peak, minus one)."""
+    from recipes.compose import compose_plan  # the rules that compose_plan applies import this module
+
+    with PEAKS.open(newline="") as file:
+        rows: list[dict[str, str | float]] = [dict(row) for row in csv.DictReader(file)]
+    for row in rows:
+        peak, predicted = float(row["peak_gb"]), estimate(compose_plan(_overrides(row))).total_gb
+        row.update(peak_gb=peak, predicted_gb=round(predicted, 1), error=round(predicted / peak - 1, 3))
+    return rows
+
+
+def _overrides(row: dict[str, str | float]) -> list[str]:
+    axes = [f"{key}={row[key]}" for key in ("model", "precision", "gpu", "num_gpus", "seq_length")]
+    layout = [f"mapping.{key}={row[key]}" for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")]
+    return [*axes, *layout, *str(row["overrides"]).split()]

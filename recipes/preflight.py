@@ -1,0 +1,83 @@
+"""`python -m recipes.preflight RUN`: the first line of a job: is this what the plan was checked against?
+
+A container drifts, a node has another GPU: the plan's rules hold only for the versions and the device that it names.
+Runs once a node, in seconds, before anything heavy is imported; exit code 2 with what differs, and the run's status
+says so too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.plan import Plan
+from recipes.run_folder import event, read_plan, set_status
+
+PACKAGES = {"nemo": "nemo-toolkit", "megatron_core": "megatron-core", "transformer_engine": "transformer-engine"}
+
+
+def wrong_versions(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each package whose version is not the stack's; the CPU has no Transformer Engine."""
+    for name, wanted in plan.stack.versions.items():
+        if plan.emulated and name == "transformer_engine":
+            continue
+        package = PACKAGES.get(name, name)
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            yield f"{package} is not installed, {plan.stack.name} has {wanted}"
+            continue
+        if not (found + ".").startswith(wanted + "."):
+            yield f"{package} is {found}, {plan.stack.name} has {wanted}"
+
+
+def wrong_devices(plan: Plan) -> Iterator[str]:
+    """Yield a sentence where this node's GPUs are fewer than the plan needs, or of another compute capability."""
+    if plan.emulated:
+        return
+    found = _capabilities()
+    needed = min(plan.num_gpus, plan.gpu.devices_per_node)
+    if len(found) < needed:
+        yield f"{len(found)} GPU(s) are visible, the plan needs {needed} on each node"
+    other = sorted({c for c in found if c != plan.gpu.compute_capability})
+    if other:
+        yield f"the GPUs have compute capability {', '.join(other)}, {plan.gpu.name} has {plan.gpu.compute_capability}"
+
+
+def _capabilities() -> list[str]:
+    """Return the compute capability of each visible GPU; none where nvidia-smi is missing or fails."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def main(folder: Path) -> int:
+    """Check this node against the plan of a run folder."""
+    try:
+        plan = read_plan(folder)
+        wrong = [*wrong_versions(plan), *wrong_devices(plan)]
+        if wrong:
+            raise InputError(
+                f"{os.environ.get('SLURMD_NODENAME', 'this machine')}: {'; '.join(wrong)}; use the stack's container or another stack and gpu"
+            )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if (folder / "plan.json").exists():
+            set_status(folder, "failed", str(error))
+            event(folder, "failed", reason=str(error))
+        return EXIT_WRONG_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,142 @@
+"""Every rule refuses what it is there for, in one line that names a way out; and lets every published layout pass."""
+
+import pytest
+
+from recipes import rules
+from recipes.compose import compose_plan
+from recipes.defaults import recommended
+from recipes.errors import InputError
+
+H100_8B = ["model=llama3_8b", "gpu=h100"]
+H100_70B = ["model=llama3_70b", "gpu=h100"]
+NO_FSDP = "stack.fp8_parameters_with_fsdp=false"
+
+# rule -> overrides that it alone should refuse, and a part of the way out that it names
+CASES: dict[str, list[tuple[list[str], str]]] = {
+    "cell_is_supported": [
+        ([*H100_8B, "precision=mxfp8"], "gpu=b200 or gpu=gb200"),
+        ([*H100_8B, "precision=fp8_subchannel"], "stack=nemo_25_07"),
+        (["model=llama3_8b", "gpu=b200", "precision=fp8_subchannel", "stack=nemo_25_07"], "gpu=h100"),
+        ([*H100_8B, "precision=fp8_delayed", "gpu.compute_capability='8.0'"], "precision=bf16"),
+    ],
+    "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "precision=fp8_current")],
+    "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "keep fewer")],
+    "heads_divide": [(["model.num_query_groups=3"], "change one"), (["model.num_attention_heads=12", "model.num_query_groups=4"], "change one")],
+    "devices_divide": [([*H100_8B, "num_gpus=9"], "num_gpus"), ([*H100_8B, "num_gpus=12"], "num_gpus=16")],
+    "tensor_parallel_divides": [
+        ([*H100_8B, "mapping.tp=16", "num_gpus=32"], "divisor"),
+        (["gpu=h100", "mapping=single", "mapping.tp=4", "num_gpus=4"], "divisor"),
+        ([*H100_8B, "model.ffn_hidden_size=14338", "mapping.tp=4"], "divisor"),
+    ],
+    "layers_divide": [
+        ([*H100_70B, "mapping.pp=3", "num_gpus=48", "mapping.global_batch=96"], "divisors"),
+        ([*H100_70B, "mapping.vp=3"], "divisors"),
+        (["model=llama31_405b", "gpu=h100", "mapping.vp=5"], "128 layers, embedding and loss counted,"),
+    ],
+    "interleaving_has_a_pipeline": [
+        ([*H100_8B, "mapping.vp=2"], "mapping.vp=1"),
+        ([*H100_70B, "mapping.global_batch=36", "precision=fp8_current"], "mapping.global_batch a multiple of 16"),
+    ],
+    "batch_divides": [
+        ([*H100_70B, "mapping.global_batch=127"], "mapping.global_batch=128"),
+        ([*H100_8B, "num_gpus=1024"], "=512"),
+    ],
+    "sequence_divides": [([*H100_8B, "seq_length=1022"], "mapping.cp"), ([*H100_70B, "seq_length=8200"], "mapping.tp")],
+    "fp8_shapes_divide": [
+        ([*H100_8B, "precision=fp8_current", "model.ffn_hidden_size=14344"], "precision=bf16"),
+        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "seq_length=24", "mapping.micro_batch=1"], "change seq_length"),
+    ],
+    "bf16_layers_fit_a_stage": [([*H100_70B, "precision=fp8_current", "precision.fp8.first_layers_bf16=11"], "keep fewer")],
+    "recompute_fits_a_stage": [([*H100_70B, "mapping.recompute_layers=5"], "at most 4")],
+    "offload_is_possible": [
+        ([*H100_70B, "mapping.offload_layers=2"], "off"),
+        ([*H100_8B, "mapping.offload_layers=2", "mapping.recompute_layers=2"], "set one to 0"),
+        ([*H100_8B, "mapping.offload_layers=32"], "less than the 32"),
+    ],
+    "cuda_graphs_are_possible": [
+        ([*H100_8B, "mapping.cuda_graphs=true", f"mapping.{other}"], "mapping.cuda_graphs=false")
+        for other in ("fsdp=true", "recompute_layers=1", "offload_layers=1")
+    ],
+    "fp8_parameters_are_possible": [
+        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "precision.fp8.param_gather=true"], "param_gather=false"),
+        ([*H100_8B, "precision=fp8_subchannel", "stack=nemo_25_07", "precision.fp8.param_gather=true"], "param_gather=false"),
+        (
+            [*H100_8B, "precision=fp8_current", "mapping.fsdp=true", "precision.fp8.param_gather=true", "stack.fp8_parameters_with_fsdp=false"],
+            "gather=false",
+        ),
+    ],
+    "gather_overlap_is_possible": [
+        ([*H100_8B, "settings.overlap_param_gather_with_optimizer_step=true"], "vp > 1"),
+        ([*H100_70B, "settings.overlap_param_gather_with_optimizer_step=true"], "settings.checkpoints=false"),
+    ],
+    "schedule_is_possible": [(["train.warmup_steps=100"], "lower it"), (["train.min_lr=1.0"], "lower it")],
+    "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
+    "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
+    "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
+    "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "choose a GPU")],
+    "cpu_runs_what_is_emulated": [(["settings=throughput"], "settings=convergence"), (["mapping.recompute_layers=1"], "mapping=single")],
+    "model_fits_machine": [(["model=llama31_405b"], "model=llama3_tiny")],
+    "model_fits_gpu": [([*H100_8B, "mapping.cp=1", "num_gpus=8"], "mapping.")],
+}
+
+
+@pytest.mark.parametrize(("name", "overrides", "way_out"), [(name, *case) for name, cases in CASES.items() for case in cases], ids=str)
+def test_each_rule_refuses_in_one_line_with_a_way_out(name: str, overrides: list[str], way_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_plan(overrides)
+    line = str(caught.value)
+    assert way_out in line and "\n" not in line
+    # it is this rule that refused, and without it nothing before it does
+    remaining = tuple(rule for rule in rules.RULES if rule.__name__ == name)
+    monkeypatch.setattr(rules, "RULES", remaining)
+    with pytest.raises(InputError) as alone:
+        compose_plan(overrides)
+    assert str(alone.value) == line
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.__name__ for rule in rules.RULES} == set(CASES)
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in recommended() if r["source"].startswith("NVIDIA")], ids=lambda r: ".".join(r[k] for k in ("nemo_ref", "model", "gpu", "dtype"))
+)
+def test_every_recommended_mapping_passes(row: dict[str, str]) -> None:
+    stack = {"v2.3.0": "nemo_25_04", "v2.4.0": "nemo_25_07"}[row["nemo_ref"]]
+    precision = {"bf16": "bf16", "fp8": "fp8_delayed", "mxfp8": "mxfp8"}[row["dtype"]]
+    cell = [f"model={row['model']}", f"gpu={row['gpu']}", f"stack={stack}", f"precision={precision}", "experiment=throughput"]
+    plan = compose_plan(cell)
+    assert plan.num_gpus == int(row["num_gpus"])
+    assert {k: int(getattr(plan.mapping, k)) for k in ("tp", "pp", "cp", "micro_batch", "global_batch", "fsdp", "cuda_graphs")} == {
+        k: int(row[k]) for k in ("tp", "pp", "cp", "micro_batch", "global_batch", "fsdp", "cuda_graphs")
+    }
+    assert plan.mapping.vp == int(row["vp"] or 1)
+
+
+def test_other_numbers_of_gpus_scale_data_parallelism_and_are_checked() -> None:
+    assert [compose_plan([*H100_70B, f"num_gpus={n}"]).data_parallel for n in (32, 64, 128)] == [1, 2, 4]
+    with pytest.raises(InputError, match="global_batch"):
+        compose_plan([*H100_70B, "num_gpus=1536"])
+
+
+def test_iso_mapping_is_that_of_bf16_in_every_precision() -> None:
+    plans = [compose_plan(["model=llama3_70b", "gpu=gb200", "mapping=iso", f"precision={p}"]) for p in ("bf16", "fp8_delayed", "fp8_current")]
+    assert len({plan.mapping for plan in plans}) == 1 and plans[0].mapping.recompute_layers == 10
+    best = compose_plan(["model=llama3_70b", "gpu=gb200", "precision=fp8_delayed"])
+    assert best.mapping != plans[0].mapping
+
+
+def test_what_the_user_gives_is_kept_and_the_rest_filled() -> None:
+    plan = compose_plan([*H100_70B, "mapping.tp=8", "mapping.cp=1"])
+    assert (plan.mapping.tp, plan.mapping.cp, plan.mapping.pp, plan.mapping.vp, plan.num_gpus) == (8, 1, 4, 5, 64)
+
+
+def test_a_cell_without_a_recommended_mapping_has_no_model_parallelism_and_says_so() -> None:
+    plan = compose_plan(["model=llama3_tiny", "gpu=b200"])
+    assert (plan.mapping.tp, plan.num_gpus) == (1, 1) and "none for this cell" in plan.mapping.source
+    assert compose_plan(["model=llama3_70b", "gpu=h200"]).mapping == compose_plan(["model=llama3_70b", "gpu=h100"]).mapping
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("30", 1800), ("5:30", 330), ("04:00:00", 14400), ("1-12", 129600), ("2-00:30", 174600)])
+def test_time_limits_are_read_as_slurm_reads_them(limit: str, expected: int) -> None:
+    assert rules.seconds(limit) == expected
