@@ -32,6 +32,9 @@ CAUSES = (
     (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "out of GPU memory: more mapping.recompute_layers, tp or pp"),
     (r"oom[-_ ]kill|Out Of Memory|Detected \d+ oom", "out of host memory"),
     (r"found NaN in|non_finite|loss is nan", "NaN or Inf in loss or gradients"),
+    (r"Invalid MPI type", "srun knows no such MPI plugin: set cluster.mpi (srun --mpi=list names them) or null"),
+    (r"pyxis: .{0,40}(failed to import|image import)", "the container image cannot be imported: check cluster.container_image"),
+    (r"numactl: .{0,40}not found", "numactl is missing in the container: set cluster.numa_binding=false"),
     (r"Watchdog caught collective operation timeout|NCCL.{0,40}timeout", "a rank hung: NCCL timed out"),
 )
 STATES = {
@@ -107,7 +110,7 @@ def cause(folder: Path) -> str:
         return known
     if events:
         return str(events[-1].get("reason", "NaN or Inf in loss or gradients"))
-    own_word = re.findall(r"^(?:\d+: )?(error: .{0,300})", tail, re.MULTILINE)
+    own_word = re.findall(r"^(?:\d+: )?((?:srun: )?error: .{0,300})", tail, re.MULTILINE)
     return str(own_word[-1]) if own_word else f"see {folder / 'log.txt'}"
 
 

@@ -167,6 +167,8 @@ OUTCOMES = [
     ("FAILED", "failed", "0: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", ("failed", "GPU memory")),
     ("FAILED", "failed", "3: RuntimeError: found NaN in local grad norm", ("failed", "NaN")),
     ("FAILED", "failed", "1: error: n3: megatron-core is 0.13, nemo_25_04 has 0.12", ("failed", "megatron-core is 0.13")),
+    ("FAILED", "new", "srun: error: Invalid MPI type 'pmix', --mpi=list for acceptable types", ("failed", "cluster.mpi")),
+    ("FAILED", "new", "slurmstepd: error: pyxis: failed to import docker image", ("failed", "cluster.container_image")),
     ("FAILED", "failed", "Segmentation fault", ("failed", "log.txt")),
 ]
 

@@ -1,5 +1,6 @@
 """The plan: what composes, what is refused, and that none of it needs the heavy half."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,9 +89,15 @@ def test_composing_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) -> None:
-    import shutil
+def test_a_sites_own_file_sets_what_differs_there(tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "local/site.yaml").write_text("# @package cluster\naccount: ours\nmounts: [/data:/data]\n")
+    plan = compose_plan(["model=llama3_8b", "gpu=h100", "precision=fp8_current"], conf)
+    assert (plan.cluster.account, plan.cluster.mounts, plan.cluster.mpi) == ("ours", ("/data:/data",), "pmix")
 
+
+def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     for group, name, new in (("model", "llama3_tiny", "llama3_mini"), ("precision", "fp8_current", "fp8_mine"), ("gpu", "b200", "b300")):

@@ -35,78 +35,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from tests.launch.slurm.config import CLOUD, CLOUDS, MARIADB, NODE, SLURM_CONF, SLURMDBD_CONF
 from tests.launch.slurm.install import PATH
 
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# tests/launch/slurm"
 PYXIS = Path(__file__).with_name("fake_pyxis.c")
-
-SLURM_CONF = """
-ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={root}/munge/socket,cred_expire=5
-StateSaveLocation={root}/state
-SlurmctldPidFile={root}/run/slurmctld.pid
-SlurmctldLogFile={root}/log/slurmctld.log
-SlurmdSpoolDir={root}/spool/%n
-SlurmdPidFile={root}/run/slurmd-%n.pid
-SlurmdLogFile={root}/log/slurmd-%n.log
-SlurmdParameters=config_overrides
-PlugStackConfig={root}/plugstack.conf
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-PropagateResourceLimits=NONE
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,default_queue_depth=100
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SlurmctldTimeout=30
-MessageTimeout=5
-SlurmdTimeout=10
-KillWait=5
-MinJobAge=3600
-ReturnToService=2
-EnforcePartLimits=ALL
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort={ports[1]}
-AccountingStoragePass={root}/munge/socket
-AccountingStorageEnforce=associations,limits
-AccountingStorageTRES=gres/gpu
-JobAcctGatherType=jobacct_gather/none
-GresTypes=gpu
-{nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxNodes=4 MaxTime=4:00:00 DefaultTime=10
-PartitionName=short Nodes=ALL MaxTime=1
-"""
-
-NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=64 RealMemory=512000 Gres={gres}"
-
-SLURMDBD_CONF = """
-DbdHost={host}
-DbdAddr=127.0.0.1
-DbdPort={ports[1]}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={root}/munge/socket
-PidFile={root}/run/slurmdbd.pid
-LogFile={root}/log/slurmdbd.log
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm
-"""
-
-MARIADB = (
-    "--no-defaults --user=root --datadir={root}/db --socket={root}/run/db.sock --pid-file={root}/run/db.pid --skip-networking "
-    "--innodb-log-file-size=8M --innodb-buffer-pool-size=16M --sync-frm=0 --innodb-flush-log-at-trx-commit=0 --innodb-flush-method=nosync"
-)
 
 
 @dataclasses.dataclass
@@ -161,10 +95,12 @@ class Slurm:
             (self.root / "dev" / f"nvidia{k}").symlink_to("/dev/null")
         host, ports = socket.gethostname(), _free_ports(2 + len(self.nodes))
         nodes = self._node_lines(host, ports[2:])
+        clouds = "\n".join(CLOUD.format(name=name, nodes=count, gpus=gpus) for name, (count, gpus) in CLOUDS.items())
         self._write("munge/key", secrets.token_hex(64))
-        self._write("slurm.conf", SLURM_CONF.format(root=self.root, host=host, ports=ports, nodes=nodes))
+        self._write("slurm.conf", SLURM_CONF.format(root=self.root, host=host, ports=ports, nodes=nodes, clouds=clouds, last=len(self.nodes) - 1))
         self._write("slurmdbd.conf", SLURMDBD_CONF.format(root=self.root, host=host, ports=ports))
-        self._write("gres.conf", f"Name=gpu Type={self.gpu} File={self.root}/dev/nvidia[0-{self.gpus_per_node - 1}]\n")
+        devices = f"{self.root}/dev/nvidia[0-{self.gpus_per_node - 1}]"
+        self._write("gres.conf", f"NodeName=n[0-{len(self.nodes) - 1}] Name=gpu Type={self.gpu} File={devices}\n")
         self._write("plugstack.conf", f"required {self.root}/fake_pyxis.so log={self.pyxis_log}\n")
 
     def _node_lines(self, host: str, ports: list[int]) -> str:

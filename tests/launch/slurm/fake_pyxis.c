@@ -39,6 +39,7 @@ static struct spank_option flags[] = {
     FLAG(12, "container-readonly", NULL),
     FLAG(13, "container-save", "PATH"),
     FLAG(14, "container-entrypoint-log", NULL),
+    FLAG(15, "segment", "NODES"), /* not of pyxis: sbatch's own from Slurm 24.05 on, which Debian 12 does not have */
 };
 enum { FLAGS = sizeof flags / sizeof *flags };
 

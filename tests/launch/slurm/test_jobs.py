@@ -18,7 +18,10 @@ import pytest
 
 from launch import cancel, resume, status
 from launch.__main__ import main
+from launch.matrix import GPUS, MODELS, PRECISIONS, cell
+from launch.script import nodes, render
 from launch.submit import submissions
+from recipes.compose import compose_plan
 from recipes.run_folder import rows_of, status_of
 from tests.launch.slurm.cluster import Slurm
 
@@ -70,10 +73,12 @@ def facts(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
 def test_two_nodes_of_two_processes_train_to_the_losses_of_one(precision: str, site: Slurm, tmp_path: Path) -> None:
-    common = [*TRAIN, f"precision={precision}", "train.max_steps=5"]
-    assert main([*common, *SITE, "num_gpus=4", f"runs_dir={tmp_path}", "run_name=cluster"]) == 0
-    assert main([*common, "num_gpus=1", f"runs_dir={tmp_path}", "run_name=here"]) == 0
-    cluster, here = tmp_path / "cluster", tmp_path / "here"
+    (tmp_path / "key").write_text(SECRET)
+    common, runs = [*TRAIN, f"precision={precision}", "train.max_steps=5"], tmp_path / "runs"
+    token = f"+cluster.token_files.WANDB_API_KEY={tmp_path}/key"
+    assert main([*common, *SITE, "num_gpus=4", f"runs_dir={runs}", "run_name=cluster", token]) == 0
+    assert main([*common, "num_gpus=1", f"runs_dir={runs}", "run_name=here"]) == 0
+    cluster, here = runs / "cluster", runs / "here"
     job = job_of(cluster)
     site.wait(job, "COMPLETED", timeout=240)
     assert status_of(cluster) == "done" and site.job(job)["NumNodes"] == "2"
@@ -87,7 +92,7 @@ def test_two_nodes_of_two_processes_train_to_the_losses_of_one(precision: str, s
     assert any(flag.startswith("container-mounts=") for flag in flags)
     (row,) = status.rows([cluster])
     assert (row.status, row.step, row.max_steps, row.job_id) == ("done", 5, 5, int(job))
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = [path for path in runs.rglob("*") if path.is_file()]
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
@@ -190,6 +195,19 @@ def test_a_run_that_fails_says_why(site: Slurm, tmp_path: Path) -> None:
     site.wait(job_of(folder), "FAILED", timeout=120)
     (row,) = status.rows([folder])
     assert row.status == "failed" and "nemo-toolkit is" in row.why and "nemo_25_04 has 9.9" in row.why
+
+
+def test_sbatch_accepts_the_script_of_every_legal_cell(site: Slurm, tmp_path: Path) -> None:
+    cells = [(m, p, g) for m in MODELS for p in PRECISIONS for g in GPUS if cell("nemo_25_04", m, p, g, ["experiment=throughput"])["runs"]]
+    refused = {}
+    for model, precision, gpu in cells:
+        axes = [f"model={model}", f"precision={precision}", f"gpu={gpu}", "experiment=throughput"]
+        plan = compose_plan([*axes, "cluster.account=research", f"cluster.partition={gpu}", f"runs_dir={tmp_path}"])
+        (tmp_path / "job.sbatch").write_text(render(plan))
+        done = site.run("sbatch", "--test-only", str(tmp_path / "job.sbatch"), check=False)
+        if done.returncode or f"using {nodes(plan) * 144} processors" not in done.stderr:  # whole nodes of 144
+            refused[model, precision, gpu] = done.stderr
+    assert len(cells) == 55 and refused == {}
 
 
 REFUSED = [
