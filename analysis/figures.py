@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ class Figure:
         text = file.getvalue()
         return text[text.index("<svg") :]
 
+    def _repr_html_(self) -> str:
+        """Show the drawing with its title and caption in a notebook."""
+        return f"<figure>{self.svg()}<figcaption><b>{escape(self.title)}.</b> {escape(self.caption)}</figcaption></figure>"
+
     def write_png(self, folder: Path) -> Path:
         """Write the drawing as NAME.png and return its path."""
         path = folder / f"{self.name}.png"
@@ -62,15 +67,16 @@ def colour(run: Run, runs: Sequence[Run]) -> str:
     return COLOURS.get(name) or OTHER[own.index(name) % len(OTHER)]
 
 
-def _axes(title: str, x: str, y: str, panels: int = 1) -> tuple[Drawing, list[Axes]]:
+def axes(title: str, x: str, y: str, panels: int = 1) -> tuple[Drawing, list[Axes]]:
+    """Return a drawing with `panels` axes side by side, named."""
     with mpl.rc_context(STYLE):
         drawing = Drawing(figsize=SIZE, layout="constrained")
-        axes = list(np.atleast_1d(drawing.subplots(1, panels)))
+        found = list(np.atleast_1d(drawing.subplots(1, panels)))
     drawing.suptitle(title, fontsize=11)
-    for axis in axes:
+    for axis in found:
         axis.set_xlabel(x)
         axis.set_ylabel(y)
-    return drawing, axes
+    return drawing, found
 
 
 def _window(run: Run) -> int:
@@ -93,7 +99,7 @@ def _style(run: Run, bases: Sequence[Run]) -> str:
 def loss_curves(found: Comparison) -> Figure:
     """Smoothed training loss of every run over tokens, the whole run and its last quarter enlarged."""
     title = f"Training loss, {found.bases[0].plan.model.name} on {found.bases[0].plan.gpu.name}"
-    drawing, (whole, close) = _axes(title, "tokens, millions", "loss, nats per token", panels=2)
+    drawing, (whole, close) = axes(title, "tokens, millions", "loss, nats per token", panels=2)
     for run in found.runs:
         x, y = _millions(run), smooth(run.steps["loss"], _window(run))
         start = len(x) * 3 // 4
@@ -117,7 +123,7 @@ def gap(found: Comparison) -> Figure:
     """Relative gap to BF16 over tokens, with the bar and the noise floor."""
     first = found.verdicts[0]
     title = "Gap of the training loss to BF16"
-    drawing, (axis,) = _axes(title, "tokens, millions", "gap, % of the BF16 loss")
+    drawing, (axis,) = axes(title, "tokens, millions", "gap, % of the BF16 loss")
     base = first.base
     reference = smooth(base.steps["loss"], _window(base))
     for run in found.runs:
@@ -148,7 +154,7 @@ def _tail(verdict: Verdict) -> tuple[float, float]:
 def heldout(found: Comparison) -> Figure | None:
     """Gap of the held-out loss to BF16 at each evaluation; None where no run was evaluated."""
     title = "Gap of the held-out loss to BF16"
-    drawing, (axis,) = _axes(title, "step", "gap, nats per token")
+    drawing, (axis,) = axes(title, "step", "gap, nats per token")
     points = 0
     for verdict in found.verdicts:
         steps, gaps = heldout_gaps(verdict.base, verdict.candidate)
@@ -164,7 +170,7 @@ def step_times(found: Comparison) -> Figure:
     """Median step time of every run, with quartiles."""
     base = found.bases[0]
     title = f"Step time on {base.plan.gpu.name} ({base.label('step_time')})"
-    drawing, (axis,) = _axes(title, "seconds a step, median and quartiles", "")
+    drawing, (axis,) = axes(title, "seconds a step, median and quartiles", "")
     for place, run in enumerate(reversed(found.runs)):
         time = step_time(run)
         reach = [[time.value - time.low], [time.high - time.value]]

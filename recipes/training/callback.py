@@ -18,7 +18,8 @@ from nemo.lightning import megatron_init
 
 from recipes.plan import plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
-from recipes.training import stop
+from recipes.training import stop, te
+from recipes.training.fp8.linear import Calls
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, manifest
 
@@ -32,6 +33,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def __init__(self, folder: str, plan_json: str) -> None:
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
         self.layers: dict[str, Fp8Mixin] = {}
+        self.on_gpu = Calls()
         self.started = 0.0
         self.gemms_before = 0
 
@@ -42,6 +44,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""
         self.layers = fp8_modules(pl_module)
+        self.on_gpu = te.watch(pl_module)
         stop.listen()
         _count_batches_of(trainer)
         if not trainer.is_global_zero:
@@ -110,7 +113,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         return step == 1 or step % self.plan.train.diagnostics_interval == 0
 
     def _gemms(self) -> int:
-        return sum(layer.fp8_calls.total for layer in self.layers.values())
+        return self.on_gpu.total + sum(layer.fp8_calls.total for layer in self.layers.values())
 
     def _write_diagnostics(self, step: int) -> None:
         for name, layer in self.layers.items():

@@ -21,8 +21,9 @@ from recipes.training import stop
 
 def train(plan: Plan, folder: Path) -> None:
     """Build NeMo's recipe for the plan and run its llm.pretrain in this process."""
-    from recipes.training import cpu
+    from recipes.training import cpu, te
 
+    te.activate()
     cpu.activate()
     import fiddle as fdl
 
