@@ -14,40 +14,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.plan import Model
+from recipes.sizes import Shape, linear_layers
 
 KS = (1024, 2048, 4096, 8192, 16384, 28672, 53248)
 SQUARE = 4096
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A GEMM of an (m, k) by a (k, n) matrix; `name` says whose it is."""
-
-    name: str
-    m: int
-    n: int
-    k: int
-
-
 def sweep_over_k(ks: Sequence[int] = KS) -> list[Shape]:
     """Return the shapes of the post's first figure: square output, growing depth."""
     return [Shape("K sweep", SQUARE, SQUARE, k) for k in ks]
-
-
-def linear_layers(model: Model, tokens: int) -> list[Shape]:
-    """Return the forward GEMMs of a model's four linear layers for a number of tokens, unsharded."""
-    h, head = model.hidden_size, model.hidden_size // model.num_attention_heads
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * head
-    fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
-    sizes = {"linear_qkv": (qkv, h), "linear_proj": (h, h), "linear_fc1": (fc1, h), "linear_fc2": (h, model.ffn_hidden_size)}
-    return [Shape(f"{model.name} {name}", tokens, n, k) for name, (n, k) in sizes.items()]
 
 
 def shapes(models: Sequence[str], ks: Sequence[int]) -> list[Shape]:

@@ -22,9 +22,7 @@ in BF16: for FP8 peaks there is source to read, and whether what NVIDIA ran fits
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from recipes.plan import Fp8, Plan
@@ -53,7 +51,6 @@ GIB_PER_GB = 2**30 / 1e9  # a data sheet's GB are GiB: nvidia-smi reads 81559 Mi
 DRIVER_SHARE = 0.01  # of the device: of an H100's 80 GiB PyTorch sees 79.18
 MARGIN = 0.02  # of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
 VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to this times tp (NeMo's make_vocab_size_divisible_by)
-PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
 
 
 @dataclass(frozen=True)
@@ -304,24 +301,3 @@ def _step(plan: Plan, weights: Weights) -> float:
     """Return bytes of the FP32 copies of BF16 gradients that Adam reads (MCore distrib_optimizer.py), unless precision-aware."""
     settings = plan.settings
     return 0.0 if settings.grad_reduce_in_fp32 or settings.precision_aware_optimizer else FP32 * sum(weights) / _shards(plan)
-
-
-# ---------------------------------------------------------------------------------------------------- held against runs
-
-
-def validation() -> list[dict[str, str | float]]:
-    """Return the rows of `reference/peak_memory.csv` with `predicted_gb` and `error` (predicted over peak, minus one)."""
-    from recipes.compose import compose_plan  # the rules that compose_plan applies import this module
-
-    with PEAKS.open(newline="") as file:
-        rows: list[dict[str, str | float]] = [dict(row) for row in csv.DictReader(file)]
-    for row in rows:
-        peak, predicted = float(row["peak_gb"]), estimate(compose_plan(_overrides(row))).total_gb
-        row.update(peak_gb=peak, predicted_gb=round(predicted, 1), error=round(predicted / peak - 1, 3))
-    return rows
-
-
-def _overrides(row: dict[str, str | float]) -> list[str]:
-    axes = [f"{key}={row[key]}" for key in ("model", "precision", "gpu", "num_gpus", "seq_length")]
-    layout = [f"mapping.{key}={row[key]}" for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")]
-    return [*axes, *layout, *str(row["overrides"]).split()]

@@ -4,6 +4,8 @@ The counts follow Megatron-Core's GPT model: grouped-query attention, two RMSNor
 (SwiGLU) or plain (squared ReLU) MLP, an input embedding and an output layer.
 """
 
+from dataclasses import dataclass
+
 from recipes.plan import Model
 
 # BF16 weight 2 + FP32 gradient 4 + FP32 main weight 4 + two FP32 Adam moments 8 (Megatron-Core, mixed precision).
@@ -28,3 +30,22 @@ def parameters(model: Model) -> int:
 def training_state_gb(model: Model) -> float:
     """Return GB (1e9 bytes) of weights, gradients and Adam state of one unsharded replica, activations not counted."""
     return parameters(model) * BYTES_PER_PARAMETER_TRAINING / 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GEMM of an (m, k) by a (k, n) matrix; `name` says whose it is."""
+
+    name: str
+    m: int
+    n: int
+    k: int
+
+
+def linear_layers(model: Model, tokens: int) -> list[Shape]:
+    """Return the forward GEMMs of a model's four linear layers for a number of tokens, unsharded."""
+    h, head = model.hidden_size, model.hidden_size // model.num_attention_heads
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * head
+    fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+    sizes = {"linear_qkv": (qkv, h), "linear_proj": (h, h), "linear_fc1": (fc1, h), "linear_fc2": (h, model.ffn_hidden_size)}
+    return [Shape(f"{model.name} {name}", tokens, n, k) for name, (n, k) in sizes.items()]

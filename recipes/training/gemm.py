@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from recipes.errors import InputError
-from recipes.gemm import Shape
 from recipes.run_folder import write_json
+from recipes.sizes import Shape
 from recipes.training.manifest import code
 
 TILE = 128

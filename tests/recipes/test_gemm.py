@@ -10,8 +10,8 @@ import torch
 
 from recipes.compose import CONF, compose_plan
 from recipes.errors import InputError
-from recipes.gemm import Shape, linear_layers, main, shapes
-from recipes.sizes import layer_parameters
+from recipes.gemm import main, shapes
+from recipes.sizes import Shape, layer_parameters, linear_layers
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
