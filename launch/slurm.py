@@ -21,6 +21,7 @@ REMEDIES = {
     "node configuration": "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and cluster.partition (sinfo lists them)",
     "time limit": "lower executor.time_limit or choose another cluster.partition",
     "unrecognized option": "remove it from cluster.extra_sbatch, or set cluster.segment=null on a Slurm older than 24.05",
+    "configuration source": "no slurm.conf is found here: launch on a login node, or set SLURM_CONF",
     "container": "pyxis is not installed there: set cluster.container_runtime=none, or ask your administrators",
 }
 

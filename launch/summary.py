@@ -65,6 +65,7 @@ def table(plan: Plan) -> str:
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
         "tokens a step": f"{facts['tokens_per_step']:,}",
+        "data": _data(plan),
         **({"memory": _memory(memory)} if memory else {}),
         "settings": f"{plan.settings.name}{_differing(facts['differs_from_convergence'])}",
     }
@@ -73,6 +74,15 @@ def table(plan: Plan) -> str:
     text = io.StringIO()
     Console(file=text, width=140, highlight=False, markup=False).print(grid)
     return text.getvalue().rstrip()
+
+
+def _data(plan: Plan) -> str:
+    data = plan.data
+    if data.kind == "mock":
+        return "random tokens: the loss says nothing"
+    if data.kind == "indexed":
+        return f"{', '.join(data.train)}; held out: {', '.join(data.heldout)}; tokenizer {data.tokenizer}"
+    return f"text of {', '.join(data.sources) or 'Python’s standard library (for trying only)'}, prepared in {data.root}"
 
 
 def _memory(memory: dict[str, Any]) -> str:

@@ -204,6 +204,7 @@ def test_status_of_a_run_on_this_machine_comes_from_its_folder(run: Path, capsys
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "cluster.account"),
         ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "num_gpus"),
         ("sbatch: unrecognized option '--segment=16'", "cluster.segment=null"),
+        ("sbatch: error: fetch_config: DNS SRV lookup failed; fatal: Could not establish a configuration source", "SLURM_CONF"),
         ("sbatch: error: something new", "by hand"),
     ],
 )
