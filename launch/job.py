@@ -22,7 +22,7 @@ from recipes.plan import Plan
 from recipes.run_folder import open_folder, write_json
 
 PROJECT = Path(__file__).resolve().parent.parent
-PARTS = ("recipes", "launch", "analysis", "conf")
+PARTS = ("recipes", "launch", "conf")
 SUFFIXES = {".py", ".yaml", ".csv", ".j2"}
 
 
