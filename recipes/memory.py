@@ -11,13 +11,13 @@ stage of the pipeline is counted and the one that needs most is returned.
 
 Left out: fragmentation beyond the margin; CUDA graphs' private pools; weight gradients of the output layer that are
 deferred into the pipeline's bubble (NeMo's defer_embedding_wgrad_compute); pipeline send and receive buffers; double
-buffers of context parallelism; what offloading has in transit; amax histories and scales of whole tensors; evaluation and checkpoint copies; the CPU,
-where FP8 is emulated.
+buffers of context parallelism; what offloading has in transit; amax histories and scales of whole tensors; evaluation and
+checkpoint copies; the CPU, where FP8 is emulated.
 
-`reference/peak_memory.csv` holds runs against which `validation` holds the estimate.  No constant is fitted to one row.
-Two were read from our runs there, not from source: what lies outside PyTorch's allocator, for which the runs are no
-independent test, and the second FP32 copy of the logits under the native loss, which others measured too.  The runs are
-in BF16: for FP8 peaks there is source to read, and whether what NVIDIA ran fits, but no measurement.
+`reference/peak_memory.csv` holds runs against which `recipes.validation` holds the estimate.  No constant is fitted to one
+row.  Three were read from our own runs and not from source: what lies outside PyTorch's allocator, for which the runs are no
+independent test; the second FP32 copy of the logits under the native loss, which others measured too; and that zeros are
+counted in every optimizer step.  MXFP8 and several nodes were not measured.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ ADAM, ADAM_WITH_REMAINDERS = 4 + 4 + 4, 2 + 4 + 4
 # place, but torch.compile, in which it runs, does not: 10 bytes in our runs and in NovaSky-AI/SkyRL pull request 1841).
 LOGITS = {"te": BF16, "native": BF16 + 2 * FP32}
 
+COUNT_NONZERO = 8 + 1  # bytes an element of torch.count_nonzero on a GPU: a mask and the 64-bit integers that are summed
 OUTSIDE_PYTORCH = 2.6e9  # CUDA context (0.55e9), loaded kernels, NCCL of one kind of parallelism: measured on 2 H100s
 NCCL_GROUP = 0.4e9  # each further kind of parallelism: measured 0.15e9 to 0.77e9 for pipeline parallelism
 CUBLAS = 2 * 32 * 2**20  # PyTorch's and TE's workspaces, 32 MiB each from Hopper on (TE pytorch/module/base.py)
@@ -71,9 +72,9 @@ class Memory:
         return max(self.terms, key=lambda name: self.terms[name])
 
 
-def estimate(plan: Plan) -> Memory:
-    """Return the memory of the pipeline stage that needs most."""
-    return max((_stage(plan, stage) for stage in range(plan.mapping.pp)), key=lambda memory: memory.total_gb)
+def estimate(plan: Plan, with_step: bool = True) -> Memory:
+    """Return the memory of the pipeline stage that needs most, with or without the optimizer's step."""
+    return max((_stage(plan, stage, with_step) for stage in range(plan.mapping.pp)), key=lambda memory: memory.total_gb)
 
 
 def usable_gb(plan: Plan) -> float | None:
@@ -287,17 +288,26 @@ def _workspace(plan: Plan) -> float:
     return OUTSIDE_PYTORCH + further * NCCL_GROUP + CUBLAS + overlap
 
 
-def _stage(plan: Plan, stage: int) -> Memory:
+def _stage(plan: Plan, stage: int, with_step: bool) -> Memory:
     """Return the terms of one stage at its peak: the end of the forward pass, the backward pass or the optimizer's step."""
     weights, logits, kept = _weights(plan, stage), _logits(plan, stage), _activations(plan, stage)
     state = _state(plan, weights)
     activations = kept + max(0.0, _layer_backward(plan, stage) - logits)  # logits are gone when layers go backward
-    state["optimizer"] += max(0.0, _step(plan, weights) - activations - logits)  # and activations when the optimizer steps
+    if with_step:
+        state["optimizer"] += max(0.0, _step(plan, weights) - activations - logits)  # and activations when the optimizer steps
     terms = {**state, "activations": activations, "logits": logits, "gathered": _gathered(plan, weights)}
     return Memory({**terms, "workspace": _workspace(plan)}, stage)
 
 
 def _step(plan: Plan, weights: Weights) -> float:
-    """Return bytes of the FP32 copies of BF16 gradients that Adam reads (MCore distrib_optimizer.py), unless precision-aware."""
-    settings = plan.settings
-    return 0.0 if settings.grad_reduce_in_fp32 or settings.precision_aware_optimizer else FP32 * sum(weights) / _shards(plan)
+    """Return bytes that live during the optimizer's step alone.
+
+    FP32 copies of BF16 gradients, unless Adam is precision-aware (MCore distrib_optimizer.py:1988); and what counting the
+    zeros of the largest gradient takes, which MCore's chained optimizer does in every step, asked or not (optimizer.py:1144,
+    clip_grads.py:217; seen in a memory profile of NeMo on an H100).
+    """
+    settings, shards = plan.settings, _shards(plan)
+    copies = 0.0 if settings.grad_reduce_in_fp32 or settings.precision_aware_optimizer else FP32 * sum(weights) / shards
+    table = _vocabulary(plan) * plan.model.hidden_size if weights.vocabulary else 0
+    largest = max(table, _fc1_width(plan) * plan.model.hidden_size / plan.mapping.tp)
+    return copies + COUNT_NONZERO * min(largest, sum(weights) / shards)
