@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from analysis.runs import Run
 from recipes.errors import InputError
 from recipes.run_folder import comparable, differences, flatten
@@ -16,6 +18,7 @@ PLACES = ("data.root", "bar.")  # where files lie, and what is judged, not what 
 INTERVALS = ("train.eval_interval", "train.diagnostics_interval", "train.checkpoint_interval")
 LAYOUT = ("gpu.", "stack.", "num_gpus", "mapping.")
 ASKED = ("precision.", "seed")
+PRINTED = 2e-3  # by how much two printed learning rates may differ for their digits alone (four significant ones, each rounded)
 
 
 def plan_differences(a: Run, b: Run) -> list[str]:
@@ -43,10 +46,37 @@ def check_pair(base: Run, candidate: Run) -> None:
     if refused:
         what = ", ".join(_with_values(base, candidate, refused))
         raise InputError(f"{candidate.folder} and {base.folder} differ in more than precision and layout: {what}; compare runs of one experiment")
+    if base.imported or candidate.imported:
+        _check_imported(base, candidate)
     for key, what in (("order_sha256", "the order of the batches"), ("data", "the data")):
         ours, theirs = ((_hashes(run.manifest.get(key)) if key == "data" else run.manifest.get(key)) for run in (base, candidate))
         if ours != theirs:
             raise InputError(f"{candidate.folder} and {base.folder} differ in {what} ({key} in their manifests): their losses are not comparable")
+
+
+def _check_imported(base: Run, candidate: Run) -> None:
+    """An imported log proves neither the batches nor the schedule: the first must be vouched for, the second must not be refuted."""
+    for run in (base, candidate):
+        if not run.manifest.get("order_sha256"):
+            raise InputError(
+                f"{run.folder}: nothing in the imported log shows which batches it saw; "
+                "if both runs saw the same, import them again with one --same-data NAME"
+            )
+    if not np.array_equal(base.steps["step"], candidate.steps["step"]):
+        raise InputError(
+            f"{candidate.folder} and {base.folder} were logged at different steps; their losses are no pairs; import logs of one interval"
+        )
+    rates = [run.steps.get("lr") for run in (base, candidate)]
+    if rates[0] is not None and rates[1] is not None:
+        apart = np.flatnonzero(~np.isclose(rates[0], rates[1], rtol=PRINTED, atol=0, equal_nan=True))
+        if apart.size:
+            step = int(base.steps["step"][apart[0]])
+            raise InputError(f"{candidate.folder} and {base.folder} differ in the learning rate from step {step} on: their losses are not comparable")
+
+
+def asserted(run: Run) -> list[str]:
+    """Return what a comparison with this run rests on that is asserted, not proved; [] for a run of this project."""
+    return [str(what) for what in run.imported.get("asserted", [])]
 
 
 def _hashes(data: object) -> object:

@@ -15,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from analysis import numerics_figures
+from analysis.evaluation import section
 from analysis.figures import Figure, figures
 from analysis.runs import Run, load_run
 from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
@@ -48,6 +50,7 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
         shown=[cells(values) for values in rows],
         notes=all_notes(found),
         headline=headline(rows[0]),
+        evaluation=section(found.bases, found.verdicts),
         figures=[(figure, Markup(figure.svg())) for figure in drawn],  # drawn here, by matplotlib, which escapes its text
         runs=[(run, facts(run)) for run in found.runs],
         left_out=left_out,
@@ -65,7 +68,7 @@ def facts(run: Run) -> dict[str, Any]:
         "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items()),
         "data": json.dumps(data.get("source", "unknown")),
         "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",
-        "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}",
+        "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}" if "fp8_gemms" in run.steps else "not recorded",
         "peak memory": f"{run.steps['memory_gb'].max():.2f} GB" if "memory_gb" in run.steps else "unknown",
     }
 
@@ -76,7 +79,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
     if not runs:
         raise InputError(f"none of the runs can be used; the first: {left_out[0]}")
     found = compare(runs)
-    drawn = figures(found)
+    drawn = [*figures(found), *numerics_figures.figures(found.runs)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(found, drawn, left_out), encoding="utf-8")
     if png:

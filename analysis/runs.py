@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
-from numpy.typing import NDArray
 
+from analysis.metrics import Array as Array
+from analysis.metrics import read_metrics
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import read_plan, status_of
 
-Array = NDArray[np.float64]
 REQUIRED = ("loss", "tokens", "step_time_s")
 
 
@@ -44,6 +43,18 @@ class Run:
         return self.plan.run_name
 
     @property
+    def imported(self) -> dict[str, Any]:
+        """What analysis.import_logs recorded of a run that another tool wrote; {} for a run of this project."""
+        return imported(self.manifest)
+
+    def rounding(self) -> Array:
+        """Return by how much a loss in nats may be off for the digits it was printed with, a value a line; 0 where it was stored whole."""
+        loss, digits = self.steps["loss"], self.imported.get("loss_digits")
+        if not digits:
+            return np.zeros(loss.size)
+        return np.asarray(0.5 * 10.0 ** (np.floor(np.log10(np.maximum(np.abs(loss), 1e-9))) + 1 - digits))
+
+    @property
     def is_base(self) -> bool:
         """Whether this is a BF16 run, which the others are compared with."""
         return self.plan.precision.fp8 is None
@@ -58,10 +69,8 @@ def load_run(folder: Path) -> Run:
     plan = read_plan(folder)
     status = status_of(folder)
     if status != "done":
-        raise InputError(f"{folder}: the run is {status}, not done; run the same launch command again to continue it")
-    rows = _rows(folder / "metrics.jsonl")
-    steps = _columns([row for row in rows if "loss" in row], folder)
-    heldout = _columns([row for row in rows if "heldout_loss" in row], folder)
+        raise InputError(f"{folder}: the run is {status}, not done; {_remedy(folder)}")
+    steps, heldout = read_metrics(folder)
     run = Run(folder, plan, _manifest(folder), steps, heldout)
     for check in (_is_complete, _is_finite, _is_what_it_says):
         check(run)
@@ -76,52 +85,48 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is missing or no JSON object: what ran cannot be traced; run it again") from None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return every line of a .jsonl file; InputError that names the first one that is no JSON object."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        raise InputError(f"{path} cannot be read; is this a run folder?") from None
-    if lines.pop():
-        raise InputError(f"{path}: the last line is cut; the run lost its end, run it again")
-    try:
-        rows = orjson.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
-        rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: a line is no JSON object; the file was changed, run it again")
-    return list(rows)
+def imported(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of an import, with the types that it must have; {} where it says nothing."""
+    said = manifest.get("imported")
+    if not isinstance(said, dict):
+        return {}
+    digits, interval = said.get("loss_digits"), said.get("log_interval")
+    asserted = said.get("asserted")
+    return {
+        **said,
+        "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
+        "log_interval": interval if isinstance(interval, int) and interval > 0 else 1,
+        "asserted": [str(what) for what in asserted] if isinstance(asserted, list) else [],
+    }
 
 
-def _row(path: Path, number: int, line: bytes) -> Any:
+def _remedy(folder: Path) -> str:
     try:
-        return json.loads(line)  # unlike orjson, it reads the NaN and Infinity that a diverged run writes
-    except ValueError:
-        raise InputError(f"{path} line {number} cannot be read; the file was changed, run it again") from None
-
-
-def _columns(rows: list[dict[str, Any]], folder: Path) -> dict[str, Array]:
-    keys = rows[0].keys() if rows else ()
-    try:
-        return {key: np.array([np.nan if row[key] is None else row[key] for row in rows], dtype=np.float64) for key in keys}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{folder}: lines of metrics.jsonl differ in what they hold ({error}); run it again") from None
+        foreign = imported(_manifest(folder))
+    except InputError:
+        foreign = {}  # a run that ended before it wrote one
+    if not foreign:
+        return "run the same launch command again to continue it"
+    return f"{json.loads((folder / 'status.json').read_text()).get('reason') or 'its log says no more'}; import the log of a run that ended well"
 
 
 def _is_complete(run: Run) -> None:
-    wanted = run.plan.train.max_steps
+    every = run.imported.get("log_interval", 1)
+    wanted = run.plan.train.max_steps // every
     missing = [key for key in REQUIRED if key not in run.steps]
     if missing:
         raise InputError(f"{run.folder}: metrics.jsonl has no {missing[0]}; the run wrote no training step")
     steps = run.steps["step"]
-    wrong = np.flatnonzero(steps != np.arange(1, len(steps) + 1))
+    wrong = np.flatnonzero(steps != every * np.arange(1, len(steps) + 1))
     if wrong.size:
-        raise InputError(f"{run.folder}: step {wrong[0] + 1} is missing, repeated or out of order in metrics.jsonl; run it again")
+        raise InputError(f"{run.folder}: step {(wrong[0] + 1) * every} is missing, repeated or out of order in metrics.jsonl; run it again")
     evaluated = run.heldout.get("step", np.zeros(0))
     if (np.diff(evaluated) <= 0).any():
         raise InputError(f"{run.folder}: held-out losses are repeated or out of order in metrics.jsonl; run it again")
     if len(steps) != wanted:
-        raise InputError(f"{run.folder}: metrics.jsonl ends at step {len(steps)} of {wanted}; the run lost its end, run it again")
+        raise InputError(
+            f"{run.folder}: metrics.jsonl ends at step {len(steps) * every} of {run.plan.train.max_steps}; the run lost its end, run it again"
+        )
 
 
 def _is_finite(run: Run) -> None:
@@ -136,6 +141,10 @@ def _is_finite(run: Run) -> None:
 def _is_what_it_says(run: Run) -> None:
     """An FP8 run shows FP8 GEMMs in every step, a BF16 run none."""
     gemms = run.steps.get("fp8_gemms")
+    if gemms is None and run.imported and (run.is_base or "fp8" in run.imported["asserted"]):
+        return  # the user vouches for it, and what is said of the comparison says so
+    if gemms is None and run.imported:
+        raise InputError(f"{run.folder}: nothing in the imported log shows that FP8 ran; import it again with --assert-fp8 if you know that it did")
     if gemms is None:
         raise InputError(f"{run.folder}: no fp8_gemms in metrics.jsonl: nothing shows in which precision it ran")
     if run.is_base and gemms.any():

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.pairing import base_of, split_runs
+from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time
 from analysis.statistics import Mean
@@ -60,6 +60,8 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "gap_relative": {name: _mean(gap.relative) for name, gap in verdict.gaps.items()},
         "heldout_gap_nats": verdict.heldout,
         "heldout_loss": None if verdict.heldout is None else candidate.heldout["heldout_loss"][-1],
+        "rounding_nats": tail.rounding,
+        "asserted": {run.name: asserted(run) for run in (base, candidate) if run.imported},
         "noise_floor_nats": verdict.noise_floor,
         "tokens_to_decide": verdict.tokens_to_decide,
         "spikes": verdict.spikes,
@@ -146,6 +148,25 @@ def notes(verdict: Verdict) -> list[str]:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
         said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
+    return [*said, *_imports(verdict)]
+
+
+def _imports(verdict: Verdict) -> list[str]:
+    """Return what a verdict on imported logs rests on, and how fine it can be."""
+    said = list[str]()
+    for run in (verdict.base, verdict.candidate):
+        if run.imported:
+            what = ", ".join(asserted(run))
+            said.append(
+                f"{run.name}: imported from a {run.imported.get('format', 'log')}; asserted, not proved: {what} ({run.manifest.get('order_sha256')})"
+            )
+    tail = verdict.gaps["tail"]
+    if tail.rounding:
+        digits = min(d for run in (verdict.base, verdict.candidate) if (d := run.imported.get("loss_digits")))
+        said.append(
+            f"{verdict.candidate.name}: losses were printed with {digits} digits; the interval is ±{tail.rounding:.2g} nats "
+            f"({tail.rounding / tail.base_loss:.2%}) wider for that"
+        )
     return said
 
 
@@ -154,6 +175,9 @@ def _why_open(verdict: Verdict) -> str:
     if not math.isfinite(gap.half_width):
         return "the tail is too short for an interval: run longer"
     limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]
+    rounding = verdict.gaps["tail"].rounding
+    if rounding and abs(limit - abs(gap.value)) <= rounding:
+        return f"the losses were printed with too few digits (±{rounding:.2g} nats) for this bar: import TensorBoard's events or W&B's history"
     if abs(gap.value) + gap.half_width <= limit:
         return "the tail lies inside the bar but its end outside: run longer"
     return "the gap lies on the bar itself, no reasonable length of run would settle it: compare more seeds, or set another bar"

@@ -10,13 +10,16 @@ which decides; and its last fifth, the end, which can only spoil a pass: a gap t
 
 How far apart BF16 runs of other seeds lie (the noise floor) is reported beside, and does not decide: a candidate
 shares its seed with its base, so it is held to more than luck.
+
+A loss that was printed with few digits (an imported console log) may be off by half of the last one, always in the same
+direction at worst: that much, for both runs, is added to either side of the interval, and no length of run removes it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,10 +37,14 @@ MIN_STEPS = 20  # common steps, below which no curve is judged
 
 @dataclass(frozen=True)
 class Gap:
-    """The mean gap over a window in nats, the mean BF16 loss there, and the limits of the bar in nats."""
+    """The mean gap over a window in nats and the mean BF16 loss there.
+
+    `rounding`: by how much the digits of printed losses widened each side of the interval, in nats.
+    """
 
     nats: Mean
     base_loss: float
+    rounding: float = 0.0
 
     @property
     def relative(self) -> Mean:
@@ -72,7 +79,7 @@ def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
 def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     """Return the verdict on `candidate` against `base`; `others` are BF16 runs with other seeds."""
     check_pair(base, candidate)
-    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction)
+    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction, base.rounding() + candidate.rounding())
     limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
     by_limit = {name: decide(gaps, limit) for name, limit in limits.items()}
     decides = candidate.plan.bar.decides
@@ -94,8 +101,11 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     )
 
 
-def gaps_of(base: Array, candidate: Array, tail_fraction: float) -> dict[str, Gap]:
-    """Return the gap between two loss curves (a value a step) over the run, its tail, and the end of the tail."""
+def gaps_of(base: Array, candidate: Array, tail_fraction: float, rounding: Array | None = None) -> dict[str, Gap]:
+    """Return the gap between two loss curves (a value a step) over the run, its tail, and the end of the tail.
+
+    `rounding`: by how much each gap may be off in nats, for the digits that the losses were printed with.
+    """
     steps = len(base)
     if steps < MIN_STEPS:
         raise InputError(f"{steps} common steps say nothing about a loss curve; run at least {MIN_STEPS}")
@@ -103,7 +113,12 @@ def gaps_of(base: Array, candidate: Array, tail_fraction: float) -> dict[str, Ga
     end = max(1, round(tail * END_OF_TAIL))
     gap = candidate - base
     means = {"run": mean_with_interval(gap), "tail": mean_with_interval(gap[-tail:]), "end": last_block_with_interval(gap, end)}
-    return {name: Gap(mean, float(base[-mean.count :].mean())) for name, mean in means.items()}
+    off = {name: 0.0 if rounding is None else float(rounding[-mean.count :].mean()) for name, mean in means.items()}
+    return {name: Gap(_widened(mean, off[name]), float(base[-mean.count :].mean()), off[name]) for name, mean in means.items()}
+
+
+def _widened(mean: Mean, nats: float) -> Mean:
+    return replace(mean, low=mean.low - nats, high=mean.high + nats)
 
 
 def decide(gaps: dict[str, Gap], limit: float) -> str:
@@ -111,7 +126,7 @@ def decide(gaps: dict[str, Gap], limit: float) -> str:
     tail, end = gaps["tail"].nats, gaps["end"].nats
     if any(gap.low > limit or gap.high < -limit for gap in (tail, end)):
         return FAIL
-    if -limit <= tail.low and tail.high <= limit and abs(end.value) <= limit:
+    if -limit <= tail.low and tail.high <= limit and abs(end.value) + gaps["end"].rounding <= limit:
         return PASS
     return UNDECIDED
 
@@ -121,11 +136,11 @@ def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
 
     None where there is no interval, and where the gap lies so near the limit that it would take MOST_RUNS runs or more.
     """
-    distance = abs(limit - abs(gap.nats.value))
-    if not np.isfinite(gap.nats.half_width) or distance == 0:
+    distance = abs(limit - abs(gap.nats.value)) - gap.rounding  # longer runs do not print more digits
+    if not np.isfinite(gap.nats.half_width) or distance <= 0:
         return None
     tokens = candidate.steps["tokens"][-1]
-    runs = max(0.0, (gap.nats.half_width / distance) ** 2 - 1)
+    runs = max(0.0, ((gap.nats.half_width - gap.rounding) / distance) ** 2 - 1)
     return float(tokens * runs) if runs < MOST_RUNS else None
 
 

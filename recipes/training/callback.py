@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
 from recipes.plan import plan_from_json
@@ -34,6 +35,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
         self.layers: dict[str, Fp8Mixin] = {}
         self.on_gpu = Calls()
+        self.heldout: list[torch.Tensor] = []
         self.started = 0.0
         self.gemms_before = 0
 
@@ -90,9 +92,20 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
 
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keep the loss of a global batch: Lightning's own mean (val_loss) weighs the first batch less than the others.
+
+        NeMo 2.3 (pytorch/strategies/megatron_strategy.py, validation_step) logs it without a batch size, and Lightning 2.4
+        takes the size of the micro-batch before, one for the first.
+        """
+        self.heldout.append(outputs.detach().float())
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Append the held-out loss; Lightning evaluates at a pause too, which an unbroken run does not."""
-        step, loss = trainer.global_step, _number(trainer.callback_metrics.get("val_loss"))
+        if not self.heldout:
+            return
+        step, loss = trainer.global_step, _mean_over_pipeline(self.heldout)
+        self.heldout.clear()
         if trainer.is_global_zero and step % self.plan.train.eval_interval == 0:
             self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
 
@@ -129,6 +142,14 @@ def _count_batches_of(trainer: Any) -> None:
     """
     counted = trainer.fit_loop.epoch_loop.batch_progress.current
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
+
+
+def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:
+    """Return the mean loss; only the last pipeline stage has losses, the others zeros."""
+    mean = torch.stack(losses).mean()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(mean)
 
 
 def _number(value: Any) -> float:

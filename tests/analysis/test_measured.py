@@ -7,6 +7,7 @@ import pytest
 
 from analysis import depth, gemm, numerics, numerics_figures
 from analysis.report import load_all
+from analysis.report import main as report
 from analysis.runs import load_run
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker, curve
@@ -47,6 +48,13 @@ def test_every_shipped_run_is_sound_and_can_be_traced(folder: Path) -> None:
 def test_the_demos_runs_are_six_and_comparable() -> None:
     runs, left_out = load_all(sorted((RESULTS / "demo").iterdir()))
     assert len(runs) == 6 and not left_out and len({run.manifest["order_sha256"] for run in runs}) == 1
+
+
+def test_the_report_on_the_shipped_runs_shows_what_the_notebooks_show(tmp_path: Path) -> None:
+    assert report([*map(str, sorted((RESULTS / "demo").iterdir())), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path)]) == 0
+    names = {"loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+    assert (tmp_path / "r.html").read_text().count("<figcaption>") == len(names)
 
 
 def test_gemm_speedups_are_those_of_the_rows() -> None:

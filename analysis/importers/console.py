@@ -1,0 +1,124 @@
+"""Console logs of NeMo 2, Megatron-LM and Megatron-Bridge.
+
+Of every line only what fits its printed form exactly is read: a line that was cut, or mixed with another rank's, gives
+no number, and the step it stood for is then missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from analysis.importers.dialects import MEGATRON, NEMO, Dialect
+from analysis.importers.lines import blocks_of, rank_of
+from analysis.importers.log import Log
+from analysis.importers.ranks import one_stream
+from analysis.importers.scanner import Scanner
+from analysis.importers.settings import WORDS, Settings
+from analysis.metrics import Array, collector_at_rest
+from recipes.errors import InputError
+
+NEMO_MARK, MEGATRON_MARK = "Training epoch ", "iteration "
+NEMO_VALIDATING, MEGATRON_VALIDATING = "Validation: iteration", "validation loss at "
+NEMO_VALIDATION = re.compile(r"(?<!Sanity checking )Validation: iteration \d")
+NEMO_VALIDATION_LINE = re.compile(r"^([^\n]*Validation: iteration \d[^\n]*\n)", re.MULTILINE)  # between blocks of training lines
+MEGATRON_VALIDATION = re.compile(r"validation loss at iteration (\d{1,15}) \| lm loss value: (\d\.\d+E[-+]\d+) \|")
+
+
+def read(path: Path, only: str | None = None) -> Log:
+    """Return the log in a text file; `only` ("nemo", "megatron") ignores the training lines of the other framework."""
+    nemo, megatron, settings = Scanner(NEMO), Scanner(MEGATRON), Settings()
+    with collector_at_rest():
+        for text in blocks_of(path):
+            for piece in NEMO_VALIDATION_LINE.split(text) if NEMO_VALIDATING in text else [text]:
+                _scan(piece, nemo, megatron, settings)
+    found = [s for name, s in (("nemo", nemo), ("megatron", megatron)) if s.ranks and only in (None, name)]
+    if not found:
+        raise InputError(
+            f"{path}: no training line found: neither NeMo's 'Training epoch …' nor Megatron's 'iteration …'; name another log or --format"
+        )
+    if len(found) > 1:
+        raise InputError(f"{path} mixes NeMo's and Megatron's training lines: two runs in one file; choose with --format nemo or megatron")
+    return _log(found[0], settings)
+
+
+def _scan(text: str, nemo: Scanner, megatron: Scanner, settings: Settings) -> None:
+    if megatron.block(text, (*WORDS, *NEMO.marks, NEMO_VALIDATING)):
+        if MEGATRON_VALIDATING in text:
+            megatron.heldout += [(float(step), float(loss)) for step, loss in MEGATRON_VALIDATION.findall(text)]
+    elif not nemo.block(text, (*WORDS, *MEGATRON.marks, NEMO_VALIDATING)):
+        lines = text.split("\n")
+        _scan_lines([*(f"{line}\n" for line in lines[:-1]), *lines[-1:]], nemo, megatron, settings)
+
+
+def _scan_lines(lines: Iterable[str], nemo: Scanner, megatron: Scanner, settings: Settings) -> None:
+    for line in lines:
+        if NEMO_MARK in line:
+            nemo.line(line, line.find(NEMO_MARK))
+            continue
+        at = line.find(MEGATRON_MARK)
+        if at < 0:
+            settings.line(line)
+        elif "alidation" not in line:
+            megatron.line(line, at)
+        elif heldout := MEGATRON_VALIDATION.search(line):
+            megatron.heldout.append((float(heldout[1]), float(heldout[2])))
+        elif seen := NEMO_VALIDATION.search(line):
+            nemo.pending.add(rank_of(line[: seen.start()]))
+    nemo.flush()
+    megatron.flush()
+
+
+def _log(scanner: Scanner, settings: Settings) -> Log:
+    columns = scanner.columns()  # also counts what is garbled
+    log = Log(scanner.dialect.name, columns, loss_digits=scanner.dialect.loss_digits, settings=settings.overrides(), fp8=sorted(settings.fp8))
+    if scanner.garbled:
+        log.said.append(f"{scanner.garbled} training line(s) are cut or garbled and were left out")
+    if not columns:
+        return log
+    columns.setdefault("loss", np.full(len(scanner.ranks), np.nan))  # every step was NaN: Megatron prints no loss then
+    columns["step"] = _steps(scanner.dialect, columns)
+    kept = one_stream(scanner.ranks, columns["step"], columns["loss"], log.said)
+    log.steps = {key: values[kept] for key, values in columns.items()}
+    _finish(log, scanner)
+    return log
+
+
+def _steps(dialect: Dialect, columns: dict[str, Array]) -> Array:
+    """Return the steps from 1; NeMo's iteration starts anew with each epoch, global_step does not."""
+    counted = columns["iteration"] + 1 - dialect.first_iteration
+    if dialect is not NEMO:
+        return counted
+    given = columns.get("global_step", np.full(counted.size, np.nan)) + 1
+    if (np.isnan(given) & (columns["epoch"] > 0)).any():
+        raise InputError(
+            "the log goes over more than one epoch and does not print global_step; its iterations count anew; import TensorBoard's events"
+        )
+    return np.where(np.isnan(given), counted, given)
+
+
+def _finish(log: Log, scanner: Scanner) -> None:
+    """Put columns into the project's units, and find the held-out losses."""
+    steps = log.steps
+    log.total = int(steps["total"][-1]) + 1 - scanner.dialect.first_iteration if steps["total"].size else None
+    if "step_time_ms" in steps:
+        steps["step_time_s"] = steps["step_time_ms"] / 1000
+    if scanner.heldout:
+        log.heldout = dict(zip(("step", "heldout_loss"), np.array(scanner.heldout, dtype=np.float64).T, strict=True))
+    elif "val_loss" in steps:
+        _heldout_of_nemo(log)
+    for key in ("total", "iteration", "epoch", "global_step", "val_loss", "validated", "step_time_ms"):
+        steps.pop(key, None)
+
+
+def _heldout_of_nemo(log: Log) -> None:
+    """NeMo shows val_loss only on the training lines that follow a validation, averaged with them over the log's interval."""
+    gaps = np.diff(log.steps["step"])
+    if gaps.size and np.median(gaps) > 1:
+        log.said.append("held-out losses were left out: a line for several steps averages them with the evaluation before")
+        return
+    at = (log.steps["validated"] > 0) & np.isfinite(log.steps["val_loss"]) & (log.steps["step"] > 1)
+    log.heldout = {"step": log.steps["step"][at] - 1, "heldout_loss": log.steps["val_loss"][at]}
