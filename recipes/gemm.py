@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.compose import compose_plan
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         asked = shapes(args.models, args.k)
-        from recipes.training import gemm  # torch
+        if find_spec("torch") is None:
+            raise InputError("recipes.gemm needs PyTorch, which is not installed here; run it in the NeMo container, on a CUDA GPU")
+        from recipes.training import gemm
 
         rows = gemm.measure(asked, args.rounds)
         if args.out:
