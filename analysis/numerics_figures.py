@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
 
 from analysis.figures import COLOURS, Figure, axes
 from analysis.numerics import ROLES, by_layer, load_all, over_training
@@ -13,18 +15,26 @@ from analysis.runs import Run
 NAMES = {"input": "activations", "weight": "weights", "grad": "gradients"}
 
 
+def _lines(title: str, x: str, y: str, values: pd.DataFrame, column: str, scale: float = 1.0) -> tuple[Drawing, list[Axes]]:
+    """Draw a column over x: a panel for each role, a line for each precision."""
+    drawing, panels = axes(title, x, "", panels=len(ROLES))
+    for axis, role in zip(panels, ROLES, strict=True):
+        for precision, rows in values[values["role"] == role].groupby("precision"):
+            axis.plot(rows[x], rows[column] * scale, "o-", ms=3, color=COLOURS.get(str(precision)), label=precision, lw=1.2)
+        axis.set_title(NAMES[role], fontsize=9)
+    panels[0].set_ylabel(y)
+    panels[0].legend(fontsize=8, frameon=False)
+    return drawing, panels
+
+
 def noise_over_training(table: pd.DataFrame) -> Figure:
     """SQNR of each operand over training, median over layers with quartiles."""
     title = "Signal over quantisation noise, over training"
-    drawing, panels = axes(title, "step", "", panels=len(ROLES))
     values = over_training(table[table["step"] > 1], "sqnr_db")
+    drawing, panels = _lines(title, "step", "SQNR, dB", values, "median")
     for axis, role in zip(panels, ROLES, strict=True):
         for precision, rows in values[values["role"] == role].groupby("precision"):
-            axis.plot(rows["step"], rows["median"], color=COLOURS.get(str(precision)), label=precision, lw=1.4)
             axis.fill_between(rows["step"], rows["low"], rows["high"], color=COLOURS.get(str(precision)), alpha=0.12, lw=0)
-        axis.set_title(NAMES[role], fontsize=9)
-    panels[0].set_ylabel("SQNR, dB")
-    panels[0].legend(fontsize=8, frameon=False)
     caption = (
         "Median over all FP8 layers, with quartiles. Higher is better: 6 dB are one bit of mantissa. Gradients lie lower where they are "
         "in E5M2 (two bits of mantissa). A curve that falls or jumps shows a scale that no longer fits. Step 1 is left out: delayed scaling "
@@ -36,15 +46,9 @@ def noise_over_training(table: pd.DataFrame) -> Figure:
 def underflow_by_layer(table: pd.DataFrame) -> Figure:
     """Share of non-zero elements that became zero, by layer."""
     title = "Underflow by layer"
-    drawing, panels = axes(title, "layer", "", panels=len(ROLES))
-    values = by_layer(table, "underflow")
-    for axis, role in zip(panels, ROLES, strict=True):
-        for precision, rows in values[values["role"] == role].groupby("precision"):
-            axis.plot(rows["layer"], rows["underflow"] * 100, "o-", ms=4, color=COLOURS.get(str(precision)), label=precision, lw=1.2)
-        axis.set_title(NAMES[role], fontsize=9)
+    drawing, panels = _lines(title, "layer", "elements that became zero, %", by_layer(table, "underflow"), "underflow", 100)
+    for axis in panels:
         axis.set_xticks(sorted(table["layer"].unique()))
-    panels[0].set_ylabel("elements that became zero, %")
-    panels[0].legend(fontsize=8, frameon=False)
     caption = (
         "Median over training. Per-tensor scales lose the small elements of a tensor to its largest one; scales by tile or block lose "
         "only those beside a large neighbour. E5M2 reaches lower than E4M3 and so loses fewer."
@@ -55,14 +59,8 @@ def underflow_by_layer(table: pd.DataFrame) -> Figure:
 def saturation_over_training(table: pd.DataFrame) -> Figure:
     """Largest share of saturated elements in any layer, over training."""
     title = "Saturation, the worst layer"
-    drawing, panels = axes(title, "step", "", panels=len(ROLES))
     worst = table.groupby(["precision", "role", "step"])["saturated"].max().reset_index()
-    for axis, role in zip(panels, ROLES, strict=True):
-        for precision, rows in worst[worst["role"] == role].groupby("precision"):
-            axis.plot(rows["step"], rows["saturated"] * 100, "o-", ms=3, color=COLOURS.get(str(precision)), label=precision, lw=1.2)
-        axis.set_title(NAMES[role], fontsize=9)
-    panels[0].set_ylabel("elements too large for the scale, %")
-    panels[0].legend(fontsize=8, frameon=False)
+    drawing, _ = _lines(title, "step", "elements too large for the scale, %", worst, "saturated", 100)
     caption = (
         "Only delayed scaling can saturate: its scale comes from past steps, and a tensor that grows faster than its history says is cut off. "
         "The other recipes see the tensor first."
