@@ -28,7 +28,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. precision=mxfp8 train.max_steps=50")
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of comma-separated values")
-    parser.add_argument("--json", action="store_true", help="with dry_run=true: print plan, summary and script as JSON")
+    parser.add_argument("--json", action="store_true", help="print plan, summary and script as JSON, and start nothing")
     return parser.parse_intermixed_args(argv)
 
 
@@ -42,6 +42,14 @@ def plans(overrides: Sequence[str], multirun: bool) -> list[Plan]:
     for plan in found:
         check_folder(plan)
     return found
+
+
+def dry_run(overrides: Sequence[str]) -> bool:
+    """Return whether the command line asks for a dry run."""
+    asked = compose_tree(sweep(overrides)[0]).get("dry_run")
+    if not isinstance(asked, bool):
+        raise InputError(f"dry_run={asked}: it is true or false; write dry_run=true to look and start nothing")
+    return asked
 
 
 def show(found: Sequence[Plan], as_json: bool) -> int:
@@ -75,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
         found = plans(args.overrides, args.multirun)
-        if compose_tree(sweep(args.overrides)[0]).get("dry_run"):
+        if args.json or dry_run(args.overrides):
             return show(found, args.json)
         return launch(found)
     except InputError as error:

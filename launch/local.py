@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from launch.status import cause
 from recipes.plan import Plan
 from recipes.run_folder import last_step, status_of
 
@@ -91,7 +92,8 @@ class _Bars:
         self.show(job)
         status = status_of(job.folder)
         if status not in ("done", "paused"):
-            self.progress.console.print(f"{job.plan.run_name}: {status}; see {job.folder / 'log.txt'}", markup=False, highlight=False)
+            said = f"{job.plan.run_name}: {status}: {cause(job.folder)}; see {job.folder / 'log.txt'}"
+            self.progress.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

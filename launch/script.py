@@ -83,7 +83,7 @@ def _gpus(plan: Plan, per_node: int) -> list[tuple[str, str]]:
 
 def image(plan: Plan) -> str:
     """Return the container image as pyxis takes it: a registry's path has # after the host."""
-    chosen = plan.cluster.container_image or plan.stack.container
+    chosen = plan.cluster.container_image or plan.stack.container or ""
     host, slash, path = chosen.partition("/")
     is_registry = bool(slash) and "." in host and not chosen.startswith((".", "/")) and "#" not in chosen
     return f"{host}#{path}" if is_registry else chosen
@@ -92,7 +92,9 @@ def image(plan: Plan) -> str:
 def mounts(plan: Plan) -> list[str]:
     """Return the container's mounts: the working folder and the run folder where they lie, and the site's own."""
     here, runs = Path.cwd(), run_folder(plan).parent
-    own = [here, *([] if runs.is_relative_to(here) else [runs])]
+    own = [here]
+    for path in (runs, runs.resolve()):  # a link to another file system must find its target inside
+        own += [] if any(path.is_relative_to(mounted) for mounted in own) else [path]
     return [*(f"{path}:{path}" for path in own), *plan.cluster.mounts]
 
 
@@ -101,21 +103,25 @@ def srun_flags(plan: Plan) -> list[str]:
     c = plan.cluster
     flags = [f"--mpi={c.mpi}"] if c.mpi else []
     if c.container_runtime == "pyxis":
-        names = [variable.name for variable in variables(plan)] + ["PYTHONPATH", "PYTHONSAFEPATH", *c.token_files]
+        names = [*(variable.name for variable in variables(plan)), *c.token_files]
         flags += [f"--container-image={image(plan)}", f"--container-mounts={','.join(mounts(plan))}", f"--container-workdir={Path.cwd()}"]
-        flags += ["--no-container-mount-home", f"--container-env={','.join(names)}"]
+        flags += ["--no-container-mount-home", *([f"--container-env={','.join(names)}"] if names else [])]
     return [*flags, *c.extra_srun]
 
 
 def task(plan: Plan) -> str:
-    """Return what bash runs in each process ($1 the interpreter, $2 the run folder): check the node, name the rank, train."""
+    """Return what bash runs in each process ($1 the interpreter, $2 the run folder, $3 the code): check the node, name the rank, train.
+
+    The code goes before whatever the container's own PYTHONPATH names, which is set only in there.
+    """
     bind, per_numa = "", plan.gpu.gpus_per_numa_node
     if plan.cluster.numa_binding and per_numa and not plan.emulated and tasks_per_node(plan) > per_numa:
         node = f"$((SLURM_LOCALID / {per_numa}))"
         bind = f"numactl --cpunodebind={node} --membind={node} "
+    code = 'export PYTHONPATH="$3${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
     ranks = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
     first = '((SLURM_LOCALID)) || "$1" -m recipes.preflight "$2" || exit'
-    return f'{first}; {ranks}; exec {bind}"$1" -m recipes.training.run "$2"'
+    return f'{code}; {first}; {ranks}; exec {bind}"$1" -m recipes.training.run "$2"'
 
 
 def described(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from recipes.defaults import fill
@@ -46,6 +46,9 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
         with initialize_config_dir(str(conf), version_base="1.3"):
             config = compose("config", overrides=list(overrides))
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key or "a value"
+        raise InputError(f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra itself raises ValueError on group=null
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
@@ -77,6 +80,11 @@ def _first_problem(error: ValidationError) -> str:
 
 def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     text = one_line(str(error))
+    if "Config group override must be a string" in text:
+        return "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
+    swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
+    if swept:
+        return f"{swept}: several values make a sweep; add -m to the command"
     wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
     key, _, value = wrong.partition("=")
     key = key.lstrip("+~")

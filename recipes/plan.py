@@ -18,6 +18,9 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Capability = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]  # no control characters: it may stand in a script
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+Seed = Annotated[int, Field(gt=0, lt=2**32)]
 Scaling = Literal["delayed", "current", "subchannel", "mxfp8"]
 
 
@@ -117,7 +120,7 @@ class Stack(Frozen):
     """
 
     name: Name
-    container: str
+    container: str | None
     versions: dict[str, str]
     recommended: str
     fp8_parameters_with_fsdp: bool
@@ -155,11 +158,11 @@ class Data(Frozen):
     """
 
     kind: Literal["text", "indexed", "mock"]
-    root: str | None = None
-    sources: tuple[str, ...] = Field(default=(), strict=False)
-    train: tuple[str, ...] = Field(default=(), strict=False)
-    heldout: tuple[str, ...] = Field(default=(), strict=False)
-    tokenizer: str | None = None
+    root: Text | None = None
+    sources: tuple[Text, ...] = Field(default=(), strict=False)
+    train: tuple[Text, ...] = Field(default=(), strict=False)
+    heldout: tuple[Text, ...] = Field(default=(), strict=False)
+    tokenizer: Text | None = None
     seed: NonNegative
 
 
@@ -174,13 +177,10 @@ class Executor(Frozen):
     kind: Literal["local", "slurm"]
     max_parallel: Positive
     threads: Positive | None
-    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}(:\d{2}){0,2}$")]
+    time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:[0-5]\d){0,2}$")]
     stop_before_limit_s: Positive
     max_restarts: NonNegative
     chain: Positive
-
-
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]
 
 
 class Cluster(Frozen):
@@ -207,8 +207,8 @@ class Cluster(Frozen):
     mounts: tuple[Text, ...] = Field(strict=False)
     extra_sbatch: tuple[Text, ...] = Field(strict=False)
     extra_srun: tuple[Text, ...] = Field(strict=False)
-    environment: dict[str, Text]
-    token_files: dict[str, Text]
+    environment: dict[Variable, Text]
+    token_files: dict[Variable, Text]
 
 
 class Logger(Frozen):
@@ -282,10 +282,10 @@ class Plan(Frozen):
     train: Train
     settings: Settings
     bar: Bar
-    seed: Positive
+    seed: Seed
     num_gpus: Positive
     seq_length: Positive
-    runs_dir: str
+    runs_dir: Text
     run_name: Name
 
     @property

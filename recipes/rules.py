@@ -107,6 +107,13 @@ def secrets_are_not_in_the_plan(plan: Plan) -> str | None:
     return None
 
 
+def container_is_named(plan: Plan) -> str | None:
+    """pyxis needs an image: the stack's, or the site's own."""
+    if plan.executor.kind == "slurm" and plan.cluster.container_runtime == "pyxis" and not (plan.cluster.container_image or plan.stack.container):
+        return f"{plan.stack.name} has no container; set cluster.container_image, or cluster.container_runtime=none and cluster.python"
+    return None
+
+
 def time_limit_leaves_time(plan: Plan) -> str | None:
     """A time limit must leave time to train before the run is told to stop."""
     if plan.executor.kind == "slurm" and seconds(plan.executor.time_limit) <= plan.executor.stop_before_limit_s:
@@ -156,6 +163,7 @@ RULES: tuple[Rule, ...] = (
     schedule_is_possible,
     data_is_named,
     secrets_are_not_in_the_plan,
+    container_is_named,
     time_limit_leaves_time,
     cpu_runs_what_is_emulated,
     model_fits_machine,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def keep_until(path: Path, step: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` beside `path` and rename, so that a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # nodes may write at once
     part.write_text(json.dumps(value, indent=1))
     part.replace(path)
 

@@ -66,12 +66,14 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         for layer in self.layers.values():
             layer.fp8_quantiser.diagnose = diagnose
         self.gemms_before = self._gemms()
+        _synchronize()
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics; a loss that is no number is an event."""
+        _synchronize()  # the optimizer's kernels are still running
         step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
-        if stop.asked_on_rank_0() or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
+        if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
             trainer.should_stop = True
         if not trainer.is_global_zero:
             return
@@ -114,7 +116,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.plan.train.max_steps
-        event(self.folder, "end" if done else "pause", step=trainer.global_step, **({"why": "signal"} if stop.asked() else {}))
+        event(self.folder, "end" if done else "pause", step=trainer.global_step, **({"why": "asked to stop"} if stop.asked() else {}))
         set_status(self.folder, "done" if done else "paused", step=trainer.global_step)
 
     def _write(self, trainer: Any, row: dict[str, float]) -> None:
@@ -142,6 +144,11 @@ def _count_batches_of(trainer: Any) -> None:
     """
     counted = trainer.fit_loop.epoch_loop.batch_progress.current
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:

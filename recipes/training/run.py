@@ -42,7 +42,8 @@ def main(folder: Path) -> int:
         train(plan, folder)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        set_status(folder, "failed", str(error))
+        if os.environ.get("RANK", "0") == "0":
+            set_status(folder, "failed", str(error))
         return EXIT_WRONG_INPUT
     except BaseException as error:
         if os.environ.get("RANK", "0") == "0":

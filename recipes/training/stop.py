@@ -1,6 +1,6 @@
-"""A request to stop: SIGUSR1 or SIGTERM ask a run to end its step, save a checkpoint and leave.
+"""A request to stop: a file `stop` in the run folder, SIGUSR1 or SIGTERM ask a run to end its step, save and leave.
 
-Slurm sends a signal before a time limit or a preemption.  NeMo's PreemptionCallback (lightning/pytorch/callbacks/
+A job's script makes the file before its time limit; a preemption sends a signal.  NeMo's PreemptionCallback (lightning/pytorch/callbacks/
 preemption.py) leaves the process from within the step's callbacks; here training ends as at its last step, so that the
 run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear the signal at different steps.
 """
@@ -8,6 +8,7 @@ run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear th
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -28,13 +29,20 @@ def _ask(number: int, frame: FrameType | None) -> None:
     _asked = True
 
 
+def _ask_if_there(file: Path) -> None:
+    global _asked
+    _asked = _asked or file.exists()
+
+
 def asked() -> bool:
     """Return whether this process was asked to stop."""
     return _asked
 
 
-def asked_on_rank_0() -> bool:
+def asked_on_rank_0(folder: Path) -> bool:
     """Return whether rank 0 was asked to stop; every rank calls this in every step."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+        _ask_if_there(folder / "stop")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return _asked
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -72,6 +72,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     "schedule_is_possible": [(["train.warmup_steps=100"], "lower it"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
+    "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
     "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "choose a GPU")],
     "cpu_runs_what_is_emulated": [(["settings=throughput"], "settings=convergence"), (["mapping.recompute_layers=1"], "mapping=single")],

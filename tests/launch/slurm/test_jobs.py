@@ -159,6 +159,8 @@ def test_a_cancelled_run_is_resumed_in_the_same_folder(site: Slurm, tmp_path: Pa
     assert "queued or running already" in capsys.readouterr().out and len(submissions(folder)) == 1
     assert cancel.main([str(folder)]) == 0
     until(lambda: status.rows([folder])[0].status == "cancelled", "the cancellation", 60)
+    time.sleep(12)  # a requeue would have brought it back by now
+    assert status.rows([folder])[0].status == "cancelled"
     assert resume.main([str(folder)]) == 0
     site.wait(job_of(folder), "COMPLETED", timeout=240)
     assert [step for step, _ in losses(folder)] == list(range(1, 21))
