@@ -37,7 +37,7 @@ def validation() -> list[Row]:
 def _overrides(row: Row) -> list[str]:
     axes = [f"{key}={row[key]}" for key in ("model", "precision", "gpu", "num_gpus", "seq_length")]
     layout = [f"mapping.{key}={row[key]}" for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")]
-    return [*axes, *layout, *str(row["overrides"]).split()]
+    return [*axes, *layout, "executor=local", *str(row["overrides"]).split()]
 
 
 def shown(rows: Sequence[Row]) -> Table:
