@@ -35,7 +35,8 @@ BLOCK_SCALES = 4 / 128**2  # one FP32 scale for a 128x128 block (the same, weigh
 
 # Adam with FP32 main parameter and two FP32 moments (MCore optimizer/distrib_optimizer.py).  TE's FusedAdam, asked to be
 # precision-aware, keeps only the 16 bits of a main parameter that its BF16 weight lacks (store_param_remainders).
-ADAM, ADAM_WITH_REMAINDERS = 4 + 4 + 4, 2 + 4 + 4
+MAIN_PARAMETER, REMAINDER = 4, 2
+MOMENTS = {"fp32": 4 + 4, "bf16": 2 + 2}
 
 # Logits, bytes an element.  te: TE's kernel writes the BF16 gradient over the BF16 logits (pytorch/triton/cross_entropy.py).
 # native: beside the BF16 logits stand their FP32 copy and its exponential (MCore fusions/fused_cross_entropy.py updates in
@@ -156,7 +157,11 @@ def _state(plan: Plan, weights: Weights) -> dict[str, float]:
     shared = shards if fsdp else 1
     copies = weights.fp8 * _fp8_copies(plan, fp8) if fp8 else 0.0
     small = plan.settings.precision_aware_optimizer and not fsdp
-    adam = ADAM * primary + (ADAM_WITH_REMAINDERS if small else ADAM) * (everything - primary)
+    adam = (
+        MOMENTS[plan.settings.adam_moments] * everything
+        + MAIN_PARAMETER * primary
+        + (REMAINDER if small else MAIN_PARAMETER) * (everything - primary)
+    )
     return {
         "weights": BF16 * (everything - primary) / shared,
         "fp8_weights": copies / (shared if primary else 1),  # TE caches the copies of BF16 weights whole, also under FSDP
@@ -310,4 +315,4 @@ def _step(plan: Plan, weights: Weights) -> float:
     copies = 0.0 if settings.grad_reduce_in_fp32 or settings.precision_aware_optimizer else FP32 * sum(weights) / shards
     table = _vocabulary(plan) * plan.model.hidden_size if weights.vocabulary else 0
     largest = max(table, _fc1_width(plan) * plan.model.hidden_size / plan.mapping.tp)
-    return copies + COUNT_NONZERO * min(largest, sum(weights) / shards)
+    return copies + (COUNT_NONZERO * min(largest, sum(weights) / shards) if settings.count_zero_gradients else 0.0)

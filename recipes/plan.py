@@ -242,6 +242,8 @@ class Settings(Frozen):
 
     `precision_aware_optimizer`: Adam moments and main parameters as Transformer Engine's FusedAdam keeps them.
     `bf16_layers`: whether a recipe's first and last layers in BF16 are kept; the scripts drop them "for benchmarking".
+    `adam_moments`: their type; BF16 needs the precision-aware optimizer.  `count_zero_gradients`: whether Megatron-Core 0.12
+    may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
     """
 
     name: Name
@@ -252,6 +254,8 @@ class Settings(Frozen):
     bf16_layers: bool
     checkpoints: bool
     evaluation: bool
+    adam_moments: Literal["fp32", "bf16"] = "fp32"
+    count_zero_gradients: bool = True
 
 
 class Bar(Frozen):

@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
-from recipes.plan import plan_from_json
+from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
-from recipes.training import stop, te
-from recipes.training.fp8.linear import Calls
+from recipes.training import stop
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, manifest
+from recipes.training.te_layers import Watched, watch
 
 
 class RunFolderCallback(Callback):  # type: ignore[misc]
@@ -33,10 +33,10 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def __init__(self, folder: str, plan_json: str) -> None:
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
-        self.layers: dict[str, Fp8Mixin] = {}
-        self.on_gpu = Calls()
+        self.layers: dict[str, Fp8Mixin | Watched] = {}
         self.heldout: list[torch.Tensor] = []
         self.started = 0.0
+        self.backward_ended: Moment | None = None
         self.gemms_before = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -45,8 +45,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""
-        self.layers = fp8_modules(pl_module)
-        self.on_gpu = te.watch(pl_module)
+        self.layers = {**fp8_modules(pl_module), **watch(pl_module, self._looked_at())}
         stop.listen()
         _count_batches_of(trainer)
         if not trainer.is_global_zero:
@@ -64,14 +63,19 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         """Start the clock of a step, and look closely at the layers where it is time to."""
         diagnose = self._is_diagnosed(trainer.global_step + 1)
         for layer in self.layers.values():
-            layer.fp8_quantiser.diagnose = diagnose
+            if layer.fp8_quantiser:
+                layer.fp8_quantiser.diagnose = diagnose
         self.gemms_before = self._gemms()
         _synchronize()
         self.started = time.perf_counter()
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Mark where the last backward pass ends."""
+        self.backward_ended = Moment()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics; a loss that is no number is an event."""
-        _synchronize()  # the optimizer's kernels are still running
+        optimizer_time = self.backward_ended.until_now() if self.backward_ended else math.nan
         step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
         if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
             trainer.should_stop = True
@@ -84,6 +88,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             "grad_norm": _number(logged.get("grad_norm")),
             "lr": _number(logged.get("lr")),
             "step_time_s": step_time,
+            "optimizer_time_s": optimizer_time,
             "tokens_per_s_per_gpu": self.plan.tokens_per_step / step_time / self.plan.num_gpus,
             "memory_gb": _memory_gb(),
             "fp8_gemms": self._gemms() - self.gemms_before,
@@ -124,15 +129,19 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
+    def _looked_at(self) -> Fp8 | None:
+        """Return the recipe that Transformer Engine's layers are diagnosed for; none on random tokens, whose numbers say nothing."""
+        return None if self.plan.data.kind == "mock" else self.plan.precision.fp8
+
     def _is_diagnosed(self, step: int) -> bool:
         return step == 1 or step % self.plan.train.diagnostics_interval == 0
 
     def _gemms(self) -> int:
-        return self.on_gpu.total + sum(layer.fp8_calls.total for layer in self.layers.values())
+        return sum(layer.fp8_calls.total for layer in self.layers.values())
 
     def _write_diagnostics(self, step: int) -> None:
         for name, layer in self.layers.items():
-            for role, seen in layer.fp8_quantiser.seen.items():
+            for role, seen in layer.fp8_quantiser.seen.items() if layer.fp8_quantiser else ():
                 append_line(self.folder / "fp8.jsonl", {"step": step, "module": name, "role": role, **asdict(seen)})
 
 
@@ -144,6 +153,25 @@ def _count_batches_of(trainer: Any) -> None:
     """
     counted = trainer.fit_loop.epoch_loop.batch_progress.current
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
+
+
+class Moment:
+    """A point in the device's work (on a CPU, in time)."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self.event:
+            self.event.record()
+
+    def until_now(self) -> float:
+        """Wait for the device and return the seconds from this point on."""
+        if self.event is None:
+            return time.perf_counter() - self.time
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        return float(self.event.elapsed_time(end)) / 1e3
 
 
 def _synchronize() -> None:

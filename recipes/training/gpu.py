@@ -42,6 +42,8 @@ def for_gpu(recipe: run.Partial, plan: Plan) -> None:
     """Set what the plan says about running on GPUs; `recipe` was built with performance_mode=True."""
     recipe.trainer.plugins = precision_plugin(plan)
     recipe.optim.config.use_precision_aware_optimizer = plan.settings.precision_aware_optimizer
+    if plan.settings.adam_moments == "bf16":
+        recipe.optim.config.exp_avg_dtype = recipe.optim.config.exp_avg_sq_dtype = torch.bfloat16
     recipe.model.config.cross_entropy_fusion_impl = plan.settings.cross_entropy_fusion
     recipe.model.config.enable_cuda_graph = recipe.trainer.strategy.use_te_rng_tracker = plan.mapping.cuda_graphs
     recipe.trainer.strategy.pipeline_dtype = torch.bfloat16 if plan.mapping.pp > 1 else None

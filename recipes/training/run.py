@@ -23,7 +23,7 @@ def train(plan: Plan, folder: Path) -> None:
     """Build NeMo's recipe for the plan and run its llm.pretrain in this process."""
     from recipes.training import cpu, te
 
-    te.activate()
+    te.activate(plan)
     cpu.activate()
     import fiddle as fdl
 

@@ -1,32 +1,36 @@
-"""Transformer Engine on GPUs: one place for what its versions name differently, for block scaling, and for proof that FP8 ran.
+"""Transformer Engine on GPUs: one place for what its versions name differently, and for block scaling.
 
 NeMo 25.04 was made for Transformer Engine 2.2.  Newer ones moved two names that Megatron-Core 0.12 imports, and brought
-block scaling, which Megatron-Core learned later.  `activate` mends both before NeMo is imported, and does nothing on 2.2 or
-without a GPU.  `watch` counts the FP8 GEMMs of a model's linear layers, since NeMo and Megatron-Core train on in BF16
-without a word where FP8 is not to be had.
+block scaling, which Megatron-Core learned later.  `activate` mends both before NeMo is imported, stands in for the one kernel
+of APEX that NeMo's container has and other machines lack, and does nothing without a GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
-from recipes.training.fp8.linear import Calls
+from recipes.plan import Plan
 
 BLOCK_SCALING = "blockwise"  # the name of Megatron-Core 0.13's Fp8Recipe; 0.12 takes any string and knows three
 
 
-def activate() -> None:
-    """Adapt Megatron-Core 0.12 to the Transformer Engine that is there; nothing without a GPU."""
+def activate(plan: Plan) -> None:
+    """Adapt Megatron-Core 0.12 to the Transformer Engine that is there, before NeMo is imported; nothing without a GPU."""
     if not torch.cuda.is_available():
         return
     _numpy_names()
     _moved_names()
+    _fused_weight_gradient()
     _block_scaling()
+    if not plan.settings.count_zero_gradients:
+        _no_count_of_zeros()
 
 
 def _numpy_names() -> None:
@@ -46,6 +50,33 @@ def _moved_names() -> None:
         if not hasattr(attention, name):
             module = __import__(f"transformer_engine.pytorch.{home}", fromlist=[there])
             setattr(attention, name, getattr(module, there))
+
+
+def _fused_weight_gradient() -> None:
+    """Give NeMo and Megatron-Core the GEMM of APEX that adds a weight's gradient to main_grad (tensor_parallel/layers.py:508).
+
+    Without it NeMo (llm/gpt/model/base.py:43) turns the fusion off for every layer, Transformer Engine's own included.
+    """
+    name = "fused_weight_gradient_mlp_cuda"
+    if name in sys.modules or find_spec(name):
+        return
+    module: Any = ModuleType(name)
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = accumulate_weight_gradient
+    sys.modules[name] = module
+
+
+def accumulate_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """Add grad^T x to `main_grad` (out, in; FP32 or BF16) in one GEMM; x (tokens, in), grad (tokens, out)."""
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
+
+    general_gemm(x, grad, out_dtype=main_grad.dtype, layout="NT", out=main_grad, accumulate=True, grad=True)
+
+
+def _no_count_of_zeros() -> None:
+    """megatron/core/optimizer/optimizer.py:1144 counts the zeros of all gradients in each step, whatever log_num_zeros_in_grad says."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    ChainedOptimizer.count_zeros = lambda self: None
 
 
 def _block_scaling() -> None:
@@ -74,33 +105,3 @@ def _block_context(fp8_format: str) -> Any:
 
     chosen = recipe.Float8BlockScaling(fp8_format={"e4m3": recipe.Format.E4M3, "hybrid": recipe.Format.HYBRID}[fp8_format])
     return te.fp8_autocast(enabled=True, fp8_recipe=chosen)
-
-
-def watch(model: nn.Module) -> Calls:
-    """Return a count of the FP8 GEMMs of `model`'s Transformer Engine linear layers; it grows as the model trains.
-
-    A layer counts when it ran its forward pass in FP8 (its `fp8` attribute, which Transformer Engine sets in each), and its
-    two backward GEMMs when the gradient of that pass's output arrives.
-    """
-    calls = Calls()
-    try:
-        from transformer_engine.pytorch import LayerNormLinear, Linear
-    except ImportError:
-        return calls
-
-    def backward(grad: torch.Tensor) -> None:
-        calls.dgrad += 1
-        calls.wgrad += 1
-
-    def forward(module: Any, inputs: Any, output: Any) -> None:
-        if not module.fp8 or not module.training:
-            return
-        calls.fprop += 1
-        first = output[0] if isinstance(output, tuple) else output
-        if first.requires_grad:
-            first.register_hook(backward)
-
-    for module in model.modules():
-        if isinstance(module, (Linear, LayerNormLinear)):
-            module.register_forward_hook(forward)
-    return calls
