@@ -34,14 +34,11 @@ def variables(plan: Plan) -> list[Variable]:
 
 def _always(plan: Plan) -> list[Variable]:
     on_the_hub = plan.data.tokenizer is not None and not plan.data.tokenizer.startswith(("/", ".", "~"))
-    margin = str(NORM_SM_MARGIN)
     return [
         Variable("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "do not cache the memory of NCCL's buffers"),
         Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP costs memory"),
         Variable("NVTE_FLASH_ATTN", "1", "needed beside the next for cuDNN's fused attention"),
         Variable("NVTE_FUSED_ATTN", "1", "cuDNN's fused attention"),
-        Variable("NVTE_FWD_LAYERNORM_SM_MARGIN", margin, "leave multiprocessors to communication that overlaps the norms"),
-        Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", margin, "the same, backward"),
         Variable("NEMO_LOG_MEMORY_USAGE", "1", "print the memory that each rank allocates"),
         Variable("TOKENIZERS_PARALLELISM", "False", "no warnings from forked data workers"),
         Variable("HF_HUB_OFFLINE", "0" if on_the_hub else "1", "1: tokenizers come from disk; 0 where data.tokenizer names one on the hub"),
@@ -69,7 +66,14 @@ def _pipeline(plan: Plan) -> list[Variable]:
 
 
 def _norms(plan: Plan) -> list[Variable]:
-    """NeMo v2.3.2 scripts/performance/llm/pretrain_nemotron4_340b.py sets them; they matter where FSDP overlaps the norms."""
-    if not plan.mapping.fsdp and plan.model.name != "nemotron4_340b":
+    """Norms beside communication: room for it, and cuDNN's norms under FSDP and for the 340B (pretrain_nemotron4_340b.py).
+
+    Not on one GPU, where nothing overlaps: there the margin costs 1 % of an FP8 step of Llama 3 8B (docs/tuning.md), and cuDNN
+    refuses the 340B's norm (Transformer Engine 2.11, H200).
+    """
+    if plan.num_gpus == 1:
         return []
-    return [Variable(f"NVTE_NORM_{way}_USE_CUDNN", "1", "norms that overlap with FSDP's communication") for way in ("FWD", "BWD")]
+    margin = [Variable(f"NVTE_{way}_LAYERNORM_SM_MARGIN", str(NORM_SM_MARGIN), "leave multiprocessors to communication") for way in ("FWD", "BWD")]
+    if not plan.mapping.fsdp and plan.model.name != "nemotron4_340b":
+        return margin
+    return margin + [Variable(f"NVTE_NORM_{way}_USE_CUDNN", "1", "norms that overlap with FSDP's communication") for way in ("FWD", "BWD")]

@@ -18,6 +18,7 @@ import torch
 
 from recipes.plan import Plan
 
+PIECE = 2**28  # elements of which FusedAdam copies the moments at once, 2 GiB
 BLOCK_SCALING = "blockwise"  # the name of Megatron-Core 0.13's Fp8Recipe; 0.12 takes any string and knows three
 
 
@@ -31,6 +32,8 @@ def activate(plan: Plan) -> None:
     _block_scaling()
     if not plan.settings.count_zero_gradients:
         _no_count_of_zeros()
+    if plan.settings.adam_moments != "fp32":
+        _moments_in_pieces()
 
 
 def _numpy_names() -> None:
@@ -77,6 +80,44 @@ def _no_count_of_zeros() -> None:
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     ChainedOptimizer.count_zeros = lambda self: None
+
+
+def _moments_in_pieces() -> None:
+    """Let FusedAdam step over a part of the parameters at a time, each entry of param_groups cut into pieces.
+
+    TE 2.11 pytorch/optimizers/fused_adam.py step makes FP32 copies of the narrow moments of a whole entry: with Megatron-Core's
+    two entries all of them live at once, 8 bytes a parameter, and the memory that narrow moments save is gone.
+    """
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    whole_step = FusedAdam.step
+
+    @functools.wraps(whole_step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        groups = self.param_groups
+        pieces = [pieces_of(group) for group in groups]
+        try:
+            self.param_groups = [piece for of_group in pieces for piece in of_group]
+            return whole_step(self, *args, **kwargs)
+        finally:
+            self.param_groups = groups
+            for group, of_group in zip(groups, pieces, strict=True):
+                group.update({key: value for key, value in (of_group or [{}])[-1].items() if key != "params"})  # its count of steps
+
+    FusedAdam.step = step
+
+
+def pieces_of(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `group` cut into groups of at most PIECE elements, or one parameter; their order is kept."""
+    pieces: list[dict[str, Any]] = []
+    size = PIECE
+    for parameter in group["params"]:
+        if size + parameter.numel() > PIECE or not pieces:
+            pieces.append({**group, "params": []})
+            size = 0
+        pieces[-1]["params"].append(parameter)
+        size += parameter.numel()
+    return pieces
 
 
 def _block_scaling() -> None:
