@@ -1,63 +1,235 @@
 """The step time of a deep model from shallow ones: what a layer costs, and what does not depend on the depth.
 
-A model that is too large for the GPU at hand is measured at its true width and two depths or more.  Step time is a straight
-line over the depth: its slope is a layer's time, its start the embedding, the output layer and what is done once a step.  A
-speedup that is read off a shallow model mixes the two; the slope's is that of the layers, the part that FP8 speeds up.
+A model that is too large for the GPU at hand is measured at its true width and two depths or more.  A step of N
+micro-batches and L layers is N forward and backward passes and one optimizer step,
+
+    t = N (a + b L) + (c + d L)
+
+with a layer's pass b, the embedding, output layer and loss in a, a layer's share of the optimizer (gradients, clipping,
+Adam, casts of parameters) d, and what is left of it c.  A speedup that is read off a shallow model mixes the four; FP8 speeds
+up b, and b is what a deep model is made of.  `analysis.whole` puts whole models together from these parts.
+
+Runs that did not record `optimizer_time_s` give one line only, of the whole step: its slope holds N passes and the optimizer.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
 from analysis.figures import COLOURS, Figure, axes
+from analysis.pairing import plan_differences
+from analysis.published import layout_of
 from analysis.runs import Run
-from analysis.speed import step_time
+from analysis.speed import RESAMPLES, Interval, step_time, timed
+from analysis.statistics import Array
+from recipes.errors import InputError
+from recipes.plan import Plan
+from recipes.run_folder import flatten
+
+OPTIMIZER = "optimizer_time_s"
+NOT_THE_STEP = ("seed", "train.", "data.")  # parts of a plan that leave a step's work as it is
+
+
+class Line(NamedTuple):
+    """Seconds a layer and seconds that do not depend on the depth: the first value is the estimate, the others its bootstrap samples."""
+
+    per_layer: Array
+    fixed: Array
 
 
 @dataclass(frozen=True)
 class Depth:
-    """The line of one precision: seconds a layer, seconds that do not depend on the depth, the largest distance from it, and its points."""
+    """One precision of one model: its runs by depth, and the lines through them.
+
+    `step` is the line of the whole step; `passes` (one micro-batch's forward and backward) and `optimizer` are None where
+    runs did not record `optimizer_time_s`.  `residual_s`: the largest distance of a measured step from the model.
+    """
 
     precision: str
-    per_layer_s: float
-    fixed_s: float
+    runs: tuple[Run, ...]
+    step: Line
+    passes: Line | None
+    optimizer: Line | None
     residual_s: float
-    layers: tuple[int, ...]
-    step_time_s: tuple[float, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the shallowest run."""
+        return self.runs[0].plan
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The depths."""
+        return tuple(run.plan.model.num_layers for run in self.runs)
+
+    @property
+    def step_time_s(self) -> tuple[float, ...]:
+        """The measured step times, median seconds."""
+        return tuple(step_time(run).value for run in self.runs)
+
+    @property
+    def per_layer_s(self) -> float:
+        """Seconds that a layer adds to a step."""
+        return float(self.step.per_layer[0])
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of a step that do not depend on the depth."""
+        return float(self.step.fixed[0])
+
+    @property
+    def layer_pass(self) -> Array:
+        """A layer's part in what FP8 speeds up: its pass, or where that is not known its part of the step."""
+        return (self.passes or self.step).per_layer
 
 
 def fit(runs: Sequence[Run]) -> list[Depth]:
-    """Return a line for each precision that was measured at two depths or more, BF16 first."""
-    names = sorted({run.plan.precision.name for run in runs}, key=lambda name: (name != "bf16", name))
-    return [line for name in names if (line := _line(name, [run for run in runs if run.plan.precision.name == name]))]
+    """Return the lines of each model and precision that was measured at two depths or more: models by width, BF16 first.
+
+    InputError where runs of one line differ in more than their depth.
+    """
+    lines = []
+    for _, group in itertools.groupby(sorted(runs, key=order), key=order):
+        same = sorted(group, key=lambda run: run.plan.model.num_layers)
+        if same[0].plan.model.num_layers < same[-1].plan.model.num_layers:
+            lines.append(_depth(same))
+    return lines
 
 
-def _line(name: str, runs: Sequence[Run]) -> Depth | None:
-    points = sorted((run.plan.model.num_layers, step_time(run).value) for run in runs)
-    layers, times = np.array([n for n, _ in points]), np.array([t for _, t in points])
-    if len(set(layers.tolist())) < 2:
-        return None
-    slope, start = np.polyfit(layers, times, 1)
-    residual = float(np.abs(slope * layers + start - times).max())
-    return Depth(name, float(slope), float(start), residual, tuple(int(n) for n in layers), tuple(float(t) for t in times))
+def experiment(run: Run) -> tuple[int | str, ...]:
+    """Return what runs have in common that are compared with one BF16: the model but its depth, sequence, GPU, stack and settings."""
+    plan = run.plan
+    model = (plan.model.hidden_size, plan.model.name, plan.model.vocab_size, plan.seq_length)
+    return (*model, plan.gpu.name, device(run), plan.stack.name, plan.settings.name)
 
 
-def rows(lines: Sequence[Depth]) -> list[dict[str, float | str]]:
-    """Return the lines as rows, with the layers' speedup over BF16 where BF16 was measured."""
-    base = next((line for line in lines if line.precision == "bf16"), None)
-    return [
-        {
-            "precision": line.precision,
-            "per_layer_ms": round(line.per_layer_s * 1e3, 2),
-            "fixed_ms": round(line.fixed_s * 1e3, 1),
-            "residual_ms": round(line.residual_s * 1e3, 2),
-            "speedup_per_layer": round(base.per_layer_s / line.per_layer_s, 3) if base else float("nan"),
-        }
-        for line in lines
-    ]
+def order(run: Run) -> tuple[Any, ...]:
+    """Return the place of a run's line among others: models by width, then the project's order of recipes, BF16 first."""
+    name, known = run.plan.precision.name, list(COLOURS)
+    return (*experiment(run), known.index(name) if name in known else len(known), name)
+
+
+def device(run: Run) -> str:
+    """Return the device that a run was measured on."""
+    return str(run.manifest.get("device", "unknown"))
+
+
+def _depth(runs: Sequence[Run]) -> Depth:
+    """Return the lines through the runs of one precision, shallowest first."""
+    name, layers = runs[0].plan.precision.name, np.array([run.plan.model.num_layers for run in runs], dtype=float)
+    counts = np.array([layout_of(run.plan).micro_batches for run in runs], dtype=float)[:, None]
+    split = all(OPTIMIZER in run.steps for run in runs)
+    _check(runs, may_differ=("model.num_layers", "mapping.source", *(["mapping.global_batch"] if split else [])))
+    samples = [_samples(run, split) for run in runs]
+    step, total = _line(layers, [a + b for a, b in samples]), np.array([step_time(run).value for run in runs])
+    if not split:
+        return Depth(name, tuple(runs), step, None, None, _distance(_at(step, layers), total))
+    passes, optimizer = _line(layers, np.stack([a for a, _ in samples]) / counts), _line(layers, [b for _, b in samples])
+    model = counts[:, 0] * _at(passes, layers) + _at(optimizer, layers)
+    return Depth(name, tuple(runs), step, passes, optimizer, _distance(model, total))
+
+
+def _check(runs: Sequence[Run], may_differ: Sequence[str]) -> None:
+    for run in runs[1:]:
+        keys = [key for key in plan_differences(runs[0], run) if not key.startswith((*NOT_THE_STEP, *may_differ))]
+        if keys:
+            raise InputError(
+                f"{run.folder} and {runs[0].folder} differ in {', '.join(changes(runs[0], run, keys))}: no line over depth goes through them; "
+                "give runs that differ in model.num_layers alone"
+            )
+
+
+def changes(a: Run, b: Run, keys: Sequence[str]) -> list[str]:
+    """Return plan keys with both runs' values."""
+    ours, theirs = (flatten(run.plan.model_dump()) for run in (a, b))
+    return [f"{key} {ours.get(key, '-')} → {theirs.get(key, '-')}" for key in keys]
+
+
+def beside_precision(base: Run, run: Run) -> list[str]:
+    """Return what two runs' steps differ in beside precision and depth, with both values; [] for an iso-mapping pair."""
+    skipped = (*NOT_THE_STEP, "precision.", "model.num_layers", "mapping.source")
+    return changes(base, run, [key for key in plan_differences(base, run) if not key.startswith(skipped)])
+
+
+def _samples(run: Run, split: bool) -> tuple[Array, Array]:
+    """Return median seconds of all passes and of the optimizer (0 where it is not split off): the estimate, then bootstrap samples of the steps."""
+    step = timed(run)
+    optimizer = timed(run, OPTIMIZER) if split else np.zeros_like(step)
+    if not ((optimizer >= 0) & (optimizer <= step)).all():
+        raise InputError(f"{run.folder}: {OPTIMIZER} is no part of the step's time in some step; its timing is broken, measure it again")
+    drawn = np.random.default_rng(crc32(run.name.encode())).integers(len(step), size=(RESAMPLES, len(step)))
+    steps = np.vstack([np.arange(len(step)), drawn])
+    return np.median((step - optimizer)[steps], axis=1), np.median(optimizer[steps], axis=1)
+
+
+def _line(layers: Array, seconds: Any) -> Line:
+    """Return the least-squares line of each column of `seconds`, [depths, samples]."""
+    slope, start = np.polyfit(layers, np.asarray(seconds), 1)
+    return Line(slope, start)
+
+
+def _at(line: Line, layers: Array) -> Array:
+    return np.asarray(line.fixed[0] + line.per_layer[0] * layers)
+
+
+def _distance(model: Array, measured: Array) -> float:
+    return float(np.abs(model - measured).max())
+
+
+def ratio(base: Array, other: Array) -> Interval:
+    """Return how often `other` fits into `base`, with the 95 % interval of their bootstrap samples."""
+    samples = base / other
+    low, high = np.percentile(samples[1:], [2.5, 97.5])
+    return Interval(float(samples[0]), float(low), float(high))
+
+
+def base_of(line: Depth, lines: Sequence[Depth]) -> Depth | None:
+    """Return the BF16 line of the same model, GPU, stack and settings; None where it was not measured."""
+    return next((other for other in lines if other.runs[0].is_base and experiment(other.runs[0]) == experiment(line.runs[0])), None)
+
+
+def rows(lines: Sequence[Depth]) -> list[dict[str, Any]]:
+    """Return the lines as rows, with a layer's speedup over BF16 where BF16 was measured.
+
+    `per_layer_ms` and `fixed_ms` are of one micro-batch's forward and backward pass; of the whole step where `split` is False.
+    """
+    return [_row(line, base_of(line, lines)) for line in lines]
+
+
+def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
+    run, of_pass = line.runs[0], line.passes or line.step
+    faster = ratio(base.layer_pass, line.layer_pass) if base and (base.passes is None) == (line.passes is None) else None
+    return {
+        "model": run.plan.model.name,
+        "precision": line.precision,
+        "device": device(run),
+        "layers": list(line.layers),
+        "micro_batches": layout_of(run.plan).micro_batches,
+        "micro_batch": run.plan.mapping.micro_batch,
+        "seq_length": run.plan.seq_length,
+        "vocab_size": run.plan.model.vocab_size,
+        "split": line.passes is not None,
+        "per_layer_ms": _ms(of_pass.per_layer),
+        "fixed_ms": _ms(of_pass.fixed),
+        "optimizer_per_layer_ms": _ms(line.optimizer.per_layer) if line.optimizer else None,
+        "optimizer_fixed_ms": _ms(line.optimizer.fixed) if line.optimizer else None,
+        "residual_ms": round(line.residual_s * 1e3, 3),
+        "speedup_per_layer": round(faster.value, 3) if faster else float("nan"),
+        "speedup_per_layer_low": round(faster.low, 3) if faster else None,
+        "speedup_per_layer_high": round(faster.high, 3) if faster else None,
+        "differs": beside_precision(base.runs[0], run) if base else [],
+        "label": run.label("step_time"),
+    }
+
+
+def _ms(seconds: Array) -> float:
+    return round(float(seconds[0]) * 1e3, 3)
 
 
 def figure(lines: Sequence[Depth], what: str) -> Figure:

@@ -52,11 +52,17 @@ class Figure:
         """Show the drawing with its title and caption in a notebook."""
         return f"<figure>{self.svg()}<figcaption><b>{escape(self.title)}.</b> {escape(self.caption)}</figcaption></figure>"
 
+    def png(self) -> bytes:
+        """Return the drawing as a PNG image, the same bytes each time."""
+        file = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.drawing.savefig(file, format="png", dpi=110, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+        return file.getvalue()
+
     def write_png(self, folder: Path) -> Path:
         """Write the drawing as NAME.png and return its path."""
         path = folder / f"{self.name}.png"
-        with mpl.rc_context(STYLE):
-            self.drawing.savefig(path, dpi=110, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+        path.write_bytes(self.png())
         return path
 
 
@@ -179,7 +185,7 @@ def step_times(found: Comparison) -> Figure:
     axis.set_yticks(range(len(found.runs)), [_name(run, found.runs) for run in reversed(found.runs)])
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)
-    caption = "The first tenth of the steps is left out."
+    caption = "The first tenth of the steps is left out, three at least."
     if base.plan.emulated:
         caption += " FP8 is emulated here: these times say what the emulation costs on this machine, nothing about a GPU."
     return Figure("step_time", title, caption, drawing)

@@ -14,6 +14,7 @@ from analysis.runs import Run
 from analysis.statistics import Array, Mean
 
 WARM_UP = 0.1  # first part of the run whose steps are not timed: caches, autotuning, lazy initialisation
+WARM_UP_STEPS = 3  # and at least so many, but never more than half of the run
 RESAMPLES = 1000
 MAX_TIMED = 4096
 
@@ -27,10 +28,21 @@ class Interval:
     high: float
 
 
-def timed(run: Run) -> Array:
-    """Return the step times in seconds after the warm-up, thinned out evenly where there are very many."""
-    times = run.steps["step_time_s"][int(len(run.steps["step_time_s"]) * WARM_UP) :]
+def warm_up(count: int) -> int:
+    """Return how many of a run's `count` steps are not timed."""
+    return min(max(int(count * WARM_UP), WARM_UP_STEPS), count // 2)
+
+
+def timed(run: Run, key: str = "step_time_s") -> Array:
+    """Return the step times in seconds after the warm-up (or another column), thinned out evenly where there are very many."""
+    times = run.steps[key][warm_up(len(run.steps[key])) :]
     return times[:: -(-len(times) // MAX_TIMED)]
+
+
+def window(run: Run) -> tuple[int, int]:
+    """Return the first and the last step that are timed."""
+    steps = run.steps["step"]
+    return int(steps[warm_up(len(steps))]), int(steps[-1])
 
 
 def step_time(run: Run) -> Interval:

@@ -18,8 +18,8 @@ from rich.table import Table
 from recipes.compose import CONF, compose_plan, compose_tree
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.sizes import MODELS
 
-MODELS = ("llama3_8b", "llama3_70b", "llama31_405b", "nemotron4_15b", "nemotron4_340b")
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
 GPUS = ("h100", "b200", "gb200")
 

@@ -1,0 +1,221 @@
+"""The tables and figures that the documentation may show, each made from the folders that a marker names.
+
+`analysis.readme` looks them up by name.  A maker takes folders of analysis/results and returns Markdown or a `Figure`; it
+takes no number from anywhere else than these folders, reference data with its source, and the predictor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import bits, depth, fig3, gemm, throughput
+from analysis.figures import Figure, figures
+from analysis.numerics_figures import figures as numerics_figures
+from analysis.report import load_all
+from analysis.runs import Run
+from analysis.soundness import unsound
+from analysis.table import cells, compare, headline, row
+from analysis.tabular import Table
+from recipes.compose import compose_plan
+from recipes.defaults import recommended
+from recipes.errors import InputError
+from recipes.validation import validation
+
+Maker = Callable[[Sequence[Path]], str | Figure]
+PEAKS = {
+    "measured": "measured: whole steps of NeMo with Transformer Engine",
+    "measured without step": "measured: forward and backward pass with Megatron-Core, no optimizer step",
+    "published": "published: another stack's peaks (torchtitan, FP8 with FSDP)",
+}
+
+
+def folders_of(results: Sequence[Path]) -> list[Path]:
+    """Return the run folders below folders of results."""
+    return sorted(path.parent for folder in results for path in folder.rglob("plan.json"))
+
+
+def runs_of(results: Sequence[Path]) -> list[Run]:
+    """Return the runs below folders of results; InputError where one is not sound, for what is shipped must be."""
+    runs, left_out = load_all(folders_of(results))
+    if left_out:
+        raise InputError(left_out[0])
+    return runs
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def memory(_: Sequence[Path]) -> str:
+    """The memory estimate held against peaks, by kind of peak and number format (`recipes.validation`), and against NVIDIA's layouts."""
+    found = pd.DataFrame(validation())
+    found["format"] = np.where(found["precision"] == "bf16", "BF16", "FP8")
+    shown = [_peaks(str(kind), str(format), rows) for (kind, format), rows in found.groupby(["kind", "format"])]
+    fit, layouts = nvidias_layouts()
+    verdict = "all fit" if fit == layouts else f"{layouts - fit} do not fit"
+    nvidia = "published: what NVIDIA ran, its layouts for NeMo 25.04 and 25.07, under throughput settings"
+    shown.append({"held against": nvidia, "rows": str(layouts), "median size of the error": verdict, "range": "–"})
+    return Table("", shown, found.to_dict("records"), text=frozenset(["held against"])).markdown()
+
+
+def _peaks(kind: str, format: str, rows: pd.DataFrame) -> dict[str, str]:
+    error, models, gpus = rows["error"], ", ".join(sorted(set(rows["model"]))), sorted(set(rows["num_gpus"].astype(int)))
+    on = f"{gpus[0]} GPU{'s' if gpus[0] > 1 else ''}" if len(gpus) == 1 else f"{gpus[0]} to {gpus[-1]} GPUs"
+    return {
+        "held against": f"{PEAKS.get(kind, kind)}; {format}, {models}, {on}",
+        "rows": str(len(rows)),
+        "median size of the error": f"{error.abs().median():.1%}",
+        "range": f"{error.min():+.1%} to {error.max():+.1%}",
+    }
+
+
+@functools.cache
+def nvidias_layouts() -> tuple[int, int]:
+    """Return how many of NVIDIA's recommended layouts, as their scripts run them, the memory rule lets pass, and how many there are."""
+    stacks, precisions = {"v2.3.0": "nemo_25_04", "v2.4.0": "nemo_25_07"}, {"bf16": ("bf16",), "fp8": ("fp8_delayed", "fp8_current")}
+    layouts = [each for each in recommended() if each["nemo_ref"] in stacks and each["dtype"] in precisions]
+    passes = [all(_runs(each, stacks[each["nemo_ref"]], precision) for precision in precisions[each["dtype"]]) for each in layouts]
+    return sum(passes), len(layouts)
+
+
+def _runs(layout: dict[str, str], stack: str, precision: str) -> bool:
+    axes = [f"model={layout['model']}", f"gpu={layout['gpu']}", f"precision={precision}", f"stack={stack}"]
+    try:
+        compose_plan([*axes, "experiment=throughput", "mapping=recommended"])
+    except InputError:
+        return False
+    return True
+
+
+def gemm_speedups(results: Sequence[Path]) -> str:
+    """Speedup of FP8 GEMMs over BF16 by granularity, accumulation and K."""
+    table = gemm.load(_one(results))
+    wide = gemm.speedups(table)
+    wide.columns = [f"K = {k}" for k in wide.columns]
+    return _frame(wide, f"Speedup over BF16, {', '.join(sorted(set(table['label'])))} on {table['device'].iloc[0]}; GEMMs alone, without casts.", 2)
+
+
+def gemm_by_model(results: Sequence[Path]) -> str:
+    """Speedup of whole models' linear layers over BF16, GEMMs alone and with casts."""
+    layers = gemm.load_more(_one(results), "layers")
+    if layers.empty:
+        raise InputError(f"{_one(results)} has no layers.jsonl; measure it with python -m recipes.gemm --models")
+    what = f"{', '.join(sorted(set(layers['label'])))} on {layers['device'].iloc[0]}"
+    return _frame(gemm.by_model(layers), f"Speedup over BF16 in the linear layers' three GEMMs, {what}.", 2)
+
+
+def identical_bits(results: Sequence[Path]) -> str:
+    """Shares of bits that this project's casts have in common with Transformer Engine's, by recipe and operand."""
+    return _bits(results, bits.table, "Casts compared with Transformer Engine's")
+
+
+def identical_gemms(results: Sequence[Path]) -> str:
+    """The same of the linear layers' outputs, with the errors of both over the exact product."""
+    return _bits(results, bits.gemms, "Outputs of linear layers compared with Transformer Engine's")
+
+
+def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame], what: str) -> str:
+    found = bits.load(_one(results))
+    return _frame(table(found), f"{what}, measured on {found['device'].iloc[0]}.")
+
+
+def _frame(table: pd.DataFrame, note: str, digits: int | None = None) -> str:
+    """Return a data frame, its index as first columns, as Markdown; numbers with `digits` decimals, or six significant ones."""
+    flat = table.reset_index()
+    words = frozenset(str(name) for name in flat if not pd.api.types.is_numeric_dtype(flat[name]))
+    shown = [{str(key): _cell(value, digits) for key, value in line.items()} for line in flat.to_dict("records")]
+    return Table("", shown, [], [note], words).markdown()
+
+
+def _cell(value: Any, digits: int | None) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "–" if pd.isna(value) else f"{value:.6g}" if digits is None else f"{value:.{digits}f}"
+
+
+def _one(results: Sequence[Path]) -> Path:
+    if len(results) != 1:
+        raise InputError("it is made from one folder of analysis/results; name it in the marker")
+    return results[0]
+
+
+def layers(results: Sequence[Path]) -> str:
+    """What a layer costs and gains, from runs cut in depth."""
+    rows, left_out = _fig3(results)
+    return fig3.layers_table(rows, left_out).markdown()
+
+
+def wholes(results: Sequence[Path]) -> str:
+    """Whole models put together, beside what was published."""
+    return fig3.whole_table(_fig3(results)[0]).markdown()
+
+
+def _fig3(results: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of figure 3, and why runs are left out whose times cannot be used."""
+    reasons = [(run, unsound(run)) for run in runs_of(results)]
+    lines = depth.fit([run for run, reason in reasons if reason is None])
+    if not lines:
+        raise InputError("no precision was measured at two depths or more")
+    return fig3.rows(lines), [reason for _, reason in reasons if reason]
+
+
+def throughputs(results: Sequence[Path]) -> str:
+    """The throughput table of runs, those that cannot stand in it listed with the reason."""
+    return throughput.table(folders_of(results)).markdown()
+
+
+def verdicts(results: Sequence[Path]) -> str:
+    """The verdict on each FP8 run's loss."""
+    rows = [row(verdict) for verdict in compare(runs_of(results)).verdicts]
+    return Table("", [cells(values) for values in rows], rows, [headline(rows[0])], frozenset(["precision", "verdict"])).markdown()
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def of_comparison(name: str) -> Maker:
+    """Return a maker of a figure of a comparison (`analysis.figures`, `analysis.numerics_figures`)."""
+
+    def maker(results: Sequence[Path]) -> Figure:
+        found = compare(runs_of(results))
+        drawn = {figure.name: figure for figure in [*figures(found), *numerics_figures(found.runs)]}
+        if name not in drawn:
+            raise InputError(f"the runs give {', '.join(drawn)}")
+        return drawn[name]
+
+    return maker
+
+
+def gemm_models_figure(results: Sequence[Path]) -> Figure:
+    """Speedup of each model's linear layers in training."""
+    figure = gemm.models_figure(gemm.load_more(_one(results), "layers"))
+    if figure is None:
+        raise InputError(f"{_one(results)} has no layers.jsonl of models; measure it with python -m recipes.gemm --models")
+    return figure
+
+
+TABLES: dict[str, Maker] = {
+    "memory": memory,
+    "gemm": gemm_speedups,
+    "gemm-models": gemm_by_model,
+    "bits": identical_bits,
+    "bits-gemms": identical_gemms,
+    "fig3-layers": layers,
+    "fig3-wholes": wholes,
+    "throughput": throughputs,
+    "verdicts": verdicts,
+}
+FIGURES: dict[str, Maker] = {
+    **{name: of_comparison(name) for name in ("loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation")},
+    "gemm": lambda results: gemm.figure(gemm.load(_one(results))),
+    "gemm-models": gemm_models_figure,
+    "fig3": lambda results: fig3.figure(_fig3(results)[0]),
+}
+PARTS: dict[str, dict[str, Maker]] = {"table": TABLES, "figure": FIGURES}

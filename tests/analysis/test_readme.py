@@ -1,0 +1,115 @@
+"""The documentation is what the shipped results make: every table between markers and every image, made again and compared."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import readme, readme_parts
+from analysis.readme import main as command
+from analysis.readme_parts import FIGURES, TABLES
+from recipes.errors import InputError
+
+RESULTS = readme.ROOT / "analysis" / "results"
+GEMM = "<!-- table: gemm gemm_h100 -->\n<!-- end -->"
+
+
+def test_the_committed_documents_are_what_the_results_make() -> None:
+    differing = [str(path.relative_to(readme.ROOT)) for path in readme.make().differing()]
+    assert not differing, "python -m analysis.readme makes them again"
+
+
+def test_every_table_and_image_of_the_documents_is_made() -> None:
+    """A table's rule or an image outside the markers would be typed by hand."""
+    text = readme.BLOCK.sub("", (readme.ROOT / "README.md").read_text())
+    assert "|---" not in text.replace(" ", "") and "](docs/images/" not in text
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Return a copy of the repository's GEMM results with a README of their table and figure."""
+    shutil.copytree(RESULTS / "gemm_h100", tmp_path / "analysis" / "results" / "gemm_h100")
+    (tmp_path / "README.md").write_text(f"# Title\n\nBefore.\n\n{GEMM}\n\nBetween.\n\n<!-- figure: gemm gemm_h100 -->\n<!-- end -->\n\nAfter.\n")
+    return tmp_path
+
+
+def test_the_table_and_the_image_are_made_and_prose_is_left_alone(root: Path) -> None:
+    readme.make(root).write()
+    text = (root / "README.md").read_text()
+    rows = [json.loads(line) for line in (root / "analysis/results/gemm_h100/gemm.jsonl").read_text().splitlines()]
+    best = next(row for row in rows if (row["granularity"], row["accumulation"], row["k"], row["name"]) == ("tensor", "fast", 53248, "K sweep"))
+    assert f"{best['speedup_over_bf16']:.2f}" in text and "measured on" in text
+    for prose in ("# Title", "Before.", "Between.", "After."):
+        assert f"{prose}\n" in text
+    assert "](docs/images/gemm.png)" in text and (root / "docs/images/gemm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_twice_changes_nothing_and_a_changed_result_or_number_is_found(root: Path) -> None:
+    readme.make(root).write()
+    assert readme.make(root).differing() == []
+    page, results = root / "README.md", root / "analysis/results/gemm_h100/gemm.jsonl"
+    good = page.read_text()
+    page.write_text(good.replace("1.9", "2.9", 1))
+    assert readme.make(root).differing() == [page]
+    page.write_text(good)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    results.write_text("".join(json.dumps({**row, "speedup_over_bf16": (row["speedup_over_bf16"] or 0) * 1.1}) + "\n" for row in rows))
+    assert readme.make(root).differing() == [page, root / "docs/images/gemm.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- table: gemm gemm_h100 -->\n", "not closed"),
+        ("<!-- table: nothing -->\n<!-- end -->\n", "no table of this name; choose one of memory"),
+        ("<!-- table: gemm nowhere -->\n<!-- end -->\n", "analysis/results/nowhere is not there"),
+        ("<!-- figure: gemm -->\n<!-- end -->\n", "name it in the marker"),
+        ("<!-- table: gemm-models gemm_h100 -->\n<!-- end -->\n", r"no layers\.jsonl"),
+        ("<!-- table: bits gemm_h100 -->\n<!-- end -->\n", r"no bits\.jsonl"),
+        ("<!-- table: fig3-layers gemm_h100 -->\n<!-- end -->\n", "two depths"),
+    ],
+)
+def test_a_marker_that_cannot_be_served_is_one_line_that_names_it(root: Path, text: str, said: str) -> None:
+    (root / "README.md").write_text(text)
+    with pytest.raises(InputError, match=rf"README\.md.*{said}") as error:
+        readme.make(root)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unsound_run_makes_no_table(root: Path) -> None:
+    shutil.copytree(RESULTS / "llama3_8b_h100", root / "analysis/results/runs")
+    (root / "README.md").write_text("<!-- table: fig3-layers runs -->\n<!-- end -->\n")
+    assert "0.9" in readme.make(root).documents[root / "README.md"]
+    metrics = root / "analysis/results/runs/llama3_8b.bf16.layers2/metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    with pytest.raises(InputError, match="lost its end"):
+        readme.make(root)
+
+
+def test_the_command_checks_and_writes(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(readme, "ROOT", root)
+    monkeypatch.setattr(readme, "make", lambda root=root, make=readme.make: make(root))
+    assert command(["--check"]) == 1 and "differs from the results: README.md" in capsys.readouterr().out
+    assert not (root / "docs").exists()
+    assert command([]) == 0 and "written: README.md" in capsys.readouterr().out
+    assert command(["--check"]) == 0 and capsys.readouterr().out == ""
+    (root / "README.md").write_text("<!-- table: nothing -->\n<!-- end -->\n")
+    assert command([]) == 2 and capsys.readouterr().err.startswith("error: README.md, table nothing: ")
+
+
+def test_a_data_frame_is_markdown_with_its_index_its_digits_and_its_words_escaped() -> None:
+    frame = pd.DataFrame({"recipe": ["a|b", "c"], "count": [1234567, 1], "share": [0.999998, float("nan")]}).set_index("recipe")
+    assert readme_parts._frame(frame, "A note.").splitlines() == [
+        "| recipe | count | share |",
+        "| --- | ---: | ---: |",
+        "| a\\|b | 1,234,567 | 0.999998 |",
+        "| c | 1 | – |",
+        "",
+        "- A note.",
+    ]
+
+
+def test_what_markers_may_name_is_documented() -> None:
+    assert all(maker.__doc__ for maker in TABLES.values()) and set(FIGURES) >= {"loss", "gemm", "fig3"}
