@@ -139,7 +139,7 @@ def figure(table: pd.DataFrame) -> Figure:
     axis.axhline(1, color="#222222", lw=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(table["k"].unique()), [f"{k:,}" for k in sorted(table["k"].unique())], fontsize=8)
-    axis.legend(fontsize=8, frameon=False)
+    drawing.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=3)
     caption = (
         "Median time of a BF16 GEMM over that of FP8 at the same shape, measured in turns on random data; the casts to FP8 are not in it. "
         "Solid lines sum in the tensor core's own precision (fast), dashed ones in FP32 (precise). Finer scales buy less; larger K buys more."
