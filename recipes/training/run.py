@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,10 @@ from recipes.run_folder import event, read_plan, set_status
 from recipes.training import stop
 
 
-def train(plan: Plan, folder: Path) -> None:
-    """Build NeMo's recipe for the plan and run its llm.pretrain in this process."""
+def task(plan: Plan, folder: Path) -> Any:
+    """Adapt this process to its device and return the plan's NeMo recipe, built: called, it is llm.pretrain."""
+    if plan.executor.threads:
+        torch.set_num_threads(plan.executor.threads)
     from recipes.training import cpu, te
 
     te.activate(plan)
@@ -29,17 +32,15 @@ def train(plan: Plan, folder: Path) -> None:
 
     from recipes.training.recipe import build
 
-    fdl.build(build(plan, folder))()
+    return fdl.build(build(plan, folder))
 
 
 def main(folder: Path) -> int:
     """Train; on failure record why in the folder.  Returns the exit code."""
     stop.listen()
     plan = read_plan(folder)
-    if plan.executor.threads:
-        torch.set_num_threads(plan.executor.threads)
     try:
-        train(plan, folder)
+        task(plan, folder)()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         if os.environ.get("RANK", "0") == "0":

@@ -1,0 +1,222 @@
+"""What the harness costs: a training step of this project over a bare Megatron-Core step, both in one run on one device.
+
+    python -m recipes.training.harness_cost                            Llama 3 8B cut to 4 layers, sequence 8192, BF16, on an H200
+    python -m recipes.training.harness_cost gpu=h100 precision=fp8_current --rounds 20 --out results/harness_cost
+    python -m recipes.training.harness_cost gpu=cpu model=llama3_tiny data=text settings=convergence     to try the command
+
+NeMo's llm.pretrain is built from the plan and started as for any run, into a folder that is thrown away (under TMPDIR: name a
+shared disk there if runs are written to one).  Between its steps a callback does bare ones with the same model, optimizer, schedule
+and data loader, so both kinds meet the same clocks, caches and memory.  What a step of each kind is:
+
+- harness: from one start of Lightning's loop to the next.  In it are data loading, NeMo's and Lightning's own code, all callbacks,
+  the run folder's lines and its count of FP8 GEMMs.  Not in it: evaluation, checkpoints, and the start of a run.
+- bare: train_step of Megatron-LM core_v0.12.3 (megatron/training/training.py:1213, forward step and loss of pretrain_gpt.py): zero
+  the gradients, get_forward_backward_func over the micro-batches, which ends in finalize_model_grads, optimizer.step with its
+  clipping, a step of the schedule (NeMo's object), mean loss on the device.  It calls Megatron-Core's DDP module and the data
+  loader's iterator directly, and the hooks that count FP8 GEMMs are taken off Transformer Engine's layers.  It neither logs nor does
+  what Megatron-LM's train_step does besides: look for NaN in each micro-batch's loss, and gather success and gradient norm over the
+  ranks, which waits for the device.  A run's losses are the same bit for bit, whichever kind a step is (tests/recipes/test_harness_cost.py).
+
+Times are those of the device (CUDA events; on a CPU, of the clock).  A harness step begins and ends on an idle device, since the
+run folder's step clock waits for it.  A bare loop launches ahead; therefore each block of bare steps has a first one that only
+fills the queue.  Its time over the others' is the price of waiting.  Pairs alternate in order, and the ratio is taken in each pair.
+
+What is added is told apart: `hooks`, the run folder's own, timed from an idle device; `wait`, as said (Megatron-LM's train_step
+waits too); the rest is NeMo's and Lightning's, with the count of FP8 GEMMs.  On GPUs NeMo's recipe turns Python's automatic garbage
+collection off and collects each 100th step, which few runs of this command reach; bare steps here have none, Megatron-LM's have
+Python's own.  One collection is timed at the end, and the cost is given without and with its share of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import bootstrap
+
+from recipes.compose import compose_plan
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.plan import Plan
+from recipes.run_folder import append_line, write_json
+from recipes.training.run import task
+
+if TYPE_CHECKING:
+    from recipes.training.interleaved import Times
+
+GOAL = 0.005  # of a bare step
+WARM_UP = 2  # pairs
+DEFAULTS = (
+    "model=llama3_8b",
+    "model.num_layers=4",
+    "gpu=h200",
+    "stack=nemo_25_04_te_2_11",
+    "cluster.container_runtime=none",
+    "settings=tuned",
+    "mapping=single",
+    "mapping.micro_batch=1",
+    "mapping.global_batch=8",
+    "data=mock",
+    "logger=none",
+)
+
+
+def steps_of(pairs: int) -> int:
+    """Return the training steps that `pairs` take, with each block's first bare step and a last harness step that ends the run."""
+    return 2 * pairs + (pairs + 1) // 2 + 1
+
+
+def plan_of(overrides: Sequence[str], rounds: int) -> Plan:
+    """Return the plan of the measurement; InputError where it needs more than one device, or one that is not here."""
+    pairs = WARM_UP + rounds
+    enough = steps_of(pairs) + 1  # one more: the data must not end
+    length = [f"train.{key}={enough}" for key in ("max_steps", "eval_interval", "checkpoint_interval")]
+    plan = compose_plan([*DEFAULTS, *overrides, *length, f"train.stop_after={pairs + 1}"])
+    if plan.num_gpus != 1:
+        raise InputError(f"the harness cost is measured on one device and the plan asks for {plan.num_gpus}; use mapping=single num_gpus=1")
+    if plan.emulated and plan.data.kind == "mock":
+        raise InputError("NeMo's mock data have no attention mask, which training on the CPU needs; add data=text settings=convergence")
+    if not plan.emulated and not (torch.cuda.is_available() and find_spec("transformer_engine")):
+        raise InputError(f"gpu={plan.gpu.name} needs a CUDA GPU and Transformer Engine, not found here; run it where they are, or add gpu=cpu")
+    return plan
+
+
+def measure(plan: Plan, pairs: int, folder: Path) -> Times:
+    """Train the plan into the run folder `folder`, as recipes.training.run does, with bare steps in between."""
+    training = task(plan, folder)
+    from recipes.training.callback import RunFolderCallback  # after Megatron-Core was adapted
+    from recipes.training.interleaved import Interleaved
+
+    callbacks = training.keywords["trainer"].callbacks
+    interleaved = Interleaved(plan, pairs, next(c for c in callbacks if isinstance(c, RunFolderCallback)))
+    callbacks.insert(0, interleaved)
+    training()
+    return interleaved.times
+
+
+def cost_of(times: Times, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """Return the cost from the pairs after the first `warm_up`: fractions of a bare step, and medians in seconds or milliseconds.
+
+    `cost` is the median of the pairs' ratios less one, with its quartiles and the 95 % interval of the median (bootstrap, 10,000
+    draws); `with_garbage` adds the share of NeMo's garbage collections.  The parts of `added_ms` sum to it by the last of them.
+    """
+    harness, bare, hooks = (np.array(values[warm_up:]) for values in (times.harness, times.bare, times.hooks))
+    blocks = np.repeat(times.first, 2)[: len(times.bare)][warm_up:]
+    cost = harness / bare - 1
+    low, median, high = np.percentile(cost, [25, 50, 75])
+    interval = bootstrap((cost,), np.median, n_resamples=9_999, method="percentile", rng=0).confidence_interval if len(cost) > 1 else (low, high)
+    added, of_hooks, wait = (1e3 * float(np.median(part)) for part in (harness - bare, hooks, blocks - bare))
+    collection = times.collection / times.collection_interval if times.collection_interval else 0.0
+    bare_s = float(np.median(bare))
+    return {
+        "rounds": len(cost),
+        "bare_step_s": bare_s,
+        "harness_step_s": float(np.median(harness)),
+        "cost": float(median),
+        "cost_quartiles": [float(low), float(high)],
+        "cost_interval_95": [float(value) for value in interval],
+        "with_garbage": float(median) + collection / bare_s,
+        "added_ms": added,
+        "hooks_ms": of_hooks,
+        "wait_ms": wait,
+        "nemo_and_lightning_ms": added - of_hooks - wait,
+        "garbage_ms_a_step": 1e3 * collection,
+        "goal": GOAL,
+        "met": float(median) + collection / bare_s < GOAL,
+        "labels": {"step_time": "measured"},
+    }
+
+
+def rows_of_pairs(times: Times) -> list[dict[str, Any]]:
+    """Return a row a pair, warm-up included."""
+    columns = zip(times.harness, times.bare, times.hooks, strict=True)
+    return [{"pair": n, "harness_s": h, "bare_s": b, "hooks_s": k, "first_s": times.first[n // 2]} for n, (h, b, k) in enumerate(columns)]
+
+
+def run(overrides: Sequence[str], rounds: int, out: Path | None) -> dict[str, Any]:
+    """Measure, and return the cost; with `out`, leave there pairs.jsonl, cost.json, and the run's plan.json, manifest.json, metrics.jsonl."""
+    plan = plan_of(overrides, rounds)
+    if out:
+        _make(out)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # NeMo logs to stdout
+        times = measure(plan, WARM_UP + rounds, Path(folder))
+        device = json.loads((Path(folder) / "manifest.json").read_text())["device"]
+        cost = {"device": device, "model": plan.model.name, "layers": plan.model.num_layers, "precision": plan.precision.name, **cost_of(times)}
+        if out:
+            _write(out, Path(folder), plan, cost, times)
+    return cost
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; name a folder that can be written") from None
+    if any(out.iterdir()):
+        raise InputError(f"--out {out} is not empty, and rows of two runs must not mix; name a new folder")
+
+
+def _write(out: Path, folder: Path, plan: Plan, cost: dict[str, Any], times: Times) -> None:
+    for name in ("manifest.json", "metrics.jsonl"):
+        shutil.copy(folder / name, out / name)
+    (out / "plan.json").write_text(plan.model_dump_json(indent=1))
+    write_json(out / "cost.json", {**cost, "bare_losses": times.bare_losses, "garbage_collection_s": times.collection})
+    for row in rows_of_pairs(times):
+        append_line(out / "pairs.jsonl", row)
+
+
+def shown(cost: dict[str, Any]) -> Table:
+    """Return the cost as a table for the terminal."""
+    title = f"Harness cost, measured: {cost['model']}, {cost['layers']} layers, {cost['precision']}, {cost['rounds']} pairs; {cost['device']}"
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    (low, high), (from_, to) = cost["cost_quartiles"], cost["cost_interval_95"]
+    table.add_row("bare Megatron-Core step", f"{1e3 * cost['bare_step_s']:.2f} ms")
+    table.add_row("harness step", f"{1e3 * cost['harness_step_s']:.2f} ms")
+    table.add_row("cost", f"{cost['cost']:+.3%}, quartiles {low:+.3%} to {high:+.3%}, 95 % interval {from_:+.3%} to {to:+.3%}")
+    table.add_row("added", f"{cost['added_ms']:.2f} ms a step")
+    for name, key in (("run folder's hooks", "hooks_ms"), ("waiting for the device", "wait_ms"), ("NeMo and Lightning", "nemo_and_lightning_ms")):
+        table.add_row(f"  {name}", f"{cost[key]:.2f} ms")
+    table.add_row("garbage collection, its share", f"{cost['garbage_ms_a_step']:.2f} ms a step")
+    verdict = "met" if cost["met"] else "missed"
+    table.add_row("cost with garbage collection", f"{cost['with_garbage']:+.3%}; goal under {cost['goal']:.1%}: {verdict}")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; one line and exit code 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.training.harness_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the plan; the number of steps is set by --rounds")
+    parser.add_argument("--rounds", type=int, default=12, help="pairs of steps, after two that are not counted (default: 12)")
+    parser.add_argument("--json", action="store_true", help="print the cost as JSON")
+    parser.add_argument("--out", type=Path, help="new or empty folder for cost.json, the times of every pair, the plan and the manifest")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        if args.rounds < 1:
+            raise InputError(f"--rounds {args.rounds}: pairs are counted from 1; give a positive number")
+        cost = run(args.overrides, args.rounds, args.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    if args.json:
+        print(json.dumps(cost, indent=1))
+    else:
+        Console().print(shown(cost))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Bare Megatron-Core steps between the steps of a run, and the time of both: the measurement of recipes/training/harness_cost.py.
+
+Import it after recipes.training.te.activate: it imports NeMo.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
+from torch import Tensor, nn
+
+from recipes.plan import Plan
+from recipes.training.callback import Moment, RunFolderCallback, synchronize
+from recipes.training.te_layers import Watched
+
+BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+WAITING_HOOKS = ("on_train_batch_start", "on_train_batch_end")  # they begin by waiting for work that a step has anyway
+Step = Callable[[], Tensor]
+
+
+@dataclass
+class Times:
+    """Seconds, an entry a pair: its harness step, the run folder's hooks in that, its bare step; and the first bare step of each block.
+
+    `collection`: one collection of Python's garbage, which NeMo does each `collection_interval` steps (None: Python does, when it likes).
+    `bare_losses`: the mean loss of each bare step, with first ones, in the order of the run.
+    """
+
+    harness: list[float] = field(default_factory=list)
+    hooks: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    bare_losses: list[float] = field(default_factory=list)
+    collection: float = 0.0
+    collection_interval: int | None = None
+
+
+def bare_steps_after(harness_step: int, pairs: int) -> int:
+    """Return how many timed bare steps follow a harness step (from 0): harness, bare, bare, harness, harness, bare, …"""
+    return 0 if harness_step % 2 else min(2, pairs - harness_step)
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron-LM core_v0.12.3 pretrain_gpt.py:230, without timers; no attention mask where the data loader makes none."""
+    batch = next(data_iterator)
+    tokens, labels, mask, attention_mask, positions = (batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH)
+    return model(tokens, positions, attention_mask, labels=labels), functools.partial(loss, mask)
+
+
+def loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return the summed loss of a micro-batch, its tokens, and both to report: pretrain_gpt.py:147, without the search for NaN."""
+    mask = mask.view(-1).float()
+    summed = torch.cat([torch.sum(losses.float().view(-1) * mask).view(1), mask.sum().view(1)])
+    reported = summed.clone().detach()
+    torch.distributed.all_reduce(reported, group=parallel_state.get_data_parallel_group())
+    return summed[0].clone(), summed[1].clone().detach().to(torch.int), (reported[0], reported[1])
+
+
+def bare_step(trainer: Any, plan: Plan) -> Step:
+    """Return Megatron-LM's train_step for the model, optimizer, schedule and data that `trainer` trains with; it returns the mean loss."""
+    model = [chunk.module for chunk in trainer.strategy.megatron_parallel]  # Megatron-Core's DDP, without NeMo's module around it
+    optimizer, schedule = trainer.optimizers[0].mcore_optimizer, trainer.lr_scheduler_configs[0].scheduler
+    data = trainer.fit_loop._combined_loader._iterator.iterators[0]  # the DataLoader's iterator that Lightning draws from
+
+    def step() -> Tensor:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reported = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=data,
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=plan.seq_length,
+            micro_batch_size=plan.mapping.micro_batch,
+            decoder_seq_length=None,
+            forward_only=False,
+        )
+        optimizer.step()
+        schedule.step()
+        losses, tokens = zip(*reported, strict=True)
+        return torch.stack(losses).sum() / torch.stack(tokens).sum()
+
+    return step
+
+
+@contextmanager
+def unwatched(layers: Any) -> Iterator[None]:
+    """Take the run folder's forward hooks off Transformer Engine's layers."""
+    watched = [layer for layer in layers if isinstance(layer, Watched)]
+    kept = [(w.layer._forward_hooks, dict(w.layer._forward_hooks)) for w in watched]
+    for layer, (hooks, before) in zip(watched, kept, strict=True):
+        for key in [key for key, hook in before.items() if hook == layer.forward]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+
+
+class HookClock:
+    """Times the hooks of the run folder's callback, from an idle device where they begin by waiting for it."""
+
+    def __init__(self, callback: RunFolderCallback) -> None:
+        self.seconds = 0.0
+        for name in HOOKS:
+            setattr(callback, name, self._timed(getattr(callback, name), name in WAITING_HOOKS))
+
+    def _timed(self, hook: Callable[..., None], waits: bool) -> Callable[..., None]:
+        @functools.wraps(hook)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            if waits:
+                synchronize()
+            started = time.perf_counter()
+            hook(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+
+        return timed
+
+    def taken(self) -> float:
+        """Return the seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+class Interleaved(Callback):  # type: ignore[misc]
+    """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it."""
+
+    def __init__(self, plan: Plan, pairs: int, run_folder: RunFolderCallback) -> None:
+        self.plan, self.pairs, self.run_folder = plan, pairs, run_folder
+        self.times, self.clock = Times(), HookClock(run_folder)
+        self.started: Moment | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """End the harness step before, do the bare steps that follow it, begin the next harness step; after the last, collect garbage."""
+        if self.started:
+            self.times.harness.append(self.started.until_now())
+            self.times.hooks.append(self.clock.taken())
+            self._bare_steps(trainer, bare_steps_after(len(self.times.harness) - 1, self.pairs))
+        if len(self.times.harness) == self.pairs:
+            self._collect_garbage(trainer)
+        self.clock.taken()
+        self.started = Moment()
+
+    def _bare_steps(self, trainer: Any, number: int) -> None:
+        if not number:
+            return
+        step = bare_step(trainer, self.plan)
+        losses, ends = [], [Moment()]
+        with unwatched(self.run_folder.layers.values()):
+            for _ in range(1 + number):
+                losses.append(step())
+                ends.append(Moment())
+            synchronize()
+        first, *others = (_between(a, b) for a, b in itertools.pairwise(ends))
+        self.times.first.append(first)
+        self.times.bare += others
+        self.times.bare_losses += [float(value) for value in losses]
+
+    def _collect_garbage(self, trainer: Any) -> None:
+        theirs = [c for c in trainer.callbacks if isinstance(c, GarbageCollectionCallback)]
+        self.times.collection_interval = theirs[0].gc_interval_train if theirs else None
+        started = time.perf_counter()
+        gc.collect()
+        self.times.collection = time.perf_counter() - started
+
+
+def _between(start: Moment, end: Moment) -> float:
+    """Return the seconds between two moments that the device has passed."""
+    return float(start.event.elapsed_time(end.event)) / 1e3 if start.event else end.time - start.time

@@ -1,0 +1,158 @@
+"""The harness cost: the pairing and its arithmetic, what is refused, and that a bare step is the same step as the harness's."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.run_folder import rows_of
+from recipes.training.harness_cost import cost_of, main, rows_of_pairs, steps_of
+from recipes.training.interleaved import HookClock, Times, bare_steps_after, unwatched
+from recipes.training.te_layers import Watched
+from tests.recipes.test_evaluate import write_corpus
+
+ROUNDS, PAIRS = 2, 4
+SMALL = [
+    "gpu=cpu",
+    "settings=convergence",
+    "model=llama3_tiny",
+    "model.num_layers=2",
+    "precision=fp8_delayed",
+    "mapping.micro_batch=2",
+    "mapping.global_batch=4",
+    "train.warmup_steps=5",
+    "train.max_lr=1e-2",
+    "train.diagnostics_interval=1000",
+]
+
+
+def order_of(pairs: int) -> str:
+    """Return the run's steps in order: h(arness), f(irst bare step of a block), b(are)."""
+    after = [bare_steps_after(n, pairs) for n in range(pairs)]
+    return "".join("h" + ("f" + "b" * n if n else "") for n in after) + "h"
+
+
+@pytest.mark.parametrize("pairs", range(1, 9))
+def test_every_harness_step_has_its_bare_one_beside_it(pairs: int) -> None:
+    order = order_of(pairs)
+    assert len(order) == steps_of(pairs)
+    timed = order[:-1].replace("f", "")  # the last step only ends the run
+    assert [set(timed[n : n + 2]) for n in range(0, 2 * pairs, 2)] == [{"h", "b"}] * pairs
+
+
+def test_pairs_alternate_in_order() -> None:
+    assert order_of(4) == "hfbbhhfbbhh" and order_of(5) == "hfbbhhfbbhhfbh"
+
+
+def test_the_cost_is_that_of_the_pairs_and_its_parts_add_up() -> None:
+    times = Times(
+        harness=[9.0, 9.0, 1.02, 2.04, 1.04], hooks=[5.0, 5.0, 0.003, 0.004, 0.005], bare=[1.0, 1.0, 1.0, 2.0, 1.0], first=[7.0, 1.01, 1.01]
+    )
+    times.collection, times.collection_interval = 0.5, 100
+    cost = cost_of(times, warm_up=2)
+    assert cost["rounds"] == 3 and cost["bare_step_s"] == 1.0
+    assert cost["cost"] == pytest.approx(0.02)  # of 2, 2 and 4 %: a slow pair is slow on both sides
+    assert cost["cost_quartiles"] == pytest.approx([0.02, 0.03])
+    assert cost["cost_interval_95"] == pytest.approx([0.02, 0.04])
+    assert cost["with_garbage"] == pytest.approx(0.025) and not cost["met"]
+    assert (cost["added_ms"], cost["hooks_ms"], cost["wait_ms"]) == pytest.approx((40, 4, 10))
+    assert cost["hooks_ms"] + cost["wait_ms"] + cost["nemo_and_lightning_ms"] == pytest.approx(cost["added_ms"])
+
+
+def test_garbage_that_only_python_collects_is_in_the_steps_already() -> None:
+    times = Times(harness=[1.004] * 3, hooks=[0.0] * 3, bare=[1.0] * 3, first=[1.0] * 2, collection=0.5)
+    assert cost_of(times, 0)["with_garbage"] == cost_of(times, 0)["cost"] == pytest.approx(0.004) and cost_of(times, 0)["met"]
+
+
+def test_one_pair_has_no_spread() -> None:
+    cost = cost_of(Times(harness=[1.01], hooks=[0.0], bare=[1.0], first=[1.0]), 0)
+    assert cost["cost_interval_95"] == pytest.approx([0.01, 0.01])
+
+
+def test_rows_name_the_first_step_of_their_block() -> None:
+    rows = rows_of_pairs(Times(harness=[1, 2, 3], hooks=[0, 0, 0], bare=[4, 5, 6], first=[7, 8]))
+    assert [(r["pair"], r["harness_s"], r["bare_s"], r["first_s"]) for r in rows] == [(0, 1, 4, 7), (1, 2, 5, 7), (2, 3, 6, 8)]
+
+
+def test_bare_steps_are_not_watched_and_other_hooks_stay() -> None:
+    layer, calls = nn.Linear(2, 2), []
+    watched = Watched(layer, None)
+    layer.register_forward_hook(watched.forward)
+    layer.fp8 = True
+    handle = layer.register_forward_hook(lambda *args: calls.append(1))
+    with unwatched([watched]):
+        layer(torch.ones(1, 2))
+    assert watched.fp8_calls.fprop == 0 and len(calls) == 1
+    layer(torch.ones(1, 2))
+    assert watched.fp8_calls.fprop == 1 and len(calls) == 2
+    handle.remove()
+    layer(torch.ones(1, 2))
+    assert watched.fp8_calls.fprop == 2 and len(calls) == 2
+
+
+def test_the_clock_times_the_hooks_and_starts_anew_when_read() -> None:
+    class Slow:
+        def on_train_batch_start(self, seconds: float) -> None:
+            time.sleep(seconds)
+
+        on_before_optimizer_step = on_train_batch_end = on_train_batch_start
+
+    slow = Slow()
+    clock = HookClock(slow)
+    slow.on_train_batch_start(0.02)
+    slow.on_before_optimizer_step(0.01)
+    slow.on_train_batch_end(0.01)
+    assert clock.taken() >= 0.04 and clock.taken() == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--rounds", "0"], "give a positive number"),
+        (["gpu=cpu", "settings=convergence", "model=llama3_tiny"], "add data=text"),
+        ([*SMALL, "data=text", "num_gpus=2"], "asks for 2; use mapping=single num_gpus=1"),
+        (["precision=nothing"], "has no such option"),
+        pytest.param([], "needs a CUDA GPU and Transformer Engine", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_wrong_input_is_one_line(args: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and why in err
+
+
+def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cost.json").write_text("{}")
+    assert main([*SMALL, "data=text", "--out", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*SMALL, "data=text", "--out", str(tmp_path / "cost.json")]) == 2
+    assert "name a folder that can be written" in capsys.readouterr().err
+
+
+@pytest.mark.nemo
+def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
+    """Losses of harness and bare steps, in turn, equal those of a run without bare steps: same data, FP8 state, clipping, schedule."""
+    data = [f"data.sources=[{write_corpus(tmp_path / 'corpus')}]", f"data.root={tmp_path}/data", "data=text"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "recipes.training.harness_cost", *SMALL, *data, "--rounds", str(ROUNDS), "--json", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cost = json.loads(done.stdout)  # nothing else on stdout
+    assert cost["rounds"] == ROUNDS and cost["layers"] == 2 and cost["precision"] == "fp8_delayed"
+    assert min(value for row in rows_of(out / "pairs.jsonl") for value in row.values() if isinstance(value, float)) > 0
+
+    plan = json.loads((out / "plan.json").read_text())
+    plan["train"]["stop_after"] = None
+    whole.mkdir()
+    (whole / "plan.json").write_text(json.dumps(plan))
+    subprocess.run([sys.executable, "-m", "recipes.training.run", str(whole)], capture_output=True, check=True, timeout=300)
+    harness, expected = ([row["loss"] for row in rows_of(folder / "metrics.jsonl") if "loss" in row] for folder in (out, whole))
+    bare = json.loads((out / "cost.json").read_text())["bare_losses"]
+    taken = {"h": iter(harness), "f": (steps := iter(bare)), "b": steps}
+    assert [next(taken[kind]) for kind in order_of(PAIRS)] == expected[: steps_of(PAIRS)]
+    assert len(harness) == PAIRS + 1 and len(set(expected)) == len(expected)
