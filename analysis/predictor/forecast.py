@@ -1,0 +1,159 @@
+"""A plan's forecast: step time with its interval, where the time goes, memory, and the speedup over BF16 in two senses.
+
+iso-mapping: over BF16 in the plan's own layout, so that only precision differs; best-mapping: over BF16 in the layout that NVIDIA
+recommends for it, so that the layout may differ too.  Everything here is predicted, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.predictor.step import Prediction, predict
+from analysis.predictor.stored import Interval, constants, speedup_interval, step_time_interval
+from recipes.compose import COMMAND_KEYS, compose_plan, compose_tree, plan_from_tree
+from recipes.defaults import fill
+from recipes.errors import InputError
+from recipes.fit import fits, is_tight
+from recipes.flops import flops_per_token, mfu, peak_tflops
+from recipes.mapping_rules import MAPPING_RULES
+from recipes.memory import Memory, estimate, usable_gb
+from recipes.plan import Plan
+from recipes.rules import RULES, model_fits_gpu
+
+SETTINGS_KEYS = ("experiment", "settings")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, its prediction, its BF16 twin (None for BF16) and the recommended BF16 plan's tokens/s/GPU (None where there is none)."""
+
+    plan: Plan
+    prediction: Prediction
+    step_time: Interval
+    memory: Memory
+    iso: Forecast | None
+    best: Forecast | None
+
+    @property
+    def speedup_iso(self) -> Interval | None:
+        """Speedup over BF16 in the same layout."""
+        return _faster(self, self.iso)
+
+    @property
+    def speedup_best(self) -> Interval | None:
+        """Speedup over BF16 in NVIDIA's layout for it."""
+        return _faster(self, self.best)
+
+
+def _faster(this: Forecast, base: Forecast | None) -> Interval | None:
+    if base is None:
+        return None
+    return speedup_interval(this.prediction.tokens_per_s_per_gpu / base.prediction.tokens_per_s_per_gpu)
+
+
+def compose(overrides: Sequence[str]) -> Plan:
+    """Return the checked plan, under the settings with which NVIDIA measures speed unless the overrides name others."""
+    return _on_a_gpu(compose_plan(_complete(overrides)))
+
+
+def compose_any_layout(overrides: Sequence[str]) -> Plan:
+    """Return the plan without asking whether its layout is possible and fits, for a search that changes it."""
+    tree = compose_tree(_complete(overrides))
+    plan = plan_from_tree(fill({key: value for key, value in tree.items() if key not in COMMAND_KEYS}))
+    for rule in RULES:
+        if rule not in (*MAPPING_RULES, model_fits_gpu) and (refusal := rule(plan)):
+            raise InputError(refusal)
+    return _on_a_gpu(plan)
+
+
+def _on_a_gpu(plan: Plan) -> Plan:
+    if plan.emulated:
+        raise InputError(f"stack={plan.stack.name} emulates {plan.precision.name}, whose speed is no GPU's; choose a stack that runs it")
+    return plan
+
+
+def _complete(overrides: Sequence[str]) -> list[str]:
+    named = {override.lstrip("+~").split("=")[0] for override in overrides}
+    if not named & {"gpu", "experiment"}:
+        raise InputError("no GPU is named, and steps are predicted for one; add gpu=h100, or another of conf/gpu")
+    if "gpu=cpu" in overrides:
+        raise InputError("gpu=cpu emulates FP8, and its steps say nothing about a GPU; choose one, e.g. gpu=h100")
+    return list(overrides) if named & set(SETTINGS_KEYS) else [*overrides, "experiment=throughput"]
+
+
+def forecast(plan: Plan, overrides: Sequence[str] | None = None) -> Forecast:
+    """Return the forecast of a plan; `overrides`, which made it, are needed to find the recommended BF16 layout."""
+    base = bf16_twin(plan)
+    if base is None:
+        return _forecast(plan)
+    return _forecast(plan, _forecast(base), _recommended(overrides) if overrides is not None else None)
+
+
+def _forecast(plan: Plan, iso: Forecast | None = None, best: Forecast | None = None) -> Forecast:
+    prediction = predict(plan, constants())
+    return Forecast(plan, prediction, step_time_interval(prediction.step_time_s, plan.gpu), estimate(plan), iso, best)
+
+
+def bf16_twin(plan: Plan) -> Plan | None:
+    """Return the plan with nothing changed but its precision, to BF16 (whose optimizer NVIDIA's settings make precision-aware); None for BF16."""
+    if plan.precision.fp8 is None:
+        return None
+    settings = plan.settings
+    if settings.name == "throughput":
+        settings = settings.model_copy(update={"precision_aware_optimizer": True})  # as recipes.defaults fills it for BF16
+    return plan.model_copy(update={"precision": plan.precision.model_copy(update={"name": "bf16", "fp8": None}), "settings": settings})
+
+
+def _recommended(overrides: Sequence[str]) -> Forecast | None:
+    """Return the forecast of BF16 in the layout recommended for it; None where that plan is refused."""
+    kept = [o for o in overrides if not o.lstrip("+~").startswith(("mapping", "precision", "num_gpus"))]
+    try:
+        return _forecast(compose([*kept, "precision=bf16", "mapping=recommended"]))
+    except InputError:
+        return None
+
+
+def values(found: Forecast, causal: bool) -> dict[str, Any]:
+    """Return everything about a forecast as plain values, under the words that tables and JSON use."""
+    plan, prediction, time = found.plan, found.prediction, found.step_time
+    peak, rate = peak_tflops(plan.gpu, plan.precision), prediction.tokens_per_s_per_gpu
+    have = usable_gb(plan)
+    return {
+        "label": "predicted",
+        "model": plan.model.name,
+        "precision": plan.precision.name,
+        "gpu": plan.gpu.name,
+        "num_gpus": plan.num_gpus,
+        "stack": plan.stack.name,
+        "settings": plan.settings.name,
+        "seq_length": plan.seq_length,
+        "mapping": plan.mapping.model_dump(),
+        "data_parallel": plan.data_parallel,
+        "step_time_s": time.value,
+        "step_time_low_s": time.low,
+        "step_time_high_s": time.high,
+        "tokens_per_s_per_gpu": rate,
+        "tokens_per_s_per_gpu_low": rate * time.value / time.high,
+        "tokens_per_s_per_gpu_high": rate * time.value / time.low,
+        "tflops_per_gpu": rate * flops_per_token(plan.model, plan.seq_length, causal) / 1e12,
+        "flops_convention": "causal attention" if causal else "full attention",
+        "mfu": mfu(rate, plan.model, plan.seq_length, causal, peak) if peak else None,
+        "peak_tflops": peak,
+        "peak": f"{plan.gpu.name} {'FP8' if plan.precision.fp8 else 'BF16'} dense",
+        "terms_s": prediction.terms,
+        "memory_gb": found.memory.total_gb,
+        "memory_terms_gb": {name: value / 1e9 for name, value in found.memory.terms.items()},
+        "memory_usable_gb": have,
+        "memory_fits": "fits" if fits(plan) else "tight" if is_tight(plan) else "does not fit",
+        **_speedup("speedup_over_bf16", found.speedup_iso, found.iso),
+        **_speedup("speedup_over_bf16_best_mapping", found.speedup_best, found.best),
+    }
+
+
+def _speedup(name: str, ratio: Interval | None, base: Forecast | None) -> dict[str, Any]:
+    known = {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_base_fits": None}
+    if ratio is None or base is None:
+        return known
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_base_fits": fits(base.plan) or is_tight(base.plan)}

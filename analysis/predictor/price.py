@@ -1,0 +1,124 @@
+"""From counts to seconds: twelve constants, each with a meaning and a unit, fitted once on published step times.
+
+A constant starts from what is known of it before any fit (`KNOWN`, with how sure that is) and is moved by the published rows only as
+far as they insist; where a fit has no row that tells (no Blackwell row, no MXFP8 row), it stays there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from analysis.predictor.hardware import Hardware
+from analysis.predictor.work import Work
+
+SHARPNESS = 4  # how sharply the slower of host and GPU decides: the norm in which their times are joined
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the counts are priced with.
+
+    sustained: speed of GEMMs in training over that of a GEMM measured alone (clocks under load, other streams).
+    attention: share of the dense BF16 peak that attention reaches on Hopper, forward and backward together.
+    memory: share of the memory bandwidth that element-wise kernels, casts and the optimizer reach.
+    blackwell: share of its peak that Blackwell reaches in GEMMs, over Hopper's share.
+    mxfp8: speed of an MXFP8 GEMM over a per-tensor one.
+    tp_exposed: share of tensor-parallel communication, at NVLink's peak, that is waited for.
+    net_exposed: the same of data-parallel, FSDP, context- and pipeline-parallel communication.
+    scale: growth of data-parallel communication with each doubling of the NVLink domains that it spans.
+    stragglers: growth of a step with each doubling of the GPUs beyond a node: all wait for the slowest.
+    launch: microseconds of the host a kernel, where CUDA graphs do not launch them.
+    gap: microseconds between one kernel's end and the next one's full speed, on the GPU.
+    fixed: seconds a step that depend on nothing: data, scalars, clipping, logging.
+    """
+
+    sustained: float
+    attention: float
+    memory: float
+    blackwell: float
+    mxfp8: float
+    tp_exposed: float
+    net_exposed: float
+    scale: float
+    stragglers: float
+    launch: float
+    gap: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A constant before the fit: its value, the factor by which it may well be off (one standard deviation), bounds, unit, and why."""
+
+    value: float
+    factor: float
+    low: float
+    high: float
+    unit: str
+    why: str
+
+
+KNOWN = {
+    "sustained": Prior(
+        1.0, 1.1, 0.6, 1.2, "1", "the shapes of training were measured, most of them at the GPU's power limit (analysis/results/gemm_h200)"
+    ),
+    "attention": Prior(0.5, 1.2, 0.2, 0.8, "1", "FlashAttention-3, arXiv 2407.08608: 600 TFLOP/s forward, 500 backward, causal, head 128"),
+    "memory": Prior(0.75, 1.15, 0.4, 1.0, "1", "copies on an H100 reach nine tenths, fused kernels less"),
+    "blackwell": Prior(
+        0.94,
+        1.1,
+        0.6,
+        1.2,
+        "1",
+        "BF16 GEMMs of 4096 cubed: 1670 of 2250 TFLOP/s on Blackwell, 783 of 989 on Hopper (OpenXLA matmul_interpolator_data.h)",
+    ),
+    "mxfp8": Prior(0.95, 1.1, 0.6, 1.1, "1", "the same peak; block scales are loaded too"),
+    "tp_exposed": Prior(0.5, 1.5, 0.0, 3.0, "1", "half of the collectives overlap with a GEMM in chunks (Transformer Engine's userbuffers)"),
+    "net_exposed": Prior(0.5, 1.5, 0.0, 3.0, "1", "overlapped with computation, but for the ends"),
+    "scale": Prior(0.2, 2.0, 0.0, 2.0, "a doubling", "latency and stragglers of larger groups"),
+    "stragglers": Prior(0.003, 2.0, 0.0, 0.02, "a doubling", "rows of NeMo 24.09 at several scales grow 0.3 to 0.7 % a doubling"),
+    "launch": Prior(20.0, 1.5, 2.0, 80.0, "microseconds a kernel", "PyTorch and Transformer Engine in Python, forward and backward"),
+    "gap": Prior(2.0, 1.5, 0.2, 10.0, "microseconds a kernel", "start and last wave of a kernel that waits for the one before"),
+    "fixed": Prior(0.03, 2.0, 0.0, 0.3, "s a step", "global reductions and the scheduler"),
+}
+PRIOR = Constants(**{name: prior.value for name, prior in KNOWN.items()})
+NAMES = tuple(field.name for field in fields(Constants))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of one pass, by what they are spent on."""
+
+    gemm: float
+    casts: float
+    attention: float
+    elementwise: float
+    tp: float
+    cp: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.gemm + self.casts + self.attention + self.elementwise + self.tp + self.cp
+
+
+def seconds(work: Work, hw: Hardware, c: Constants) -> Seconds:
+    """Return what a pass costs on the GPU."""
+    generation = c.blackwell if hw.blackwell else 1.0
+    stream = 1 / (hw.memory * c.memory)
+    return Seconds(
+        gemm=(work.gemm + work.mx_gemm / c.mxfp8) / (c.sustained * generation) + work.gemm_bytes,
+        casts=work.cast_bytes * stream,
+        attention=work.attention / c.attention,
+        elementwise=work.bytes * stream,
+        tp=work.tp * c.tp_exposed,
+        cp=work.cp * c.net_exposed,
+    )
+
+
+def waiting(gpu: float, kernels: float, graphs: bool, c: Constants) -> float:
+    """Return the seconds that launching kernels adds to a pass: gaps between them, and what a slower host costs (softly, the slower decides)."""
+    gaps = kernels * c.gap * 1e-6
+    host = 0.0 if graphs else kernels * c.launch * 1e-6
+    busy = gpu + gaps
+    return float(gaps + (busy**SHARPNESS + host**SHARPNESS) ** (1 / SHARPNESS) - busy)

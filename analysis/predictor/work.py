@@ -1,0 +1,249 @@
+"""What a GPU has to do: operations, bytes and messages of a layer, of the vocabulary and of a step, counted from the plan alone.
+
+Counts follow Megatron-Core 0.12 with Transformer Engine: sequence parallelism wherever tp > 1, fused norms, rotary embedding and
+activation function, causal attention without stored scores, gradient accumulation inside wgrad.  Nothing here is fitted: `price`
+turns counts into seconds.  Sizes are one rank's share of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from analysis.predictor.gemm import OUTPUT, Efficiency
+from analysis.predictor.hardware import Hardware, domains, ring_bandwidth
+from recipes.plan import Fp8, Plan
+from recipes.sizes import layer_parameters, linear_layers, training_gemms
+
+BF16, FP32 = 2, 4  # bytes an element
+BACKWARD_ATTENTION = 2.5  # five products where forward has two (FlashAttention-2, arXiv 2307.08691, section 3.1)
+GEMM_KINDS = {  # by role: Transformer Engine accumulates fprop fast, the others precisely (module/base.py)
+    "tensor": {"fprop": "tensor_fast", "dgrad": "tensor_precise", "wgrad": "tensor_precise"},
+    "subchannel": {"fprop": "blocks", "dgrad": "blocks", "wgrad": "tiles"},
+}
+# Bytes an element that a cast reads and writes, beside what BF16 moves: BF16 read once (current scaling: twice, first for the largest
+# |x|), FP8 written once by rows and once by columns.
+CASTS = {"delayed": 2 + 2, "current": 2 + 2 + 2, "mxfp8": 2 + 2 * (1 + 1 / 32), "subchannel": 2 + 2 * (1 + 4 / 128)}
+SLOWER_CAST = {"subchannel": 1.3}  # 2556 GB/s where per-tensor casts reach 3319 (median of inputs, analysis/results/gemm_h200)
+FUSED_CAST = 1 + 1 - 2 + 1  # delayed scaling casts inside the norm, which then writes no BF16; the copy by columns is read and written again
+# Bytes an FP8 parameter that a rank owns, as if moved: what writing it took on one H100 with Transformer Engine 2.11 beyond what is counted
+# (0.064 to 0.073 s for four layers of Llama 3 8B, analysis/results/llama3_8b_h100).  Published rows, on 2.2 to 2.5, do not show it.
+WRITTEN_FP8 = {"2.11": 190}
+# Kernels that the host launches, forward and backward: of a layer in BF16, and what FP8, tp > 1 and each further rank of a cp ring add.
+# Estimated from what the modules do, not taken from a profile; `launch` and `gap` are fitted with these.
+KERNELS, KERNELS_TP, KERNELS_CP = (14, 24), (4, 6), (20, 36)
+KERNELS_FP8 = {"delayed": (4, 4), "current": (16, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
+# Bytes of an activation function in values of width f: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py), squared
+# ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four backward (PyTorch's pow_backward).
+ACTIVATION = {"swiglu": (3, 5), "squared_relu": (4, 10)}
+# Merging the partial results of a context-parallel ring, bytes an element of the attention's output and step: FP32 sum read and written,
+# part read (Transformer Engine pytorch/attention, AttnFuncWithCPAndKVP2P); backward the same for dq, and dk and dv.
+MERGE = (2 + 2 * FP32, 2 + 2 * FP32)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass of something: seconds of GEMMs at the measured efficiency, by what multiplies; the rest as named.
+
+    `mx_gemm` are the GEMMs of MXFP8, at the speed of per-tensor ones; `tp` and `cp` seconds of communication at the links' peak.
+    """
+
+    gemm: float = 0.0
+    mx_gemm: float = 0.0
+    gemm_bytes: float = 0.0
+    attention: float = 0.0
+    bytes: float = 0.0
+    cast_bytes: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+    kernels: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transformer layer's forward and backward pass over one micro-batch."""
+
+    forward: Work
+    backward: Work
+
+
+def tokens(plan: Plan) -> int:
+    """Return the tokens of a micro-batch on one context-parallel rank."""
+    return plan.mapping.micro_batch * plan.seq_length // plan.mapping.cp
+
+
+def layer(plan: Plan, hw: Hardware, gemms: Efficiency, in_fp8: bool) -> Layer:
+    """Return a layer's work, in FP8 or in BF16."""
+    fp8 = plan.precision.fp8 if in_fp8 else None
+    counted = [_gemms(plan, hw, gemms, fp8, roles) for roles in (("fprop",), ("dgrad", "wgrad"))]
+    return Layer(*(_pass(plan, hw, fp8, direction, *counted[direction]) for direction in (0, 1)))
+
+
+def _gemms(plan: Plan, hw: Hardware, gemms: Efficiency, fp8: Fp8 | None, roles: tuple[str, ...]) -> tuple[float, float]:
+    """Return seconds of multiplying, and of writing, of the linear layers' GEMMs with these roles."""
+    kinds = GEMM_KINDS["subchannel" if fp8 and fp8.scaling == "subchannel" else "tensor"]
+    multiply, write = 0.0, 0.0
+    for linear in linear_layers(plan.model, tokens(plan), plan.mapping.tp):
+        for shape in training_gemms(linear):
+            if shape.role in roles:
+                output = 2 * _gradient(plan) if shape.role == "wgrad" else OUTPUT  # added to what is there
+                a, b = gemms.seconds(hw, kinds[shape.role] if fp8 else "bf16", shape.m, shape.n, shape.k, output)
+                multiply, write = multiply + a, write + b
+    return multiply, write
+
+
+def _gradient(plan: Plan) -> int:
+    return FP32 if plan.settings.grad_reduce_in_fp32 else BF16
+
+
+def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: float, write: float) -> Work:
+    m, model, t = plan.mapping, plan.model, tokens(plan)
+    backward = direction == 1
+    attention = 2.0 * model.hidden_size * plan.seq_length * t / m.tp * (BACKWARD_ATTENTION if backward else 1)
+    mx = fp8 is not None and fp8.scaling == "mxfp8"
+    return Work(
+        gemm=0.0 if mx else multiply,
+        mx_gemm=multiply if mx else 0.0,
+        gemm_bytes=write,
+        attention=attention / hw.bf16,
+        bytes=_stream(plan, backward) + (m.cp - 1) * MERGE[direction] * t * model.hidden_size / m.tp,
+        cast_bytes=_casts(plan, fp8, backward) if fp8 else 0.0,
+        tp=_tensor_parallel(plan, hw, fp8, backward),
+        cp=_context_parallel(plan, hw, backward),
+        kernels=KERNELS[direction]
+        + (KERNELS_FP8[fp8.scaling][direction] if fp8 else 0)
+        + (KERNELS_TP[direction] if m.tp > 1 else 0)
+        + KERNELS_CP[direction] * (m.cp - 1),
+    )
+
+
+def _key_value(plan: Plan) -> int:
+    """Return the width of the keys, which is that of the values."""
+    return plan.model.hidden_size // plan.model.num_attention_heads * plan.model.num_query_groups
+
+
+def _stream(plan: Plan, backward: bool) -> float:
+    """Return bytes that norms, residual sums, rotary embedding and activation function read and write, all of them shared by tp."""
+    model = plan.model
+    h, f, kv = model.hidden_size, model.ffn_hidden_size, _key_value(plan)
+    norms = 2 * (3 if backward else 2) * h
+    residuals = 2 * 3 * h
+    split = 2 * (2 * h + 2 * kv if backward else h)  # of queries from keys and values; backward they are joined again
+    rotary = 2 * (h + kv)
+    activation = ACTIVATION[model.activation][backward] * f
+    return BF16 * (norms + residuals + split + rotary + activation) * tokens(plan) / plan.mapping.tp
+
+
+def _casts(plan: Plan, fp8: Fp8, backward: bool) -> float:
+    """Return bytes that casting moves: forward the inputs of the linear layers, backward the gradients of their outputs."""
+    model, t, tp = plan.model, tokens(plan), plan.mapping.tp
+    h, f, kv = model.hidden_size, model.ffn_hidden_size, _key_value(plan)
+    each = CASTS[fp8.scaling] * SLOWER_CAST.get(fp8.scaling, 1.0)
+    if backward:
+        return each * t / tp * (2 * h + h + 2 * kv + f * (2 if model.activation == "swiglu" else 1))
+    after_norm = FUSED_CAST if fp8.scaling == "delayed" else each
+    return t / tp * (after_norm * 2 * h + each * (h + f))
+
+
+def _tensor_parallel(plan: Plan, hw: Hardware, fp8: Fp8 | None, backward: bool) -> float:
+    """Return seconds of gathering and scattering between the sequence-parallel parts and the linear layers.
+
+    Forward two gathers and two scatters; backward two of each, and two gathers more for the weights' gradients.  Inputs and gradients
+    are gathered in FP8 (Transformer Engine's userbuffers), sums are scattered in BF16.
+    """
+    tp = plan.mapping.tp
+    if tp == 1:
+        return 0.0
+    gathered = 1 if fp8 else BF16
+    volume = tokens(plan) * plan.model.hidden_size * (tp - 1) / tp * (2 * BF16 + (4 if backward else 2) * gathered)
+    return volume / ring_bandwidth(hw, tp, 1)
+
+
+def _context_parallel(plan: Plan, hw: Hardware, backward: bool) -> float:
+    """Return seconds of passing keys and values around the ring; backward their gradients too."""
+    m = plan.mapping
+    if m.cp == 1:
+        return 0.0
+    volume = 2 * _key_value(plan) / m.tp * tokens(plan) * BF16 * (m.cp - 1) * (2 if backward else 1)
+    return volume / ring_bandwidth(hw, m.cp, m.tp)
+
+
+def vocabulary(plan: Plan, hw: Hardware, gemms: Efficiency) -> Layer:
+    """Return the work of the output layer and the loss, always in BF16.
+
+    Logits are read for the largest, for the sum, and overwritten by their gradient (te), or copied to FP32 and passed over there (native).
+    """
+    m, model, t = plan.mapping, plan.model, tokens(plan)
+    v, h = model.vocab_size / m.tp, model.hidden_size
+    forward = gemms.seconds(hw, "bf16", t, v, h)
+    back = [gemms.seconds(hw, "bf16", t, h, v), gemms.seconds(hw, "bf16", v, h, t, 2 * _gradient(plan))]
+    passes = 3 * BF16 if plan.settings.cross_entropy_fusion == "te" else 2 * BF16 + 6 * FP32
+    gather = t * h * BF16 * (m.tp - 1) / m.tp / ring_bandwidth(hw, m.tp, 1)
+    return Layer(
+        Work(gemm=forward[0], gemm_bytes=forward[1], bytes=passes * t * v, tp=gather, kernels=6),
+        Work(gemm=sum(x for x, _ in back), gemm_bytes=sum(y for _, y in back), tp=2 * gather, kernels=6),
+    )
+
+
+def matrices(plan: Plan) -> float:
+    """Return the parameters of a layer's linear maps on one tensor-parallel rank."""
+    return (layer_parameters(plan.model) - 2 * plan.model.hidden_size) / plan.mapping.tp
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done once a step by the stage that holds most parameters: seconds at the links' peak, bytes, and domains spanned."""
+
+    reduce: float
+    gather: float
+    domains: int
+    optimizer_bytes: float
+    cast_bytes: float
+
+
+def step(plan: Plan, hw: Hardware, layers: int, layers_in_fp8: int, tables: int) -> Step:
+    """Return the work once a step of a stage with so many layers and vocabulary tables.
+
+    The distributed optimizer reduces gradients to, and gathers parameters from, the data- and context-parallel ranks (FSDP does both
+    while it computes, see `fully_sharded`).  Adam reads the gradient, reads and writes its state, writes the parameter; gradients are
+    zeroed and scaled, and read for their norm.  FP8 weights are cast anew.
+    """
+    m, fp8 = plan.mapping, plan.precision.fp8
+    ranks = plan.data_parallel * m.cp
+    linear = layers * matrices(plan)
+    in_fp8 = layers_in_fp8 * matrices(plan)
+    everything = linear + tables * plan.model.vocab_size / m.tp * plan.model.hidden_size
+    primary = in_fp8 if fp8 and fp8.param_gather else 0.0
+    share = (ranks - 1) / ranks / ring_bandwidth(hw, ranks, m.tp)
+    state = 2 * FP32 + 2 * (2 * FP32 if plan.settings.adam_moments == "fp32" else 2 * BF16)
+    owned = everything / ranks * (state + 2 * _gradient(plan) + BF16 + (0 if plan.settings.precision_aware_optimizer else 3 * FP32))
+    written = WRITTEN_FP8.get(plan.stack.versions["transformer_engine"], 0) * primary / ranks
+    zeroed = 3 * _gradient(plan) * everything / (ranks if m.fsdp else 1)
+    copies = in_fp8 * (2 if primary else CASTS[fp8.scaling]) if fp8 else 0.0
+    return Step(
+        reduce=0.0 if m.fsdp else _gradient(plan) * everything * share,
+        gather=0.0 if m.fsdp else (primary + BF16 * (everything - primary)) * share,
+        domains=domains(hw, ranks, m.tp),
+        optimizer_bytes=owned + zeroed + written,
+        cast_bytes=copies,
+    )
+
+
+def fully_sharded(plan: Plan, hw: Hardware, in_fp8: bool) -> tuple[float, float]:
+    """Return seconds that FSDP gathers a layer's parameters forward, and gathers them and scatters their gradients backward."""
+    m, fp8 = plan.mapping, plan.precision.fp8
+    if not m.fsdp:
+        return 0.0, 0.0
+    ranks = plan.data_parallel * m.cp
+    each = matrices(plan) * (ranks - 1) / ranks / ring_bandwidth(hw, ranks, m.tp)
+    gather = each * (1 if in_fp8 and fp8 and fp8.param_gather else BF16)
+    return gather, gather + each * _gradient(plan)
+
+
+def pipeline(plan: Plan, hw: Hardware) -> float:
+    """Return seconds at the links' peak that a stage sends and receives a micro-batch: activations forward, gradients backward, a chunk."""
+    m = plan.mapping
+    if m.pp == 1:
+        return 0.0
+    inside = plan.num_gpus <= hw.domain
+    message = tokens(plan) * plan.model.hidden_size * BF16 / m.tp
+    return 2 * m.vp * message / (hw.nvlink if inside else hw.network)

@@ -1,0 +1,126 @@
+"""The command: what it prints and writes, how it sweeps and searches, and that wrong input is one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis.predict import main
+from analysis.predictor.forecast import compose, compose_any_layout, forecast
+from analysis.predictor.search import candidates, search
+from recipes.fit import fits
+from recipes.mapping_rules import MAPPING_RULES
+from recipes.rules import check
+
+CELL = ["model=llama3_70b", "precision=fp8_current", "gpu=h100"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, object]]:
+    assert main([*argv, "--json"]) == 0
+    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_json_of_one_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = printed(capsys, *CELL)
+    assert row["label"] == "predicted" and row["settings"] == "throughput"
+    terms = row["terms_s"]
+    assert isinstance(terms, dict) and sum(terms.values()) == pytest.approx(row["step_time_s"])
+    assert row["step_time_low_s"] < row["step_time_s"] < row["step_time_high_s"]  # type: ignore[operator]
+    rate = 128 * 8192 / 64 / float(str(row["step_time_s"]))
+    assert row["tokens_per_s_per_gpu"] == pytest.approx(rate)
+    assert row["flops_convention"] == "full attention" and row["peak"] == "h100 FP8 dense" and row["peak_tflops"] == 1979
+    assert row["speedup_over_bf16_low"] < row["speedup_over_bf16"] < row["speedup_over_bf16_high"]  # type: ignore[operator]
+    (causal,) = printed(capsys, *CELL, "--causal")
+    assert causal["tflops_per_gpu"] < row["tflops_per_gpu"] and causal["step_time_s"] == row["step_time_s"]  # type: ignore[operator]
+
+
+def test_both_speedups_are_named_and_differ_where_layouts_do() -> None:
+    """70B on H100: FP8 is recommended in another layout than BF16; 8B in the same."""
+    large, small = (forecast(compose(overrides), overrides) for overrides in (CELL, ["model=llama3_8b", *CELL[1:]]))
+    assert large.iso and large.best and large.iso.plan.mapping == large.plan.mapping != large.best.plan.mapping
+    assert large.iso.plan.precision.fp8 is None and large.iso.plan.settings == large.best.plan.settings
+    assert large.speedup_iso and large.speedup_best and large.speedup_iso.value != large.speedup_best.value
+    assert small.speedup_iso and small.speedup_best and small.speedup_iso.value == pytest.approx(small.speedup_best.value)
+    base = forecast(compose(["model=llama3_8b", "gpu=h100"]))
+    assert base.iso is base.best is base.speedup_iso is None
+
+
+def test_text_names_error_memory_and_terms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(CELL) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("predicted", "iso-mapping", "best-mapping", "GEMMs of the linear layers", "fits", "--validate"))
+
+
+def test_a_sweep_has_a_row_for_each_point_and_reasons_for_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, *CELL, "--sweep", "mapping.micro_batch=1,2", "--sweep", "seq_length=4096,8192")
+    assert [(row["mapping"]["micro_batch"], row["seq_length"]) for row in rows] == [(1, 4096), (1, 8192), (2, 4096)]  # type: ignore[index]
+    assert main([*CELL, "--sweep", "mapping.micro_batch=1,3"]) == 0
+    assert "mapping.micro_batch=3: refused" in capsys.readouterr().out
+
+
+def test_weak_scaling_grows_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, *CELL, "--sweep", "num_gpus=64,128,1024", "--weak")
+    assert [row["mapping"]["global_batch"] for row in rows] == [128, 256, 2048]  # type: ignore[index]
+    times = [float(str(row["step_time_s"])) for row in rows]
+    assert times == sorted(times) and times[-1] < 1.1 * times[0]
+
+
+def test_search_finds_layouts_that_run_and_none_is_faster() -> None:
+    plan = compose_any_layout(["model=llama3_8b", "gpu=h100", "precision=fp8_delayed", "num_gpus=8"])
+    found = search(plan, 5)
+    times = [prediction.step_time_s for _, prediction in found]
+    assert len(found) == 5 and times == sorted(times)
+    for candidate, _ in found:
+        assert fits(candidate) and check(candidate) and not any(rule(candidate) for rule in MAPPING_RULES)
+        assert (candidate.num_gpus, candidate.mapping.global_batch) == (plan.num_gpus, plan.mapping.global_batch)
+    asked = forecast(plan).prediction.step_time_s
+    assert times[0] <= asked
+    assert len({(c.mapping.tp, c.mapping.pp, c.mapping.cp, c.mapping.fsdp) for c in candidates(plan)}) > 10
+
+
+def test_a_search_does_not_need_the_asked_layout_to_be_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama3_70b", "gpu=h100", "num_gpus=48", "mapping.global_batch=48", "--search", "2"]) == 0
+    assert "As asked: refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["html", "png", "csv", "md"])
+def test_written_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "made" / f"prediction.{suffix}"
+    assert main([*CELL, "--out", str(path)]) == 0
+    content = path.read_bytes()
+    assert {"html": b"<svg", "png": b"PNG", "csv": b"terms_s.gemm", "md": b"| step time |"}[suffix] in content
+
+
+WRONG = [
+    (["model=llama3_8b"], "no GPU is named"),
+    (["gpu=cpu"], "gpu=cpu emulates"),
+    (["gpu=h100", "model=nope"], "no such option"),
+    (["gpu=h100", "precision=mxfp8", "model=llama3_8b"], "compute capability"),
+    (["gpu=h100", "model=llama31_405b", "num_gpus=128", "mapping.global_batch=128", "mapping.pp=1", "mapping.vp=1"], "needs about"),
+    ([*CELL, "--sweep", "mapping.tp"], "no values"),
+    ([*CELL, "--sweep", "mapping.tp=3,5"], "no point of the sweep can run"),
+    ([*CELL, "--sweep", "num_gpus=a,b", "--weak"], "no whole number"),
+    ([*CELL, "--weak"], "--weak"),
+    ([*CELL, "--search", "0"], "1 or more"),
+    ([*CELL, "--validate"], "no overrides"),
+    ([*CELL, "--out", "made.gif"], ".csv, .md, .html"),
+    ([*CELL, "--out", "/dev/null/made.html"], "cannot be written"),
+    (["gpu=h100", "model=llama31_405b", "num_gpus=8", "--search"], "fits in memory"),
+]
+
+
+@pytest.mark.parametrize(("argv", "reason"), WRONG, ids=[reason for _, reason in WRONG])
+def test_wrong_input_is_one_line(argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1 and reason in err
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, analysis.predict; sys.exit(bool({'torch', 'nemo', 'transformer_engine'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
