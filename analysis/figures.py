@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
+from analysis.output import write_file
 from analysis.runs import Run
 from analysis.speed import step_time
 from analysis.statistics import Array, smooth
@@ -60,10 +61,8 @@ class Figure:
         return file.getvalue()
 
     def write_png(self, folder: Path) -> Path:
-        """Write the drawing as NAME.png and return its path."""
-        path = folder / f"{self.name}.png"
-        path.write_bytes(self.png())
-        return path
+        """Write the drawing as NAME.png in `folder`, made if need be, and return its path."""
+        return write_file(folder / f"{self.name}.png", self.png())
 
 
 def colour(run: Run, runs: Sequence[Run]) -> str:
@@ -112,7 +111,7 @@ def loss_curves(found: Comparison) -> Figure:
         style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.4, "label": _name(run, found.runs)}
         whole.plot(x, y, **style)
         close.plot(x[start:], y[start:], **style)
-    entropy = found.bases[0].manifest.get("data", {}).get("unigram_entropy_nats")
+    entropy = (found.bases[0].manifest.get("data") or {}).get("unigram_entropy_nats")
     if entropy:
         whole.axhline(entropy, color="#777777", lw=0.8, ls=":")
         whole.annotate("unigram entropy of the held-out text", (whole.get_xlim()[1], entropy), ha="right", va="bottom", fontsize=8, color="#555555")
@@ -186,8 +185,8 @@ def step_times(found: Comparison) -> Figure:
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)
     caption = "The first tenth of the steps is left out, three at least."
-    if base.plan.emulated:
-        caption += " FP8 is emulated here: these times say what the emulation costs on this machine, nothing about a GPU."
+    if any(run.emulated for run in found.runs):
+        caption += " FP8 is emulated here: its times say what the emulation costs on this machine, nothing about FP8 in hardware."
     return Figure("step_time", title, caption, drawing)
 
 

@@ -7,9 +7,7 @@ linear layer in training gets less than its GEMMs: input, gradient and weight ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +15,9 @@ from matplotlib.patches import Patch
 
 from analysis.figures import COLOURS as PRECISIONS
 from analysis.figures import Figure, axes
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.gemm_rows import as_trained
-from recipes.run_folder import rows_of
+from recipes.run_folder import read_json, rows_of
 
 CHANNEL = "#CC79A7"
 COLOURS = {
@@ -72,8 +70,7 @@ def _table(folder: Path, what: str, columns: tuple[str, ...]) -> pd.DataFrame:
 def device(folder: Path) -> str:
     """Return the GPU that the measurements are from."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return str(manifest["device"])
+        return one_line(str(read_json(folder / "manifest.json")["device"]))
     except (OSError, ValueError, KeyError):
         raise InputError(f"{folder / 'manifest.json'} does not name a device: the numbers cannot be traced; measure them again") from None
 

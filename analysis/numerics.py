@@ -31,14 +31,16 @@ def load(run: Run) -> pd.DataFrame:
     path = run.folder / "fp8.jsonl"
     rows = rows_of(path) if path.exists() else []
     if not rows:
-        raise InputError(f"{run.folder}: no fp8.jsonl, the run kept no diagnostics; only FP8 runs on gpu=cpu do, at train.diagnostics_interval")
+        raise InputError(f"{run.folder}: no fp8.jsonl, the run kept no diagnostics; FP8 runs on real text do, every train.diagnostics_interval steps")
     try:
         table = pd.DataFrame(rows)[list(COLUMNS)]
+        if not table["role"].isin(ROLES).all():
+            raise ValueError(f"a role beside {', '.join(ROLES)}")
         found = table["module"].str.extract(LAYER)
         table = table.assign(precision=run.plan.precision.name, layer=found[0].astype(int), linear=found[1])
-        return table.drop(columns="module").astype({"sqnr_db": float, "underflow": float, "saturated": float, "amax": float})
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not what this version writes ({error}); run it again") from None
+        return table.drop(columns="module").astype({"step": int, "sqnr_db": float, "underflow": float, "saturated": float, "amax": float})
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} is not what this version writes ({str(error)[:100]}); run it again") from None
 
 
 def load_all(runs: Sequence[Run]) -> pd.DataFrame:

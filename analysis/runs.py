@@ -7,20 +7,46 @@ or calls itself FP8 without a single FP8 GEMM in some step.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from analysis.metrics import Array as Array
 from analysis.metrics import read_metrics
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.plan import Plan
-from recipes.run_folder import read_plan, status_of
+from recipes.run_folder import read_json, read_plan, status_of
 
-REQUIRED = ("loss", "tokens", "step_time_s")
+REQUIRED = ("step", "loss", "tokens", "step_time_s")
+
+
+Line = Annotated[str, AfterValidator(one_line)]
+
+
+class _Code(BaseModel, strict=True):
+    commit: Line | None = None
+    dirty: bool | None = None
+
+
+class _Data(BaseModel, strict=True):
+    source: Line | list[Line] | None = None
+    sha256: dict[str, str] = {}
+    unigram_entropy_nats: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+class _Manifest(BaseModel, strict=True):
+    """What analysis reads of a manifest, with the types that it must have; what else stands there is left out."""
+
+    code: _Code | None = None
+    data: _Data | None = None
+    versions: dict[Line, Line] | None = None
+    labels: dict[str, Literal["measured", "emulated"]] = {}
+    device: Line | None = None
+    order_sha256: Line | None = None
+    imported: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,11 @@ class Run:
         """Whether this is a BF16 run, which the others are compared with."""
         return self.plan.precision.fp8 is None
 
+    @property
+    def emulated(self) -> bool:
+        """Whether its numerics were emulated, on a CPU or a GPU: its losses mean something, its step times nothing about FP8 in hardware."""
+        return self.plan.emulated or "emulated" in (self.label("loss"), self.label("step_time"))
+
     def label(self, what: str) -> str:
         """Return where a number of this run comes from: "measured" or "emulated"; `what` is loss or step_time."""
         return str(self.manifest.get("labels", {}).get(what, "unlabelled"))
@@ -80,8 +111,12 @@ def load_run(folder: Path) -> Run:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return _Manifest.model_validate(read_json(path)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{path}: {where}: {problem['msg']}; the file was changed, what ran cannot be traced; run it again") from None
+    except (OSError, ValueError):
         raise InputError(f"{path} is missing or no JSON object: what ran cannot be traced; run it again") from None
 
 
@@ -93,10 +128,10 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
     digits, interval = said.get("loss_digits"), said.get("log_interval")
     asserted = said.get("asserted")
     return {
-        **said,
+        "format": one_line(str(said.get("format", "log"))),
         "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
         "log_interval": interval if isinstance(interval, int) and interval > 0 else 1,
-        "asserted": [str(what) for what in asserted] if isinstance(asserted, list) else [],
+        "asserted": [one_line(str(what)) for what in asserted] if isinstance(asserted, list) else [],
     }
 
 
@@ -107,7 +142,7 @@ def _remedy(folder: Path) -> str:
         foreign = {}  # a run that ended before it wrote one
     if not foreign:
         return "run the same launch command again to continue it"
-    return f"{json.loads((folder / 'status.json').read_text()).get('reason') or 'its log says no more'}; import the log of a run that ended well"
+    return f"{read_json(folder / 'status.json').get('reason') or 'its log says no more'}; import the log of a run that ended well"
 
 
 def _is_complete(run: Run) -> None:
@@ -120,6 +155,8 @@ def _is_complete(run: Run) -> None:
     wrong = np.flatnonzero(steps != every * np.arange(1, len(steps) + 1))
     if wrong.size:
         raise InputError(f"{run.folder}: step {(wrong[0] + 1) * every} is missing, repeated or out of order in metrics.jsonl; run it again")
+    if run.heldout and "step" not in run.heldout:
+        raise InputError(f"{run.folder}: held-out losses in metrics.jsonl have no step; the file was changed, run it again")
     evaluated = run.heldout.get("step", np.zeros(0))
     if (np.diff(evaluated) <= 0).any():
         raise InputError(f"{run.folder}: held-out losses are repeated or out of order in metrics.jsonl; run it again")
@@ -136,6 +173,11 @@ def _is_finite(run: Run) -> None:
             if bad.size:
                 step = int(columns["step"][bad[0]])
                 raise InputError(f"{run.folder}: {where}{key} is no finite number in {bad.size} step(s), first at step {step}; the run diverged")
+        for key in ("loss", "heldout_loss", "step_time_s", "tokens"):
+            bad = np.flatnonzero(columns.get(key, np.ones(0)) <= 0)
+            if bad.size:
+                step = int(columns["step"][bad[0]])
+                raise InputError(f"{run.folder}: {where}{key} is not above 0 at step {step}; the file was changed, run it again")
 
 
 def _is_what_it_says(run: Run) -> None:

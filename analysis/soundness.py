@@ -19,7 +19,7 @@ MAX_SPREAD = 0.05  # quartiles apart, as a share of the median: beyond it clocks
 
 def unsound(run: Run) -> str | None:
     """Return why a run's step times cannot be used; None if they can."""
-    if run.plan.emulated or "emulated" in (run.label("loss"), run.label("step_time")):
+    if run.emulated:
         return f"{run.folder}: its numerics are emulated; its times say nothing about a GPU's FP8"
     if run.label("step_time") != "measured":
         return f"{run.folder}: its step time is {run.label('step_time')}, not measured"

@@ -41,10 +41,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def row(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as plain values; infinite ends of intervals become None, for JSON has no infinity."""
+    """Return a verdict as plain values; infinite ends of intervals become None, for JSON has no infinity.
+
+    Emulated FP8 has no speedup: its step time is that of the emulation.
+    """
     base, candidate, tail = verdict.base, verdict.candidate, verdict.gaps["tail"]
-    faster = speedup(base, candidate)
-    matched = loss_matched(base, faster, tail.nats, tail.nats.count)
+    faster = None if candidate.emulated else speedup(base, candidate)
+    matched = faster and loss_matched(base, faster, tail.nats, tail.nats.count)
     bar = candidate.plan.bar
     return {
         "run": candidate.name,
@@ -70,8 +73,8 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "differs": verdict.asked,
         "step_time_s": step_time(candidate).value,
         "tokens_per_s_per_gpu": candidate.plan.tokens_per_step / step_time(candidate).value / candidate.plan.num_gpus,
-        "speedup_over_bf16": _interval(faster),
-        "loss_matched_speedup": None if matched is None else _interval(matched),
+        "speedup_over_bf16": faster and _interval(faster),
+        "loss_matched_speedup": matched and _interval(matched),
         "labels": {"loss": candidate.label("loss"), "step_time": candidate.label("step_time"), "device": candidate.plan.gpu.name},
     }
 
@@ -88,7 +91,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-EMULATED = "FP8 is emulated on the CPU: the losses mean something, the step times of FP8 say nothing about a GPU"
+EMULATED = "FP8 is emulated: the losses mean something, the step times of FP8 say nothing about hardware that computes it, so there is no speedup"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -107,7 +110,7 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
         "99.5 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
         "held-out": "-" if heldout is None else f"{heldout:+.4f}",
         "step s": f"{values['step_time_s']:.3f}",
-        "speedup": f"{faster['value']:.2f}x",
+        "speedup": "-" if faster is None else f"{faster['value']:.2f}x",
         "matched": "-" if matched is None else f"{matched['value']:.2f}x",
     }
 
@@ -127,7 +130,7 @@ def headline(values: dict[str, Any]) -> str:
 
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the rows as a table for the terminal, with what they mean above it."""
-    table = Table(title=headline(rows[0]), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=escape(headline(rows[0])), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [cells(values) for values in rows]
     for column in shown[0]:
         table.add_column(column, justify="left" if column in ("precision", "verdict") else "right", no_wrap=True)
@@ -185,5 +188,5 @@ def _why_open(verdict: Verdict) -> str:
 
 def all_notes(found: Comparison) -> list[str]:
     """Return the notes on every verdict, and what holds for all."""
-    emulated = [EMULATED] if found.bases[0].plan.emulated else []
+    emulated = [EMULATED] if any(verdict.candidate.emulated for verdict in found.verdicts) else []
     return [*emulated, *(note for verdict in found.verdicts for note in notes(verdict))]

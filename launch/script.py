@@ -76,7 +76,7 @@ def directives(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _gpus(plan: Plan, per_node: int) -> list[tuple[str, str]]:
-    if plan.emulated or plan.cluster.gpus_flag == "none":
+    if plan.on_cpu or plan.cluster.gpus_flag == "none":
         return []
     return [(f"--gpus-per-node={per_node}" if plan.cluster.gpus_flag == "gpus-per-node" else f"--gres=gpu:{per_node}", "")]
 
@@ -115,7 +115,7 @@ def task(plan: Plan) -> str:
     The code goes before whatever the container's own PYTHONPATH names, which is set only in there.
     """
     bind, per_numa = "", plan.gpu.gpus_per_numa_node
-    if plan.cluster.numa_binding and per_numa and not plan.emulated and tasks_per_node(plan) > per_numa:
+    if plan.cluster.numa_binding and per_numa and not plan.on_cpu and tasks_per_node(plan) > per_numa:
         node = f"$((SLURM_LOCALID / {per_numa}))"
         bind = f"numactl --cpunodebind={node} --membind={node} "
     code = 'export PYTHONPATH="$3${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
@@ -170,7 +170,7 @@ def _process(plan: Plan) -> list[Variable]:
     return [
         *([Variable("OMP_NUM_THREADS", str(share), "its share of the cores")] if share else []),
         Variable("WANDB_MODE", plan.logger.wandb, "logger"),
-        *(offline if plan.emulated else []),
+        *(offline if plan.on_cpu else []),
     ]
 
 

@@ -22,7 +22,7 @@ DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precisio
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Return the facts of a job with the project's words as keys."""
-    memory = None if plan.emulated else estimate(plan)
+    memory = None if plan.on_cpu else estimate(plan)
     return {
         "run_folder": str(folder_of(plan)),
         "parameters": parameters(plan.model),

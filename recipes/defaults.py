@@ -86,6 +86,7 @@ def _precision(tree: Tree) -> None:
         return
     fp8 = precision["fp8"] = dict(precision["fp8"])
     if fp8.get("param_gather", False) is None:
-        fp8["param_gather"] = tree["stack"]["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"]
+        stack = tree["stack"]  # one that emulates FP8 has no FP8 parameters
+        fp8["param_gather"] = not stack.get("emulates_fp8") and (stack["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"])
     if tree["settings"]["bf16_layers"] is False:
         fp8["first_layers_bf16"] = fp8["last_layers_bf16"] = 0

@@ -27,7 +27,7 @@ class Variable:
 def variables(plan: Plan) -> list[Variable]:
     """Return the variables of the plan's job, the site's own last; on the CPU only those."""
     own = [Variable(name, value, "cluster.environment") for name, value in plan.cluster.environment.items()]
-    if plan.emulated:
+    if plan.on_cpu:
         return own
     return [*_always(plan), *_connections(plan), *_pipeline(plan), *_norms(plan), *own]
 

@@ -30,7 +30,7 @@ def is_tight(plan: Plan) -> bool:
 
 def does_not_fit(plan: Plan) -> str | None:
     """Return a sentence that says what is too large and what to set instead, or None where the plan fits or is tight."""
-    if plan.emulated or fits(plan) or is_tight(plan):
+    if plan.on_cpu or fits(plan) or is_tight(plan):
         return None
     memory, have = estimate(plan), usable_gb(plan) or 0
     largest = f"{memory.dominant} alone {memory.terms[memory.dominant] / 1e9:,.0f} GB"

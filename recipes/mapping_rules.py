@@ -170,7 +170,7 @@ def fp8_parameters_are_possible(plan: Plan) -> str | None:
     if fp8 is None or not fp8.param_gather:
         return None
     off = "set precision.fp8.param_gather=false"
-    if fp8.scaling in ("mxfp8", "subchannel"):
+    if fp8.scaling in ("mxfp8", "subchannel") or plan.stack.emulates_fp8:
         return f"precision.fp8.param_gather: no parameters are kept in FP8 under {fp8.scaling} scaling with {plan.stack.name}; {off}"
     if plan.mapping.fsdp and not plan.stack.fp8_parameters_with_fsdp:
         return f"precision.fp8.param_gather: {plan.stack.name} cannot shard FP8 parameters with mapping.fsdp; {off}"

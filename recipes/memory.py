@@ -12,7 +12,7 @@ stage of the pipeline is counted and the one that needs most is returned.
 Left out: fragmentation beyond the margin; CUDA graphs' private pools; weight gradients of the output layer that are
 deferred into the pipeline's bubble (NeMo's defer_embedding_wgrad_compute); pipeline send and receive buffers; double
 buffers of context parallelism; what offloading has in transit; amax histories and scales of whole tensors; evaluation and
-checkpoint copies; the CPU, where FP8 is emulated.
+checkpoint copies; the CPU.  Emulated FP8 on a GPU is counted from this project's source and was not measured.
 
 `reference/peak_memory.csv` holds runs against which `recipes.validation` holds the estimate.  No constant is fitted to one
 row.  Three were read from our own runs and not from source: what lies outside PyTorch's allocator, for which the runs are no
@@ -47,6 +47,7 @@ COUNT_NONZERO = 8 + 1  # bytes an element of torch.count_nonzero on a GPU: a mas
 OUTSIDE_PYTORCH = 2.6e9  # CUDA context (0.55e9), loaded kernels, NCCL of one kind of parallelism: measured on 2 H100s
 NCCL_GROUP = 0.4e9  # each further kind of parallelism: measured 0.15e9 to 0.77e9 for pipeline parallelism
 CUBLAS = 2 * 32 * 2**20  # PyTorch's and TE's workspaces, 32 MiB each from Hopper on (TE pytorch/module/base.py)
+DIAGNOSED_COPIES = 8  # FP32 copies of the widest operand where emulated FP8 is diagnosed (recipes/training/fp8/scaling.py, recipe.py)
 USERBUFFERS = 10  # [tokens, hidden] buffers of tensor-parallel overlap, one a GEMM (TE pytorch/module/base.py, initialize_ub)
 
 GIB_PER_GB = 2**30 / 1e9  # a data sheet's GB are GiB: nvidia-smi reads 81559 MiB for "80 GB", 143771 for 141, 183359 for 180, 189471 for 186
@@ -132,8 +133,11 @@ def _fp8_copies(plan: Plan, fp8: Fp8) -> float:
     """Return bytes of FP8 a weight that runs in FP8.
 
     Hopper's FP8 GEMM takes one layout only, so that per-tensor scaling keeps a transpose; Blackwell's takes both (TE
-    pytorch/utils.py, non_tn_fp8_gemm_supported).  Scales of blocks depend on the direction: always two copies.
+    pytorch/utils.py, non_tn_fp8_gemm_supported).  Scales of blocks depend on the direction: always two copies.  Emulated FP8
+    keeps the copy that the backward pass multiplies, in BF16 (recipes/training/fp8/linear.py).
     """
+    if plan.emulated:
+        return BF16
     if fp8.scaling == "mxfp8":
         return 2 * (1 + MX_SCALES)
     if fp8.scaling == "subchannel":
@@ -201,7 +205,7 @@ def layer_bytes_per_token(plan: Plan, in_fp8: bool) -> float:
     model, fp8 = plan.model, plan.precision.fp8
     h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
     head = h // heads
-    kept = _fp8_input(fp8) if fp8 and in_fp8 else BF16
+    kept = _fp8_input(fp8) if fp8 and in_fp8 and not plan.emulated else BF16
     norms = 2 * h * (BF16 + kept)
     attention = BF16 * head * (2 * heads + 2 * model.num_query_groups) + FP32 * heads
     projection = heads * head * kept if in_fp8 else 0
@@ -290,7 +294,8 @@ def _workspace(plan: Plan) -> float:
     m = plan.mapping
     further = max(0, sum(size > 1 for size in (m.tp, m.pp, m.cp, plan.data_parallel)) - 1)
     overlap = USERBUFFERS * _tokens(plan) * plan.model.hidden_size * BF16 if m.tp > 1 and not m.fsdp else 0
-    return OUTSIDE_PYTORCH + further * NCCL_GROUP + CUBLAS + overlap
+    diagnosed = DIAGNOSED_COPIES * FP32 * _tokens(plan) * _fc1_width(plan) if plan.emulated else 0
+    return OUTSIDE_PYTORCH + further * NCCL_GROUP + CUBLAS + overlap + diagnosed
 
 
 def _stage(plan: Plan, stage: int, with_step: bool) -> Memory:

@@ -116,7 +116,7 @@ class Stack(Frozen):
     """A set of versions and what it can do, by scaling.
 
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
-    parameters kept in FP8.
+    parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
     """
 
     name: Name
@@ -124,6 +124,7 @@ class Stack(Frozen):
     versions: dict[str, str]
     recommended: str
     fp8_parameters_with_fsdp: bool
+    emulates_fp8: bool = False
     fp8: dict[Scaling, Support]
     missing: dict[Scaling, Missing]
 
@@ -293,9 +294,17 @@ class Plan(Frozen):
     run_name: Name
 
     @property
-    def emulated(self) -> bool:
-        """Whether FP8 is computed by this project's numerics on the CPU."""
+    def on_cpu(self) -> bool:
+        """Whether it runs on this machine's CPU."""
         return self.gpu.compute_capability is None
+
+    @property
+    def emulated(self) -> bool:
+        """Whether numbers are those of this project's numerics and not of a GPU's own: on the CPU, and in FP8 on a stack that emulates it.
+
+        BF16 on such a stack is BF16 as on any other.
+        """
+        return self.on_cpu or (self.stack.emulates_fp8 and self.precision.fp8 is not None)
 
     @property
     def data_parallel(self) -> int:

@@ -25,7 +25,7 @@ PACKAGES = {"nemo": "nemo-toolkit", "megatron_core": "megatron-core", "transform
 def wrong_versions(plan: Plan) -> Iterator[str]:
     """Yield a sentence for each package whose version is not the stack's; the CPU has no Transformer Engine."""
     for name, wanted in plan.stack.versions.items():
-        if plan.emulated and name == "transformer_engine":
+        if plan.on_cpu and name == "transformer_engine":
             continue
         package = PACKAGES.get(name, name)
         try:
@@ -39,7 +39,7 @@ def wrong_versions(plan: Plan) -> Iterator[str]:
 
 def wrong_devices(plan: Plan) -> Iterator[str]:
     """Yield a sentence where this node's GPUs are fewer than the plan needs, or of another compute capability."""
-    if plan.emulated:
+    if plan.on_cpu:
         return
     found = _capabilities()
     needed = min(plan.num_gpus, plan.gpu.devices_per_node)

@@ -24,7 +24,7 @@ def capability(text: str) -> tuple[int, int]:
 
 
 def cell_is_supported(plan: Plan) -> str | None:
-    """The stack must know the scaling, and on this compute capability; the CPU emulates every scaling."""
+    """The stack must know the scaling, and on this compute capability; on the CPU every scaling is emulated."""
     fp8, device = plan.precision.fp8, plan.gpu.compute_capability
     if fp8 is None or device is None:
         return None
@@ -80,7 +80,7 @@ def data_is_named(plan: Plan) -> str | None:
 def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
     """Throughput settings, CUDA graphs and the like have no meaning where FP8 is emulated, nor has Slurm's GPU request."""
     m, what = plan.mapping, None
-    if not plan.emulated:
+    if not plan.on_cpu:
         return None
     if plan.settings.name == "throughput" or plan.settings.precision_aware_optimizer or plan.settings.cross_entropy_fusion == "te":
         what = "settings=throughput measures GPUs; use settings=convergence"
@@ -92,8 +92,31 @@ def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
 def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
     """The CPU path is tried with data parallelism; the other ways to split a model need the GPU's collectives."""
     m = plan.mapping
-    if plan.emulated and max(m.tp, m.pp, m.cp) > 1:
+    if plan.on_cpu and max(m.tp, m.pp, m.cp) > 1:
         return f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}; set them to 1 or choose a GPU"
+    return None
+
+
+def emulated_fp8_is_plain(plan: Plan) -> str | None:
+    """Emulated FP8 on a GPU: layers that are whole, kept as they are (recipes/training/layers.py), and no claim on speed."""
+    m = plan.mapping
+    if plan.on_cpu or not plan.emulated:
+        return None
+    cell = f"{plan.precision.name} on {plan.gpu.name} with {plan.stack.name}"
+    if max(m.tp, m.pp, m.cp, m.vp) > 1 or m.fsdp:
+        split = f"tp={m.tp} pp={m.pp} cp={m.cp} vp={m.vp} fsdp={str(m.fsdp).lower()}"
+        return f"{cell} is emulated in layers that are not split, mapping has {split}; use mapping=single, data-parallel over num_gpus"
+    if m.cuda_graphs or m.recompute_layers or m.offload_layers:
+        return f"{cell} is emulated, without CUDA graphs, recompute or offloading; use mapping=single"
+    if plan.settings.name != "convergence":
+        return f"{cell} is emulated, its step times say nothing about FP8 in hardware; use settings=convergence, or precision=bf16"
+    return None
+
+
+def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
+    """Megatron-Core 0.12 optimizer_config.py asserts it."""
+    if plan.settings.adam_moments != "fp32" and not plan.settings.precision_aware_optimizer:
+        return f"settings.adam_moments={plan.settings.adam_moments} needs settings.precision_aware_optimizer=true; set it, or adam_moments=fp32"
     return None
 
 
@@ -139,7 +162,7 @@ def seconds(limit: str) -> int:
 
 def model_fits_machine(plan: Plan) -> str | None:
     """On this machine, the training state of every process must fit in memory before a step is tried."""
-    if not plan.emulated:
+    if not plan.on_cpu:
         return None
     have = plan.gpu.memory_gb or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     need = training_state_gb(plan.model) * plan.num_gpus
@@ -159,6 +182,8 @@ RULES: tuple[Rule, ...] = (
     delayed_keeps_no_bf16_layers,
     bf16_layers_leave_some_fp8,
     cpu_runs_data_parallel_only,
+    emulated_fp8_is_plain,
+    narrow_moments_need_their_optimizer,
     *MAPPING_RULES,
     schedule_is_possible,
     data_is_named,

@@ -1,8 +1,11 @@
-"""Megatron-Core layers for a machine without Transformer Engine: FP8 linear layers and attention, put in by module spec.
+"""Megatron-Core layers whose FP8 is this project's own: linear layers, and attention for a CPU, put in by module spec.
 
 `layer_spec` takes Megatron-Core's local transformer layer and puts, in place of its linear layers (linear_qkv,
 linear_proj, linear_fc1, linear_fc2), subclasses whose three GEMMs run in FP8.  The vocabulary layers stay in BF16, as
 with Transformer Engine.
+
+On a GPU the rest is Transformer Engine's, as in NeMo's default layers: attention, norms, and the linear maps of layers that are
+kept in BF16.  There the norm before linear_qkv and linear_fc1 is fused with them, here it stands alone; both hand BF16 on.
 """
 
 from __future__ import annotations
@@ -42,9 +45,10 @@ class Fp8Mixin(nn.Module):
     def _forward_impl(self, value: object) -> None:
         """Megatron-Core 0.12 layers.py:939 and :1174 assign the BF16 GEMM in every forward pass: ignored."""
 
-    def _fp8_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    def _fp8_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool = False, **kwargs: Any) -> Tensor:
         training = self.training and torch.is_grad_enabled()
-        y = fp8_linear(input, weight, self.fp8_quantiser, self.fp8_calls, training)
+        into_main_grad = gradient_accumulation_fusion and hasattr(weight, "main_grad")  # which the data-parallel wrapper gives
+        y = fp8_linear(input, weight, self.fp8_quantiser, self.fp8_calls, training, into_main_grad)
         return y if bias is None else y + bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -90,11 +94,19 @@ def set_recipe(fp8: Fp8 | None) -> None:
 
 
 def _layer(config: Any, with_fp8: bool) -> ModuleSpec:
-    from nemo.collections.llm.gpt.model.base import local_layer_spec
+    """Return one layer; on a GPU all have the same modules for norms, for a checkpoint stacks what layers have in common."""
+    from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec
 
     spec = local_layer_spec(config)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = CpuAttention
+    if HAVE_TE:
+        from megatron.core.extensions import transformer_engine as te
+
+        attention.core_attention = te.TEDotProductAttention
+        attention.linear_qkv = mlp.linear_fc1 = te.TEColumnParallelLinear
+        attention.linear_proj = mlp.linear_fc2 = te.TERowParallelLinear
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = te.TENorm
     if with_fp8:
         attention.linear_qkv = mlp.linear_fc1 = Fp8ColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = Fp8RowParallelLinear

@@ -1,7 +1,7 @@
 """From the plan to NeMo's own recipe object: `llm.<model>.pretrain_recipe` with the plan's values put in.
 
 On a GPU and on a CPU it is the same object and the same `llm.pretrain`; what is set for GPUs alone stands in `gpu.py`,
-what a CPU needs in `_for_cpu`.
+what a CPU needs in `_for_cpu`, and what FP8 by this project's numerics needs on a GPU in `_with_emulated_fp8`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ def build(plan: Plan, folder: Path) -> run.Partial:
     module = importlib.import_module(f"nemo.collections.llm.recipes.{plan.model.nemo_recipe}")
     nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
     recipe = module.pretrain_recipe(
-        dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, performance_mode=not plan.emulated
+        dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, performance_mode=not plan.on_cpu
     )
     for part in (_model, _trainer, _optimizer):
         part(recipe, plan)
     _data(recipe, plan, folder)
     _logging(recipe, plan, folder)
-    _for_cpu(recipe, plan) if plan.emulated else for_gpu(recipe, plan)
+    if plan.on_cpu:
+        _for_cpu(recipe, plan)
+    elif plan.emulated:
+        _with_emulated_fp8(recipe, plan)
+    else:
+        for_gpu(recipe, plan)
     return recipe
 
 
@@ -57,7 +62,7 @@ def _model(recipe: run.Partial, plan: Plan) -> None:
     config.num_attention_heads, config.num_query_groups = model.num_attention_heads, model.num_query_groups
     config.seq_length = plan.seq_length
     config.vocab_size = model.vocab_size
-    config.make_vocab_size_divisible_by = 1 if plan.emulated else 128
+    config.make_vocab_size_divisible_by = 1 if plan.on_cpu else 128
     config.share_embeddings_and_output_weights = model.tied_embeddings
 
 
@@ -159,10 +164,20 @@ def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     for fusion in FUSIONS:
         setattr(config, fusion, False)
     config.use_cpu_initialization = True
-    config.transformer_layer_spec = layer_spec
-    set_recipe(plan.precision.fp8)
+    _own_layers(recipe, plan)
     recipe.trainer.accelerator = "cpu"
     recipe.trainer.strategy.ckpt_async_save = False
     recipe.trainer.strategy.ddp.overlap_grad_reduce = False
     recipe.trainer.strategy.ddp.overlap_param_gather = False
     recipe.data.num_workers, recipe.data.pin_memory, recipe.data.persistent_workers = 0, False, False
+
+
+def _with_emulated_fp8(recipe: run.Partial, plan: Plan) -> None:
+    """To NeMo and Transformer Engine it is a BF16 run: FP8 comes by module spec, as on the CPU."""
+    for_gpu(recipe, plan.model_copy(update={"precision": plan.precision.model_copy(update={"fp8": None})}))
+    _own_layers(recipe, plan)
+
+
+def _own_layers(recipe: run.Partial, plan: Plan) -> None:
+    recipe.model.config.transformer_layer_spec = layer_spec
+    set_recipe(plan.precision.fp8)

@@ -105,7 +105,27 @@ def test_compare_says_pass_fail_and_undecided_by_exit_code(make: Maker, capsys: 
     assert compare(["--json", str(base), str(bad)]) == 1
     (row,) = json.loads(capsys.readouterr().out)
     assert row["verdict"] == "fail" and row["labels"] == {"loss": "emulated", "step_time": "measured", "device": "cpu"}
-    assert row["speedup_over_bf16"]["value"] == pytest.approx(1.25, rel=0.02)
+
+
+MEASURED = {"labels": {"loss": "measured", "step_time": "measured"}, "overrides": ("gpu=h200", "stack=nemo_25_04_te_2_11", "executor=local")}
+
+
+def test_speedups_are_of_measured_runs_and_emulated_fp8_has_none(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make("bf16", curve(), "bf16", **MEASURED)
+    runs = {
+        "hardware": make("hardware", curve(), "fp8_subchannel", **MEASURED),
+        "stack": make("stack", curve(), "mxfp8", **{**MEASURED, "overrides": ("gpu=h200", "stack=emulated", "executor=local")}),
+        "label": make("label", curve(), "fp8_subchannel", **{**MEASURED, "labels": {"loss": "emulated", "step_time": "measured"}}),
+    }
+    assert compare(["--json", str(base), *map(str, runs.values())]) == 0
+    rows = {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["hardware"]["speedup_over_bf16"]["value"] == pytest.approx(1.25, rel=0.02)
+    for name in ("stack", "label"):
+        assert rows[name]["speedup_over_bf16"] is None and rows[name]["loss_matched_speedup"] is None
+    for name, says in (("hardware", (True, False)), ("stack", (False, True))):
+        assert compare([str(base), str(runs[name])]) == 0
+        text = capsys.readouterr().out
+        assert ("1.25x" in text, "FP8 is emulated" in text) == says
 
 
 def test_the_loss_matched_speedup_pays_for_the_steps_to_the_same_loss(make: Maker) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from recipes import memory
-from recipes.compose import compose_tree, plan_from_tree
+from recipes.compose import compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill, recommended
 from recipes.fit import does_not_fit, fits
 from recipes.memory import estimate
@@ -277,3 +277,16 @@ def test_a_device_of_unknown_memory_fits_everything() -> None:
 def test_no_torch_is_imported() -> None:
     code = "import sys, recipes.memory; sys.exit(any(name in sys.modules for name in ('torch', 'nemo', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_emulated_fp8_keeps_bf16_copies_of_what_hardware_keeps_in_fp8() -> None:
+    common = ["model=llama3_8b", "gpu=h200", "mapping=single", "num_gpus=8", "mapping.micro_batch=1", "mapping.global_batch=8", "executor=local"]
+    stacks = {"bf16": ("emulated", "bf16"), "emulated": ("emulated", "fp8_current"), "hardware": ("nemo_25_04_te_2_11", "fp8_current")}
+    off = ["precision.fp8.param_gather=false"]
+    found = {
+        name: estimate(compose_plan([*common, f"stack={stack}", f"precision={precision}", *(off if precision != "bf16" else [])])).terms
+        for name, (stack, precision) in stacks.items()
+    }
+    assert found["hardware"]["activations"] < found["bf16"]["activations"] < found["emulated"]["activations"]
+    assert found["bf16"]["fp8_weights"] == 0 and found["emulated"]["fp8_weights"] == found["hardware"]["fp8_weights"]
+    assert found["emulated"]["workspace"] > found["hardware"]["workspace"] == found["bf16"]["workspace"]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from recipes.compose import CONF, compose_plan, sweep
 from recipes.errors import InputError
+from recipes.plan import Plan
 from recipes.sizes import parameters
 
 MODELS = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
@@ -56,6 +57,23 @@ def test_every_precision_composes_on_the_cpu(precision: str) -> None:
     plan = compose_plan([f"precision={precision}"])
     assert plan.precision.name == precision
     assert (plan.precision.fp8 is None) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("gpu", ["h100", "h200", "b200"])
+def test_every_precision_composes_on_the_emulated_stack_and_fp8_is_labelled(precision: str, gpu: str) -> None:
+    plan = compose_plan([f"precision={precision}", f"gpu={gpu}", "stack=emulated", "executor=local"])
+    assert not plan.on_cpu and plan.emulated == (precision != "bf16")
+    assert plan.precision.fp8 is None or not plan.precision.fp8.param_gather
+
+
+def test_who_computes_fp8_is_the_stacks_to_say_and_the_cpus_always_this_project() -> None:
+    assert {precision: compose_plan([f"precision={precision}"]).emulated for precision in ("bf16", "mxfp8")} == {"bf16": True, "mxfp8": True}
+    hardware = compose_plan(["gpu=h200", "stack=nemo_25_04_te_2_11", "executor=local", "precision=fp8_current"])
+    assert not hardware.emulated and not hardware.stack.emulates_fp8
+    old = hardware.model_dump()
+    del old["stack"]["emulates_fp8"]
+    assert Plan.model_validate(old) == hardware  # as run folders had it before there was a choice
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -94,6 +94,18 @@ def test_there_is_a_golden_file_for_every_legal_cell_and_no_other() -> None:
     assert len(CELLS) == 5 * (3 * 3 + 2) + 5  # bf16, delayed and current on three GPUs, MXFP8 on two; sub-channel on H100 with 25.07
 
 
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "bf16"])
+def test_emulated_fp8_on_a_gpu_is_the_bf16_recipe_but_for_its_layers(precision: str) -> None:
+    from recipes.training import layers
+
+    common = ["stack=emulated", "model=llama3_tiny", "gpu=h200", "data=mock", "executor=local", "run_name=run"]
+    bf16, fp8 = lines(compose_plan([*common, "precision=bf16"])), lines(compose_plan([*common, f"precision={precision}"]))
+    differs = {key for key in bf16.keys() | fp8.keys() if bf16.get(key) != fp8.get(key)}
+    assert differs == {"model.config.transformer_layer_spec"} and "layer_spec" in fp8["model.config.transformer_layer_spec"]
+    assert fp8["trainer.plugins.precision"] == "'bf16-mixed'" and "trainer.plugins.fp8" not in fp8 and fp8["trainer.accelerator"] == "'gpu'"
+    assert layers._recipe == compose_plan([*common, f"precision={precision}"]).precision.fp8
+
+
 def test_throughput_settings_are_those_of_nvidias_scripts() -> None:
     """NeMo v2.3.2 scripts/performance/utils.py, line by line, for a cell that uses most of them."""
     found = lines(plan_of(("nemo_25_04", "llama3_70b", "fp8_current", "h100"), "throughput"))

@@ -9,6 +9,7 @@ from recipes.errors import InputError
 
 H100_8B = ["model=llama3_8b", "gpu=h100"]
 H100_70B = ["model=llama3_70b", "gpu=h100"]
+EMULATED = ["gpu=h200", "stack=emulated", "executor=local"]
 NO_FSDP = "stack.fp8_parameters_with_fsdp=false"
 
 # rule -> overrides that it alone should refuse, and a part of the way out that it names
@@ -18,6 +19,9 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "precision=fp8_subchannel"], "stack=nemo_25_07"),
         (["model=llama3_8b", "gpu=b200", "precision=fp8_subchannel", "stack=nemo_25_07"], "gpu=h100"),
         ([*H100_8B, "precision=fp8_delayed", "gpu.compute_capability='8.0'"], "precision=bf16"),
+        (["gpu=h200", "precision=mxfp8", "stack=nemo_25_04_te_2_11"], "stack=emulated"),
+        ([*H100_8B, "precision=fp8_subchannel"], "stack=emulated"),
+        ([*EMULATED, "precision=mxfp8", "gpu.compute_capability='7.5'"], "gpu=cpu"),
     ],
     "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "precision=fp8_current")],
     "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "keep fewer")],
@@ -60,6 +64,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     "fp8_parameters_are_possible": [
         (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "precision.fp8.param_gather=true"], "param_gather=false"),
         ([*H100_8B, "precision=fp8_subchannel", "stack=nemo_25_07", "precision.fp8.param_gather=true"], "param_gather=false"),
+        ([*EMULATED, "precision=fp8_delayed", "precision.fp8.param_gather=true"], "param_gather=false"),
         (
             [*H100_8B, "precision=fp8_current", "mapping.fsdp=true", "precision.fp8.param_gather=true", "stack.fp8_parameters_with_fsdp=false"],
             "gather=false",
@@ -75,6 +80,14 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
     "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "choose a GPU")],
+    "emulated_fp8_is_plain": [
+        ([*EMULATED, "precision=mxfp8", "mapping.tp=2", "num_gpus=2"], "mapping=single"),
+        ([*EMULATED, "precision=fp8_current", "mapping.fsdp=true"], "data-parallel"),
+        ([*EMULATED, "precision=mxfp8", "mapping.cuda_graphs=true"], "mapping=single"),
+        ([*EMULATED, "precision=mxfp8", "mapping.recompute_layers=1"], "mapping=single"),
+        ([*EMULATED, "precision=mxfp8", "experiment=throughput"], "settings=convergence"),
+    ],
+    "narrow_moments_need_their_optimizer": [([*H100_8B, "settings=tuned", "settings.precision_aware_optimizer=false"], "adam_moments=fp32")],
     "cpu_runs_what_is_emulated": [(["settings=throughput"], "settings=convergence"), (["mapping.recompute_layers=1"], "mapping=single")],
     "model_fits_machine": [(["model=llama31_405b"], "model=llama3_tiny")],
     "model_fits_gpu": [([*H100_8B, "mapping.cp=1", "num_gpus=8"], "mapping.")],

@@ -49,6 +49,11 @@ def _bits(x):
 
 
 @triton.jit
+def _divide(a: tl.constexpr, b):
+    return tl.div_rn(tl.full(b.shape, a, tl.float32), b)
+
+
+@triton.jit
 def _load(x_ptr, place, inside):
     """Elements of a BF16 tensor as FP32: their bits are its upper half."""
     half = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.uint16, bitcast=True)
@@ -81,7 +86,7 @@ def _power_of_two(exponent):
 @triton.jit
 def _scale_from_amax(amax_bits, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """scaling.scale_from_amax."""
-    scale = tl.div_rn(tl.full(amax_bits.shape, LARGEST, tl.float32), _float(amax_bits))
+    scale = _divide(LARGEST, _float(amax_bits))
     scale = tl.where(scale > LARGEST_BF16, LARGEST_BF16, scale)
     if POWER_OF_TWO:
         scale = _float(_bits(scale) & INFINITE_BITS)
@@ -96,8 +101,7 @@ def _mx_exponent(amax_bits, LARGEST: tl.constexpr, ROUND_UP: tl.constexpr):
         exponent, mantissa = bits >> 23, bits & MANTISSA_BITS
         up = (mantissa > 0) & (exponent != 254) & ((exponent > 0) | (mantissa > 0x400000))
         return tl.where(amax_bits == INFINITE_BITS, 254, exponent + up.to(tl.int32))
-    top = 8 if LARGEST == 448.0 else 15
-    return tl.maximum((amax_bits >> 23) - top, 0)
+    return tl.maximum((amax_bits >> 23) - (8 if LARGEST == 448.0 else 15), 0)  # the exponent of the largest value
 
 
 @triton.jit
@@ -182,13 +186,13 @@ def _tensor_kernel(
     place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = _load(x_ptr, place, place < count)
     if CURRENT:
-        scale = _scale_from_amax(tl.load(amax_ptr + tl.arange(0, 1)), LARGEST, POWER_OF_TWO)
+        scale = _scale_from_amax(tl.load(amax_ptr), LARGEST, POWER_OF_TWO)
     else:
-        scale = tl.load(scale_ptr + column + tl.arange(0, 1))
+        scale = tl.load(scale_ptr + column)
         tl.atomic_max(amax_ptr, tl.max(_bits(x) & MAGNITUDE_BITS, axis=0))
     _store(q_ptr, place, _round_saturate(x * scale, LARGEST, MANTISSA, MIN_EXPONENT), place < count)
     if tl.program_id(0) == 0:
-        tl.store(scale_inv_ptr + tl.arange(0, 1), tl.div_rn(tl.full([1], 1.0, tl.float32), scale))
+        tl.store(scale_inv_ptr, _divide(1.0, scale))
 
 
 @triton.jit(do_not_specialize=["column"])
@@ -196,18 +200,17 @@ def _observe_kernel(
     amax_ptr, history_ptr, scale_ptr, column, length, ROLES: tl.constexpr, LARGEST: tl.constexpr, MOST_RECENT: tl.constexpr, ENTRIES: tl.constexpr
 ):
     """DelayedScaling._observe: roll a column of the history (length, ROLES), put the present maximum in, set the next scale."""
-    amax = tl.load(amax_ptr)
+    amax_bits = tl.load(amax_ptr) & MAGNITUDE_BITS
     i = tl.arange(0, ENTRIES)
-    rolled = tl.load(history_ptr + (i + 1) * ROLES + column, mask=i < length - 1, other=0.0)
-    rolled = tl.where(i == length - 1, amax, rolled)
-    used_bits = tl.max(tl.where(_bits(rolled) > INFINITE_BITS, 0, _bits(rolled)), axis=0)
-    if MOST_RECENT:
-        used_bits = _bits(amax)
+    history = history_ptr + i * ROLES + column
+    rolled = _bits(tl.load(history + ROLES, mask=i < length - 1, other=0.0))
+    rolled = tl.where(i == length - 1, amax_bits, rolled)
+    used_bits = amax_bits if MOST_RECENT else tl.max(tl.where(rolled > INFINITE_BITS, 0, rolled), axis=0)  # fmaxf skips NaN
     tl.debug_barrier()  # every thread has read before one writes
-    tl.store(history_ptr + i * ROLES + column, tl.where(i == 0, 0.0, rolled), mask=(i < length) & (amax != 0))
-    scale = tl.div_rn(tl.full([1], LARGEST, tl.float32), tl.full([1], 1.0, tl.float32) * _float(used_bits))
-    known = (used_bits > 0) & (used_bits < INFINITE_BITS) & (amax != 0)
-    tl.store(scale_ptr + column + tl.arange(0, 1), tl.where(scale > LARGEST_FP32, LARGEST_FP32, scale), mask=known)
+    tl.store(history, _float(tl.where(i == 0, 0, rolled)), mask=i < tl.where(amax_bits == 0, 0, length))
+    scale = _divide(LARGEST, _float(used_bits))
+    known = (used_bits > 0) & (used_bits < INFINITE_BITS) & (amax_bits != 0)
+    tl.store(scale_ptr + column, tl.where(scale > LARGEST_FP32, LARGEST_FP32, scale), mask=known)
 
 
 def _of(fmt: Format) -> dict[str, Any]:
@@ -219,9 +222,7 @@ def _groups(x: Tensor, group: int, fmt: Format, mx: bool, round_up: bool, square
     row = torch.empty_like(x)
     col = row if square else torch.empty_like(x)
     grid = (triton.cdiv(x.shape[1], side), triton.cdiv(x.shape[0], side))
-    _groups_kernel[grid](
-        x, row, col, *x.shape, GROUP=group, MX=mx, ROUND_UP=round_up, SQUARE=square, SIDE=side, num_warps=WARPS[side], **_of(fmt)
-    )
+    _groups_kernel[grid](x, row, col, *x.shape, GROUP=group, MX=mx, ROUND_UP=round_up, SQUARE=square, SIDE=side, num_warps=WARPS[side], **_of(fmt))
     return row, col
 
 
@@ -268,4 +269,4 @@ def observe(amax: Tensor, history: Tensor, scales: Tensor, column: int, largest:
     """Put `amax` into column `column` of `history` (length, roles) and set `scales[column]`, as DelayedScaling does; in place, FP32."""
     length, roles = history.shape
     options = {"ROLES": roles, "LARGEST": largest, "MOST_RECENT": most_recent, "ENTRIES": triton.next_power_of_2(length)}
-    _observe_kernel[(1,)](amax, history, scales, column, length, **options, **EXACT)
+    _observe_kernel[(1,)](amax.view(torch.int32), history, scales, column, length, **options, **EXACT)

@@ -7,6 +7,9 @@
 Scaling along the contracted dimension means that an operand used in two GEMMs has two FP8 copies: "row" (scaled along
 its last dimension) and "col" (along its first).  Per-tensor recipes need one copy only.  E4M3 is used forward; the
 gradient dy is E5M2 in the hybrid format.
+
+On a GPU, BF16 operands are quantised by `kernels.py`: the same bits in BF16, which a tensor core multiplies, and no wait for the
+GPU.  What the kernels do not keep, the statistics of diagnosed steps, is computed as on the CPU.
 """
 
 from __future__ import annotations
@@ -29,11 +32,19 @@ ROLES = ("input", "weight", "grad")
 
 @dataclass(frozen=True)
 class Operand:
-    """FP8 copies of a 2-D tensor as FP32 values; a GEMM's result is multiplied by both operands' `scale_inv`."""
+    """FP8 copies of a 2-D tensor; a GEMM's result is multiplied by both operands' `scale_inv`.
+
+    Values are FP32; of a BF16 tensor on a GPU they are BF16, wherever that holds them exactly.
+    """
 
     row: Tensor
     col: Tensor
     scale_inv: Tensor | None = None
+
+    def bf16(self) -> Operand:
+        """Return the same in BF16."""
+        row = self.row.bfloat16()
+        return Operand(row, row if self.col is self.row else self.col.bfloat16(), self.scale_inv)
 
 
 @dataclass(frozen=True)
@@ -79,13 +90,42 @@ def format_of(fp8: Fp8, role: str) -> Format:
     return E5M2 if role == "grad" and fp8.format == "hybrid" else E4M3
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can run on `x`."""
+    return x.is_cuda
+
+
+def in_bf16(x: Tensor) -> bool:
+    """Whether the copies of `x` are BF16: on a GPU, whose tensor cores multiply that."""
+    return x.dtype == torch.bfloat16 and on_gpu(x)
+
+
 class Stateless:
-    """A recipe that looks at the present tensor only."""
+    """A recipe that looks at the present tensor only: `in_torch` on any device, `in_kernels` on a GPU, to the same bits."""
 
     def __init__(self, fp8: Fp8) -> None:
         self.fp8 = fp8
         self.seen: dict[str, Seen] = {}
         self.diagnose = False
+
+    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
+        fmt = format_of(self.fp8, role)
+        if not (in_bf16(x) and self.fits_bf16):
+            return self.in_torch(x.float(), role, fmt)
+        return self.in_torch(x.float(), role, fmt).bf16() if self.diagnose else self.in_kernels(x, role, fmt)
+
+    @property
+    def fits_bf16(self) -> bool:
+        """Whether BF16 holds every value of the copies exactly."""
+        return True
+
+    def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        """Return the operand of FP32 `x`, and keep what was seen."""
+        raise NotImplementedError
+
+    def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        """Return the operand of BF16 `x` on a GPU."""
+        raise NotImplementedError
 
     def blocks(self, x: Tensor, role: str, row: Quantised, col: Quantised) -> Operand:
         """Return the operand of two copies that are divided by their scales already, and keep what was seen."""
@@ -96,12 +136,18 @@ class Stateless:
 class CurrentScaling(Stateless):
     """One scale a tensor, from the tensor itself (Transformer Engine's Float8CurrentScaling)."""
 
-    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt, amax = format_of(self.fp8, role), scaling.absolute_max(x)
+    def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        amax = scaling.absolute_max(x)
         scale = scaling.scale_from_amax(amax, fmt, self.fp8.power_of_two_scales)
         q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
         self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
         return Operand(q.values, q.values, scale_inv)
+
+    def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        from recipes.training.fp8 import kernels
+
+        q, scale_inv = kernels.quantise_current(x, fmt, self.fp8.power_of_two_scales)
+        return Operand(q, q, scale_inv)
 
 
 class DelayedScaling(torch.nn.Module):
@@ -132,18 +178,33 @@ class DelayedScaling(torch.nn.Module):
 
     def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
         fmt, column = format_of(self.fp8, role), ROLES.index(role)
+        if in_bf16(x) and not self.diagnose:
+            found, amax = self._in_kernels(x, fmt, column)
+            observe = self._observe_in_kernels
+        else:
+            found, amax = self._in_torch(x.float(), role, fmt, column)
+            found, observe = found.bf16() if in_bf16(x) else found, self._observe
+        if training:
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(amax, dist.ReduceOp.MAX)
+            observe(amax, column, fmt.max / 2**self.fp8.margin)
+        return found
+
+    def _in_torch(self, x: Tensor, role: str, fmt: Format, column: int) -> tuple[Operand, Tensor]:
         scale, amax = self.scale[column].clone(), scaling.absolute_max(x)
         q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
         self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
-        if training:
-            self._observe(amax.clone(), column, fmt)
-        return Operand(q.values, q.values, scale_inv)
+        return Operand(q.values, q.values, scale_inv), amax
+
+    def _in_kernels(self, x: Tensor, fmt: Format, column: int) -> tuple[Operand, Tensor]:
+        from recipes.training.fp8 import kernels
+
+        q, scale_inv, amax = kernels.quantise_delayed(x, self.scale, column, fmt)
+        return Operand(q, q, scale_inv), amax
 
     @torch.no_grad()
-    def _observe(self, amax: Tensor, column: int, fmt: Format) -> None:
-        """Record the maximum of this pass and set the scale of the next."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(amax, dist.ReduceOp.MAX)
+    def _observe(self, amax: Tensor, column: int, largest: float) -> None:
+        """Record the maximum of this pass and set the scale of the next, which maps what was seen to `largest`."""
         if amax == 0:
             return
         history = self.amax_history[:, column]
@@ -152,14 +213,24 @@ class DelayedScaling(torch.nn.Module):
         used = history.nan_to_num(0.0, float("inf")).max() if self.fp8.amax_compute_algo == "max" else amax
         history[0] = 0
         if torch.isfinite(used) and used > 0:
-            self.scale[column] = (fmt.max / 2**self.fp8.margin / used).clamp_(max=scaling.FP32_MAX)
+            self.scale[column] = torch.div(largest, used).clamp_(max=scaling.FP32_MAX)
+
+    def _observe_in_kernels(self, amax: Tensor, column: int, largest: float) -> None:
+        from recipes.training.fp8 import kernels
+
+        kernels.observe(amax, self.amax_history, self.scale, column, largest, self.fp8.amax_compute_algo == "most_recent")
 
 
 class SubchannelScaling(Stateless):
     """1x128 tiles for activations and gradients, 128x128 blocks for weights (Float8BlockScaling)."""
 
-    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt, tile, source = format_of(self.fp8, role), scaling.TILE, scaling.Source.of(x)
+    @property
+    def fits_bf16(self) -> bool:
+        """A value over a scale that is no power of two has more bits than BF16."""
+        return self.fp8.power_of_two_scales
+
+    def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        tile, source = scaling.TILE, scaling.Source.of(x)
 
         def copy(block: tuple[int, int]) -> Quantised:
             return scaling.quantise_blocks(source, block, fmt, self.fp8.power_of_two_scales)
@@ -169,13 +240,26 @@ class SubchannelScaling(Stateless):
             return self.blocks(x, role, q, q)
         return self.blocks(x, role, copy((1, tile)), copy((tile, 1)))
 
+    def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        from recipes.training.fp8 import kernels
+
+        if role != "weight":
+            return Operand(*kernels.quantise_tiles(x, fmt))
+        q = kernels.quantise_squares(x, fmt)
+        return Operand(q, q)
+
 
 class MxScaling(Stateless):
     """Blocks of 32 along the contracted dimension with power-of-two scales (MXFP8BlockScaling)."""
 
-    def __call__(self, x: Tensor, role: str, training: bool) -> Operand:
-        fmt, rounding, source = format_of(self.fp8, role), self.fp8.mx_scale_rounding, scaling.Source.of(x)
+    def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        rounding, source = self.fp8.mx_scale_rounding, scaling.Source.of(x)
         return self.blocks(x, role, *(scaling.quantise_mx(source, axis, fmt, rounding) for axis in (1, 0)))
+
+    def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
+        from recipes.training.fp8 import kernels
+
+        return Operand(*kernels.quantise_mx(x, fmt, self.fp8.mx_scale_rounding))
 
 
 QUANTISERS: dict[str, type] = {
