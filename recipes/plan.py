@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -19,6 +19,7 @@ Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Capability = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]  # no control characters: it may stand in a script
+Value = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # X=1 needs no quotes
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 Seed = Annotated[int, Field(gt=0, lt=2**32)]
 Scaling = Literal["delayed", "current", "subchannel", "mxfp8"]
@@ -208,7 +209,7 @@ class Cluster(Frozen):
     mounts: tuple[Text, ...] = Field(strict=False)
     extra_sbatch: tuple[Text, ...] = Field(strict=False)
     extra_srun: tuple[Text, ...] = Field(strict=False)
-    environment: dict[Variable, Text]
+    environment: dict[Variable, Value]
     token_files: dict[Variable, Text]
 
 
@@ -245,6 +246,7 @@ class Settings(Frozen):
     `bf16_layers`: whether a recipe's first and last layers in BF16 are kept; the scripts drop them "for benchmarking".
     `adam_moments`: their type; BF16 needs the precision-aware optimizer.  `count_zero_gradients`: whether Megatron-Core 0.12
     may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
+    `gradient_accumulation_fusion`: whether weight gradients are added to the gradient buffer inside their GEMM.
     """
 
     name: Name
@@ -257,6 +259,7 @@ class Settings(Frozen):
     evaluation: bool
     adam_moments: Literal["fp32", "bf16"] = "fp32"
     count_zero_gradients: bool = True
+    gradient_accumulation_fusion: bool = True
 
 
 class Bar(Frozen):

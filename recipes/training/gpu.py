@@ -45,6 +45,8 @@ def for_gpu(recipe: run.Partial, plan: Plan) -> None:
     if plan.settings.adam_moments == "bf16":
         recipe.optim.config.exp_avg_dtype = recipe.optim.config.exp_avg_sq_dtype = torch.bfloat16
     recipe.model.config.cross_entropy_fusion_impl = plan.settings.cross_entropy_fusion
+    if not plan.settings.gradient_accumulation_fusion:
+        recipe.model.config.gradient_accumulation_fusion = False
     recipe.model.config.enable_cuda_graph = recipe.trainer.strategy.use_te_rng_tracker = plan.mapping.cuda_graphs
     recipe.trainer.strategy.pipeline_dtype = torch.bfloat16 if plan.mapping.pp > 1 else None
     _activations(recipe.model.config, plan)

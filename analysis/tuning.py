@@ -1,0 +1,113 @@
+"""`python -m analysis.tuning RUN…`: what single changes to a run's settings buy in step time and cost in memory.
+
+A tuning list is worth what was measured with everything else kept.  The first run of each precision is its base; every other
+run stands in a row with what its plan and environment differ in, and the speedup over the base with its interval: a change is
+worth keeping where the interval lies above 1.  The optimizer's share of a step is shown apart, because it weighs less in a real
+job, where a step has more micro-batches and the optimizer is shared out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.depth import OPTIMIZER, changes, device
+from analysis.pairing import plan_differences
+from analysis.runs import Run
+from analysis.soundness import sound
+from analysis.speed import Interval, speedup, step_time, timed
+from analysis.tabular import Table, number, write
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.run_folder import differences, flatten
+
+ENVIRONMENT = "cluster.environment."
+TEXT = frozenset(["precision", "change", "is"])
+
+
+def change(base: Run, run: Run) -> str:
+    """Return what a run's plan and the environment that it sets differ in from its base."""
+    flats = [flatten(r.plan.model_dump()) for r in (base, run)]
+    environment = [f"{key.removeprefix(ENVIRONMENT)}={flats[1].get(key, 'unset')}" for key in differences(*flats) if key.startswith(ENVIRONMENT)]
+    skipped = ("seed", "train.", "settings.name", "mapping.source")
+    return ", ".join([*changes(base, run, [k for k in plan_differences(base, run) if not k.startswith(skipped)]), *environment])
+
+
+def row(base: Run, run: Run) -> dict[str, Any]:
+    """Return a run's row; times in milliseconds, memory in GB of 1e9 bytes."""
+    ratio = speedup(base, run) if run is not base else Interval(1.0, 1.0, 1.0)
+    return {
+        "precision": run.plan.precision.name,
+        "change": change(base, run) if run is not base else "base",
+        "step_time_s": step_time(run).value,
+        "optimizer_time_s": float(np.median(timed(run, OPTIMIZER))) if OPTIMIZER in run.steps else None,
+        "speedup_over_base": ratio.value,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
+        "memory_gb": float(run.steps["memory_gb"].max()),
+        "run": run.name,
+        "label": run.label("step_time"),
+    }
+
+
+def cells(values: dict[str, Any]) -> dict[str, str]:
+    """Return a row as people read it."""
+    is_base = values["change"] == "base"
+    ratio = f"{values['speedup_over_base']:.3f}x ({values['speedup_low']:.3f} to {values['speedup_high']:.3f})"
+    faster = "faster" if values["speedup_low"] > 1 else "slower" if values["speedup_high"] < 1 else "no difference"
+    return {
+        "precision": values["precision"],
+        "change": values["change"],
+        "step, ms": number(values["step_time_s"] * 1e3, 1),
+        "of it optimizer, ms": number(values["optimizer_time_s"] and values["optimizer_time_s"] * 1e3, 1),
+        "step over base": "–" if is_base else ratio,
+        "is": "–" if is_base else faster,
+        "peak GB": number(values["memory_gb"], 1),
+    }
+
+
+def table(folders: Sequence[Path]) -> Table:
+    """Return the table; InputError where no run can be compared with a base."""
+    runs, left_out = sound(folders)
+    bases: dict[str, Run] = {}
+    for run in runs:
+        bases.setdefault(run.plan.precision.name, run)
+    if len(runs) == len(bases):
+        raise InputError("no two runs of one precision: nothing to compare; name a base and changed runs of it")
+    ordered = sorted(runs, key=lambda run: list(bases).index(run.plan.precision.name))
+    rows = [row(bases[run.plan.precision.name], run) for run in ordered]
+    first = runs[0]
+    said = f"Step time {first.label('step_time')} on {device(first)}: {first.plan.model.name}, {first.plan.model.num_layers} layers, "
+    said += f"{first.plan.mapping.global_batch} sequences of {first.plan.seq_length} tokens a step. In brackets: 95 % intervals."
+    return Table("What changes buy", [cells(values) for values in rows], rows, [said, *(f"Left out: {reason}" for reason in left_out)], TEXT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; one line and exit code 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first of each precision is its base")
+    parser.add_argument("--out", type=Path, help="write the table there: .csv, .md or .html")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    args = parser.parse_args(argv)
+    try:
+        made = table(args.runs)
+        if args.out:
+            write(args.out, made)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    if args.json:
+        print(json.dumps(made.rows, indent=1))
+    else:
+        made.print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
