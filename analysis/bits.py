@@ -53,8 +53,8 @@ def gemms(rows: pd.DataFrame) -> pd.DataFrame:
     mine = rows[(rows["what"] == OUTPUT) & (rows["refused"] == "")]
     size = mine["shape"].map(lambda shape: " x ".join(str(length) for length in shape))
     found = mine.assign(tokens_in_out=size).set_index(["recipe", "accumulation", "operand", "tokens_in_out"])
-    columns = ["share", "largest", "largest_over_rms", "te_error", "our_error", "unexplained"]
-    return found[columns].astype(float)
+    columns = ["share", "largest", "largest_over_rms", "te_error", "te_bias", "our_error", "our_bias", "unexplained"]
+    return found.reindex(columns=columns).astype(float)
 
 
 def refusals(rows: pd.DataFrame) -> pd.DataFrame:

@@ -45,7 +45,8 @@ class Row:
 
     case: the tensor or layer.  operand: a role of ROLES or GEMMS.  what: what of it was compared.  shape: of the tensor, or tokens,
     inputs, outputs of a layer.  share, scales_identical: of identical elements and scales.  te_error, our_error: of a GEMM's two
-    outputs, the mean distance from the exact product in steps of BF16 there (0.25 is rounding alone).
+    outputs, the mean distance from the exact product in steps of BF16 there (0.25 is rounding alone).  te_bias, our_bias: the same
+    with a sign, + away from zero: 0 where sums are rounded to nearest, below it where bits are cut off.
     largest_over_rms: of a GEMM, the largest difference over the root mean square of the output.
     """
 
@@ -66,6 +67,8 @@ class Row:
     largest_over_rms: float | None = None
     te_error: float | None = None
     our_error: float | None = None
+    te_bias: float | None = None
+    our_bias: float | None = None
     explained: Mapping[str, int] = field(default_factory=dict)
     scales_explained: Mapping[str, int] = field(default_factory=dict)
     unexplained: int = 0

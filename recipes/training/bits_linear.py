@@ -2,8 +2,9 @@
 
 The casts agree (recipes/training/bits.py), so what differs is how products are added.  Both are held against the exact product of
 the quantised operands, in FP64.  An FP32 sum in any order lies within a known distance of it; Hopper's tensor cores keep fewer bits
-inside a sum (about 14, DeepSeek-V3, arXiv 2412.19437, section 3.3.2), which Transformer Engine breaks into pieces that it adds in FP32
-where it asks for the split accumulator.  The bits of an output differ where the two sums lie on two sides of a rounding boundary.
+inside a sum (about 14, DeepSeek-V3, arXiv 2412.19437, section 3.3.2) and cut off the rest, so that errors add up instead of
+averaging out (the bias in each row shows it); Transformer Engine breaks a sum into pieces that it adds in FP32 where it asks for the
+split accumulator.  The bits of an output differ where the two sums lie on two sides of a rounding boundary.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ SIZES = ((512, 256, 384), (2048, 1024, 4096))  # tokens, input features, output 
 TRAINING = (4096, 4096, 4096)
 SCALES = (1.0, 2.5, 1.7)  # of the operands, a step each: delayed scaling needs a past, and the last step is compared
 BF16_BITS, BF16_MIN_EXPONENT = 8, -125  # of the mantissa, the hidden one included; the smallest exponent that frexp gives to a normal number
-FP32_UNIT, TENSOR_CORE_UNIT = 2.0**-24, 2.0**-14
-CONFIDENCE = 4.0  # n additions err less than CONFIDENCE sqrt(n) unit sum |a b|: Higham and Mary, probabilistic rounding error analysis (2019)
+FP32_UNIT, TENSOR_CORE_UNIT = 2.0**-24, 2.0**-13  # half a step where sums are rounded to nearest, a whole one where bits are cut off
+# n additions rounded to nearest err less than CONFIDENCE sqrt(n) unit sum |a b| (Higham and Mary, probabilistic rounding error analysis, 2019)
+CONFIDENCE = 4.0
 TENSOR_CORE_DEPTH = 32  # FP8 products that one instruction adds
 ORDER, FEWER_BITS = "order of FP32 additions", "fewer bits in the tensor core's sums"
 
@@ -160,8 +162,10 @@ def exact(gemm: str, operands: dict[str, Operand]) -> Exact:
 
 
 def _compared(found: Exact, ours: Tensor, theirs: Tensor) -> dict[str, Any]:
-    steps = ulp(found.product)
-    error = {side: float(((x.double() - found.product).abs() / steps).mean()) for side, x in (("te_error", theirs), ("our_error", ours))}
+    error = dict[str, float]()
+    for side, x in (("te", theirs), ("our", ours)):
+        off = (x.double() - found.product) / ulp(found.product)
+        error |= {f"{side}_error": float(off.abs().mean()), f"{side}_bias": float((off * found.product.sign()).mean())}
     gap = (theirs.double() - ours.double()).abs().max()
     return {**facts(difference(found, ours, theirs)), **error, "largest_over_rms": float(gap) / rms(found.product)}
 
@@ -174,7 +178,7 @@ def difference(found: Exact, ours: Tensor, theirs: Tensor) -> Difference:
     mine, other = ((x.double() - found.product).abs() - _rounding(found.product, x) for x in (ours, theirs))
     fp32 = CONFIDENCE * math.sqrt(found.depth) * FP32_UNIT * found.magnitude
     order = differs & (mine <= fp32) & (other <= fp32)
-    fewer_bits = CONFIDENCE * math.sqrt(max(1, found.depth / TENSOR_CORE_DEPTH)) * TENSOR_CORE_UNIT * found.magnitude
+    fewer_bits = max(1, found.depth / TENSOR_CORE_DEPTH) * TENSOR_CORE_UNIT * found.magnitude  # cut off, the errors add up
     fewer = differs & ~order & (mine <= fp32) & (other <= fewer_bits)
     gap = (ours.double() - theirs.double()).abs() / ulp(torch.maximum(ours.abs(), theirs.abs()).double())
     causes = {ORDER: int(order.sum()), FEWER_BITS: int(fewer.sum())}
