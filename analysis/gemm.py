@@ -144,10 +144,15 @@ def figure(table: pd.DataFrame) -> Figure:
     return Figure("gemm", title, caption, drawing)
 
 
+def trained(layers: pd.DataFrame) -> pd.DataFrame:
+    """Return the models' layers, BF16 and the recipes as training runs them (which accumulation in which GEMM)."""
+    recipes = zip(layers["granularity"], layers["accumulation"], strict=True)
+    return layers[(layers["model"] != "") & np.array([g == "-" or as_trained(g, a) for g, a in recipes], bool)]
+
+
 def models_figure(layers: pd.DataFrame) -> Figure | None:
     """Speedup of each model's linear layers in training, GEMMs alone and with casts; None where no model was measured."""
-    recipes = zip(layers["granularity"], layers["accumulation"], strict=True)
-    rows = layers[(layers["model"] != "") & np.array([g == "-" or as_trained(g, a) for g, a in recipes], bool)]
+    rows = trained(layers)
     if rows.empty:
         return None
     found, models = by_model(rows), list(dict.fromkeys(rows["model"]))

@@ -45,8 +45,9 @@ class Row:
 
     case: the tensor or layer.  operand: a role of ROLES or GEMMS.  what: what of it was compared.  shape: of the tensor, or tokens,
     inputs, outputs of a layer.  share, scales_identical: of identical elements and scales.  te_error, our_error: of a GEMM's two
-    outputs, the mean distance from the exact product in steps of BF16 there (0.25 is rounding alone).  te_bias, our_bias: the same
-    with a sign, + away from zero: 0 where sums are rounded to nearest, below it where bits are cut off.
+    outputs, the median distance from the exact product in steps of BF16 there (0.25 is rounding alone).  te_bias, our_bias: by how
+    much an output is larger than the exact one, as a share of it, over all: 0 where sums are rounded to nearest, below it where
+    bits are cut off.
     largest_over_rms: of a GEMM, the largest difference over the root mean square of the output.
     """
 

@@ -164,8 +164,9 @@ def exact(gemm: str, operands: dict[str, Operand]) -> Exact:
 def _compared(found: Exact, ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     error = dict[str, float]()
     for side, x in (("te", theirs), ("our", ours)):
-        off = (x.double() - found.product) / ulp(found.product)
-        error |= {f"{side}_error": float(off.abs().mean()), f"{side}_bias": float((off * found.product.sign()).mean())}
+        off = x.double() - found.product
+        error[f"{side}_error"] = float((off.abs() / ulp(found.product)).median())
+        error[f"{side}_bias"] = float((off * found.product.sign()).sum() / found.product.abs().sum())
     gap = (theirs.double() - ours.double()).abs().max()
     return {**facts(difference(found, ours, theirs)), **error, "largest_over_rms": float(gap) / rms(found.product)}
 
