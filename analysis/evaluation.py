@@ -14,24 +14,26 @@ against a bar for accuracy that was set when the runs were evaluated; McNemar's 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
-from analysis.runs import Run
+from analysis.runs import Line, Run, first_problem
 from analysis.verdict import FAIL, PASS, UNDECIDED, Verdict
 from recipes.errors import InputError
+from recipes.run_folder import read_json
 
 CONFIDENCE = 0.99  # of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
 MOST_TIMES = 1000.0  # more questions than so many times those asked are not worth naming
 FILE = "evaluation.json"
 ALL = "all tasks"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SHOWN_DIGITS = 4
 
 
@@ -127,38 +129,70 @@ def more_questions(found: Paired, bar: float) -> int | None:
     return None
 
 
+class _Set(BaseModel, strict=True):
+    loss: Positive
+    perplexity: Positive
+    tokens: Annotated[int, Field(gt=0, lt=2**53)]
+    sha256: str
+
+
+class _Items(BaseModel, strict=True):
+    file: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    sha256: str
+
+
+class _Facts(BaseModel, strict=True):
+    """What analysis reads of evaluation.json, with the types that it must have; what else stands there is left out."""
+
+    run: Line
+    precision: Line
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    sets: dict[Line, _Set]
+    tasks: dict[str, Any]
+    accuracy_bar: Annotated[float, Field(gt=0, lt=1)]
+    label: Line
+    items: _Items
+
+
+class _Item(BaseModel, strict=True):
+    task: Line
+    doc_id: Annotated[int, Field(ge=0, lt=2**53)]
+    doc_sha256: str
+    prompt_sha256: str
+    correct: Annotated[int, Field(ge=0, le=1)] | None
+
+
 def load_evaluation(folder: Path) -> Evaluation:
     """Return the evaluation in a run folder; InputError where it is missing, changed, or not of this form."""
     path = folder / FILE
     try:
-        facts = json.loads(path.read_text())
-        content = (folder / facts["items"]["file"]).read_bytes() if Path(facts["items"]["file"]).name == facts["items"]["file"] else b""
-        if hashlib.sha256(content).hexdigest() != facts["items"]["sha256"]:
+        facts = _Facts.model_validate(read_json(path))
+        content = (folder / facts.items.file).read_bytes()
+        if hashlib.sha256(content).hexdigest() != facts.items.sha256:
             raise InputError(f"{folder}: the answers are not those that {FILE} names (sha256); evaluate the run again")
-        answers = _answers([json.loads(line) for line in content.splitlines()], folder)
-        for key in ("run", "precision", "step", "sets", "tasks", "accuracy_bar", "label"):
-            facts[key]
+        answers = _answers([_Item.model_validate_json(line) for line in content.splitlines()], folder)
     except OSError as error:
         raise InputError(f"{folder}: {FILE} or its answers cannot be read ({error.strerror}); run python -m recipes.evaluate") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no evaluation of this version ({type(error).__name__}: {error}); evaluate the run again") from None
-    return Evaluation(folder, facts, answers)
+    except ValidationError as error:
+        raise InputError(f"{path} is no evaluation of this version ({first_problem(error)}); evaluate the run again") from None
+    except ValueError as error:
+        raise InputError(f"{path} is no evaluation of this version ({error}); evaluate the run again") from None
+    return Evaluation(folder, facts.model_dump(), answers)
 
 
-def _answers(items: list[dict[str, Any]], folder: Path) -> dict[str, Answers]:
+def _answers(items: list[_Item], folder: Path) -> dict[str, Answers]:
     """Return the answers by task, without tasks whose questions have no right or wrong."""
-    by_task: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[str, list[_Item]] = {}
     for item in items:
-        if item["correct"] is not None:
-            by_task.setdefault(str(item["task"]), []).append(item)
+        if item.correct is not None:
+            by_task.setdefault(item.task, []).append(item)
     found = {}
     for task, rows in by_task.items():
-        rows.sort(key=lambda row: int(row["doc_id"]))
-        questions = tuple((int(row["doc_id"]), str(row["doc_sha256"]), str(row["prompt_sha256"])) for row in rows)
-        correct = np.array([row["correct"] for row in rows], dtype=np.int64)
-        if len({number for number, *_ in questions}) != len(rows) or not np.isin(correct, (0, 1)).all():
-            raise InputError(f"{folder}: {task} repeats a question, or an answer is neither right nor wrong; evaluate the run again")
-        found[task] = Answers(questions, correct)
+        rows.sort(key=lambda row: row.doc_id)
+        questions = tuple((row.doc_id, row.doc_sha256, row.prompt_sha256) for row in rows)
+        if len({number for number, *_ in questions}) != len(rows):
+            raise InputError(f"{folder}: {task} repeats a question; evaluate the run again")
+        found[task] = Answers(questions, np.array([row.correct for row in rows], dtype=np.int64))
     return found
 
 

@@ -256,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out:
             write(args.out, *tables)
         if args.png:
-            args.png.mkdir(parents=True, exist_ok=True)
             figure(found).write_png(args.png)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

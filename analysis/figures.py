@@ -77,7 +77,7 @@ def axes(title: str, x: str, y: str, panels: int = 1) -> tuple[Drawing, list[Axe
     with mpl.rc_context(STYLE):
         drawing = Drawing(figsize=SIZE, layout="constrained")
         found = list(np.atleast_1d(drawing.subplots(1, panels)))
-    drawing.suptitle(title, fontsize=11)
+    drawing.suptitle(title, fontsize=11, parse_math=False)  # a device may be called anything
     for axis in found:
         axis.set_xlabel(x)
         axis.set_ylabel(y)

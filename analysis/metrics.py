@@ -81,13 +81,16 @@ def _block(path: Path, number: int, lines: list[bytes]) -> list[dict[str, Any]]:
 def _row(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)  # unlike orjson, it reads the NaN and Infinity that a diverged run writes
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} line {number} cannot be read; the file was changed, run it again") from None
 
 
 def _columns(rows: list[dict[str, Any]], folder: Path) -> dict[str, Array]:
     keys = rows[0].keys() if rows else ()
     try:
-        return {key: np.array([row[key] for row in rows], dtype=np.float64) for key in keys}
+        found = {key: np.array([row[key] for row in rows], dtype=np.float64) for key in keys}
+        if any(column.ndim > 1 for column in found.values()):
+            raise TypeError("lists where numbers belong")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{folder}: lines of metrics.jsonl differ in what they hold ({error}); run it again") from None
+        raise InputError(f"{folder}: lines of metrics.jsonl differ in what they hold ({str(error)[:100]}); run it again") from None
+    return found

@@ -27,10 +27,12 @@ def _lines(title: str, x: str, y: str, values: pd.DataFrame, column: str, scale:
     return drawing, panels
 
 
-def noise_over_training(table: pd.DataFrame) -> Figure:
-    """SQNR of each operand over training, median over layers with quartiles."""
-    title = "Signal over quantisation noise, over training"
-    values = over_training(table[table["step"] > 1], "sqnr_db")
+def noise_over_training(table: pd.DataFrame) -> Figure | None:
+    """SQNR of each operand over training, median over layers with quartiles; None where nothing was looked at after step 1."""
+    title, later = "Signal over quantisation noise, over training", table[table["step"] > 1]
+    if later.empty:
+        return None
+    values = over_training(later, "sqnr_db")
     drawing, panels = _lines(title, "step", "SQNR, dB", values, "median")
     for axis, role in zip(panels, ROLES, strict=True):
         for precision, rows in values[values["role"] == role].groupby("precision"):
@@ -73,4 +75,5 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     if not any((run.folder / "fp8.jsonl").exists() for run in runs):
         return []
     table = load_all(runs)
-    return [noise_over_training(table), underflow_by_layer(table), saturation_over_training(table)]
+    drawn = [noise_over_training(table), underflow_by_layer(table), saturation_over_training(table)]
+    return [figure for figure in drawn if figure]

@@ -101,8 +101,12 @@ def _whole(text: str) -> int | None:
 
 def closest(found: Iterable[Published], stack: str, num_gpus: int) -> Published | None:
     """Return the row whose NeMo is nearest to that of a stack's tag (v2.3.0: 25.04), and then its number of GPUs; None for no row."""
-    wanted = _months(RELEASE_OF.get(stack, "25.04"))
-    return min(found, key=lambda row: (abs(_months(row.nemo) - wanted), abs(row.layout.num_gpus - num_gpus)), default=None)
+    return min(found, key=lambda row: (months_apart(row.nemo, stack), abs(row.layout.num_gpus - num_gpus)), default=None)
+
+
+def months_apart(release: str, stack: str) -> int:
+    """Return how many months lie between a NeMo release and that of a stack's tag."""
+    return abs(_months(release) - _months(RELEASE_OF.get(stack, "25.04")))
 
 
 def _months(release: str) -> int:

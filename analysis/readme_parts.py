@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,8 @@ import pandas as pd
 from analysis import bits, depth, fig3, gemm, throughput
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
+from analysis.predictor.stored import fits
+from analysis.predictor.validation import tables, validate
 from analysis.report import load_all
 from analysis.runs import Run
 from analysis.soundness import unsound
@@ -26,6 +28,9 @@ from recipes.compose import compose_plan
 from recipes.defaults import recommended
 from recipes.errors import InputError
 from recipes.validation import validation
+
+if TYPE_CHECKING:
+    from analysis.post.training import Page
 
 Maker = Callable[[Sequence[Path]], str | Figure]
 PEAKS = {
@@ -110,8 +115,14 @@ def gemm_by_model(results: Sequence[Path]) -> str:
     layers = gemm.load_more(_one(results), "layers")
     if layers.empty:
         raise InputError(f"{_one(results)} has no layers.jsonl; measure it with python -m recipes.gemm --models")
+    return gemm_models_table(layers).markdown()
+
+
+def gemm_models_table(layers: pd.DataFrame) -> Table:
+    """Return the table of whole models' linear layers."""
     what = f"{', '.join(sorted(set(layers['label'])))} on {layers['device'].iloc[0]}"
-    return _frame(gemm.by_model(gemm.trained(layers)), f"Speedup over BF16 in the linear layers' three GEMMs, {what}.", 2)
+    note = f"Speedup over BF16 in the linear layers' three GEMMs, {what}."
+    return _table(gemm.by_model(gemm.trained(layers)), note, 2, "Linear layers of whole models")
 
 
 def identical_bits(results: Sequence[Path]) -> str:
@@ -125,7 +136,7 @@ def identical_gemms(results: Sequence[Path]) -> str:
 
 
 def _largest(rows: pd.DataFrame) -> pd.DataFrame:
-    return bits.gemms(rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()])
+    return bits.gemms(rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()]).round(3)
 
 
 def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame], what: str) -> str:
@@ -135,10 +146,14 @@ def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame]
 
 def _frame(table: pd.DataFrame, note: str, digits: int | None = None) -> str:
     """Return a data frame, its index as first columns, as Markdown; numbers with `digits` decimals, or six significant ones."""
+    return _table(table, note, digits).markdown()
+
+
+def _table(table: pd.DataFrame, note: str, digits: int | None = None, title: str = "") -> Table:
     flat = table.reset_index()
     words = frozenset(str(name) for name in flat if not pd.api.types.is_numeric_dtype(flat[name]))
-    shown = [{str(key): _cell(value, digits) for key, value in line.items()} for line in flat.to_dict("records")]
-    return Table("", shown, [], [note], words).markdown()
+    rows = [{str(key): value for key, value in line.items()} for line in flat.to_dict("records")]
+    return Table(title, [{key: _cell(value, digits) for key, value in line.items()} for line in rows], rows, [note], words)
 
 
 def _cell(value: Any, digits: int | None) -> str:
@@ -186,6 +201,40 @@ def verdicts(results: Sequence[Path]) -> str:
     return Table("", [cells(values) for values in rows], rows, [headline(rows[0])], frozenset(["precision", "verdict"])).markdown()
 
 
+def validations(place: int) -> Maker:
+    """Return a maker of a table of the predictor's validation: 0 step times, 1 speedups, 2 the summary."""
+
+    def maker(_: Sequence[Path]) -> str:
+        return validation_tables()[place].markdown()
+
+    maker.__doc__ = ("Published step times", "Published speedups", "The mean errors")[place] + " beside what the predictor says."
+    return maker
+
+
+@functools.cache
+def validation_tables() -> tuple[Table, ...]:
+    """Return the tables of the predictor's validation."""
+    return tables(validate(fits=fits()))
+
+
+@functools.cache
+def post(figure: str) -> Page:
+    """Return the page of a figure of the post from the shipped results."""
+    from analysis.post.make import make  # which takes tables from here
+
+    return make(figure)
+
+
+def post_table(figure: str, place: int = 0) -> Maker:
+    """Return a maker of a table of a figure of the post: the first is the figure's own."""
+
+    def maker(_: Sequence[Path]) -> str:
+        return post(figure).tables[place].markdown()
+
+    maker.__doc__ = f"Table {place} of the page of {figure} (python -m analysis.post {figure}), from the shipped results."
+    return maker
+
+
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -210,6 +259,11 @@ def gemm_models_figure(results: Sequence[Path]) -> Figure:
     return figure
 
 
+def post_figure(figure: str) -> Maker:
+    """Return a maker of the image of a figure of the post."""
+    return lambda _: post(figure).figures[0]
+
+
 TABLES: dict[str, Maker] = {
     "memory": memory,
     "gemm": gemm_speedups,
@@ -220,11 +274,18 @@ TABLES: dict[str, Maker] = {
     "fig3-wholes": wholes,
     "throughput": throughputs,
     "verdicts": verdicts,
+    "validation": validations(2),
+    "validation-steps": validations(0),
+    "validation-speedups": validations(1),
+    **{f"post-{figure}": post_table(figure) for figure in ("fig3", "fig4", "fig5")},
+    "post-fig4-terms": post_table("fig4", 1),
+    "post-fig4-assumptions": post_table("fig4", 2),
 }
 FIGURES: dict[str, Maker] = {
     **{name: of_comparison(name) for name in ("loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation")},
     "gemm": lambda results: gemm.figure(gemm.load(_one(results))),
     "gemm-models": gemm_models_figure,
     "fig3": lambda results: fig3.figure(_fig3(results)[0]),
+    **{f"post-{figure}": post_figure(figure) for figure in ("fig3", "fig4", "fig5")},
 }
 PARTS: dict[str, dict[str, Maker]] = {"table": TABLES, "figure": FIGURES}

@@ -18,12 +18,12 @@ from rich.console import Console
 from analysis import numerics_figures
 from analysis.evaluation import section
 from analysis.figures import Figure, figures
+from analysis.output import write_file
+from analysis.pages import render
 from analysis.runs import Run, load_run
 from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -39,12 +39,11 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) -> str:
     """Return the report as HTML; every text that comes from a run is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     rows = [row(verdict) for verdict in found.verdicts]
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
         base=found.bases[0],
         rows=rows,
         shown=[cells(values) for values in rows],
@@ -80,17 +79,15 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
         raise InputError(f"none of the runs can be used; the first: {left_out[0]}")
     found = compare(runs)
     drawn = [*figures(found), *numerics_figures.figures(found.runs)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, drawn, left_out), encoding="utf-8")
+    write_file(out, page(found, drawn, left_out))
     if png:
-        png.mkdir(parents=True, exist_ok=True)
         for figure in drawn:
             figure.write_png(png)
     console = Console()
     console.print(terminal_table([row(verdict) for verdict in found.verdicts]))
     for line in [*left_out, *all_notes(found)]:
         console.print(line, markup=False, highlight=False)
-    print(f"report: {out}")
+    print(one_line(f"report: {out}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

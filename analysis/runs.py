@@ -113,11 +113,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         return _Manifest.model_validate(read_json(path)).model_dump(exclude_unset=True)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(f"{path}: {where}: {problem['msg']}; the file was changed, what ran cannot be traced; run it again") from None
+        raise InputError(f"{path}: {first_problem(error)}; the file was changed, what ran cannot be traced; run it again") from None
     except (OSError, ValueError):
         raise InputError(f"{path} is missing or no JSON object: what ran cannot be traced; run it again") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a file's values: where, and what."""
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"[:200]
 
 
 def imported(manifest: dict[str, Any]) -> dict[str, Any]:

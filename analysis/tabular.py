@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from analysis.output import write_file
 from recipes.errors import InputError
 
 SUFFIXES = (".csv", ".md", ".html")
@@ -113,11 +114,7 @@ def write(path: Path, *tables: Table) -> None:
         text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in tables)
     else:
         text = PAGE.format(title=html_escape(tables[0].title), body="\n".join(table.html() for table in tables))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+    write_file(path, text)
 
 
 def _plain(text: str) -> str:

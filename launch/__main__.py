@@ -10,12 +10,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-from launch.job import write_job
+from launch.job import reserved, write_job
 from launch.local import Job, run_all
 from launch.script import render
 from launch.submit import submit_all
 from launch.summary import summary, table
+from recipes.axes import with_axes
 from recipes.compose import compose_plan, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -34,7 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def plans(overrides: Sequence[str], multirun: bool) -> list[Plan]:
     """Return the checked plans of a command line; nothing is started unless all of them pass."""
-    found = [compose_plan(one) for one in (sweep(overrides) if multirun else [list(overrides)])]
+    found = [compose_plan(one) for one in (sweep(with_axes(overrides)) if multirun else [list(overrides)])]
     names = [folder_of(plan) for plan in found]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice:
@@ -72,7 +74,10 @@ def launch(found: Sequence[Plan]) -> int:
             print(f"{folder_of(plan)}: done already")
     here = [plan for plan in todo if plan.executor.kind == "local"]
     submit_all([plan for plan in todo if plan.executor.kind == "slurm"])
-    code = run_all([Job(plan, folder_of(plan), write_job(plan)) for plan in here]) if here else 0
+    with ExitStack() as stack:
+        locks = [stack.enter_context(reserved(plan, wait=False)) for plan in here]
+        jobs = [Job(plan, folder_of(plan), write_job(plan), lock) for plan, lock in zip(here, locks, strict=True)]
+        code = run_all(jobs) if jobs else 0
     for plan in here:
         print(f"{folder_of(plan)}: {status_of(folder_of(plan))}")
     return code

@@ -22,11 +22,12 @@ from recipes.run_folder import last_step, status_of
 
 @dataclass
 class Job:
-    """A run on this machine; `process` is None until it is started."""
+    """A run on this machine; `lock` is the file descriptor that reserves its folder, `process` is None until it is started."""
 
     plan: Plan
     folder: Path
     script: Path
+    lock: int
     process: subprocess.Popen[bytes] | None = None
 
 
@@ -48,8 +49,9 @@ def run_all(jobs: Sequence[Job]) -> int:
 
 
 def _start(job: Job) -> Job:
+    command = ["bash", str(job.script)]
     with (job.folder / "log.txt").open("ab") as log:
-        job.process = subprocess.Popen(["bash", str(job.script)], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        job.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[job.lock])
     return job
 
 

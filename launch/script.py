@@ -7,6 +7,7 @@ templates beside this file hold what is the same for all jobs.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -15,16 +16,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from recipes.environment import Variable, variables
+from recipes.errors import InputError, one_line
 from recipes.plan import Plan
 from recipes.run_folder import folder_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes of a path that are no text
 RACK_NODES = 18  # nodes of a GB200 NVL72 rack, the largest block that sbatch --segment keeps together
 
 
 def run_folder(plan: Plan) -> Path:
-    """Return the plan's run folder as the job sees it."""
-    return folder_of(plan).absolute()
+    """Return the plan's run folder as the job sees it; InputError where its path has control characters, which end an #SBATCH line."""
+    path = folder_of(plan).absolute()
+    if UNWRITABLE.search(str(path)):
+        raise InputError(f"{path}: a path with control characters, or none that is text, cannot stand in a job's script; launch in another folder")
+    return path
 
 
 def job_folder(plan: Plan) -> Path:
@@ -143,7 +149,7 @@ def quoted(value: object) -> str:
 def render(plan: Plan) -> str:
     """Return the job's script: for sbatch, or for bash where it runs on this machine."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["q"] = quoted
+    environment.filters |= {"q": quoted, "line": one_line}  # a comment ends with its line
     template = "job.sbatch.j2" if plan.executor.kind == "slurm" else "local.sh.j2"
     return environment.get_template(template).render(_values(plan)) + "\n"
 

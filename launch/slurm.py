@@ -41,7 +41,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise InputError(f"{command[0]} is not on this machine: launch where Slurm is, or use gpu=cpu or executor=local; dry_run=true prints the job")
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False)
+    except OSError as error:
+        raise InputError(f"{command[0]} cannot be run ({error.strerror}); is it Slurm's own?") from None
     except subprocess.TimeoutExpired:
         raise InputError(f"{command[0]} did not answer within {TIMEOUT_S} s; is slurmctld up? try again") from None
 
@@ -51,7 +53,10 @@ def submit(script: Path, *flags: str) -> int:
     done = run("sbatch", "--parsable", *flags, str(script))
     if done.returncode:
         raise InputError(f"sbatch refused {script}: {refusal(done.stderr)}")
-    return int(done.stdout.strip().split(";")[0])
+    job_id = done.stdout.strip().split(";")[0]
+    if not job_id.isdecimal():
+        raise InputError(f"sbatch --parsable {script} printed no job id but {one_line(done.stdout)[:100]!r}; is it Slurm's own?")
+    return int(job_id)
 
 
 def refusal(said: str) -> str:
@@ -77,8 +82,9 @@ def states(job_ids: list[int]) -> dict[int, JobState]:
     wanted = ",".join(map(str, job_ids))
     lines = run("squeue", "--noheader", f"--jobs={wanted}", "--states=all", "--Format=JobID:|,State:|,Reason:|,RestartCnt:").stdout.splitlines()
     for line in lines:
-        job_id, state, reason, restarts = (part.strip() for part in line.split("|", 3))
-        found[int(job_id)] = JobState(int(job_id), state, "" if reason == "None" else reason, int(restarts or 0))
+        job_id, state, reason, restarts = [*(part.strip() for part in line.split("|", 3)), "", "", ""][:4]
+        if job_id.isdecimal() and state:
+            found[int(job_id)] = JobState(int(job_id), state, "" if reason == "None" else reason, int(restarts) if restarts.isdecimal() else 0)
     return found
 
 
@@ -86,5 +92,5 @@ def _accounted(job_ids: list[int]) -> dict[int, JobState]:
     if shutil.which("sacct") is None:
         return {}
     done = run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(map(str, job_ids))}", "--format=JobIDRaw,State,Reason")
-    rows = [line.split("|") for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return {int(i): JobState(int(i), state.split()[0], "" if reason == "None" else reason) for i, state, reason in rows if i.isdigit() and state}
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2] if done.returncode == 0 else []
+    return {int(i): JobState(int(i), state.split()[0], "" if reason == "None" else reason) for i, state, reason in rows if i.isdecimal() and state}

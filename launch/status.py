@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch import slurm
+from launch.job import is_held
 from launch.submit import ENDED, submissions
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -73,12 +75,13 @@ def row(folder: Path, states: dict[int, slurm.JobState]) -> Row:
     known = [states[job] for job in jobs if job in states]
     job = next((j for j in known if not j.state.startswith(ENDED)), known[-1] if known else None)
     status, why = judged(folder, job)
+    step, loss = (value if isinstance(value, int | float) else None for value in (newest.get("step"), newest.get("loss")))
     return Row(
         run=str(folder),
         status=status,
-        step=int(newest.get("step", 0)),
+        step=int(step) if step is not None and math.isfinite(step) else 0,
         max_steps=plan.train.max_steps,
-        loss=newest.get("loss"),
+        loss=loss,
         job_id=job.job_id if job else jobs[-1] if jobs else None,
         restarts=job.restarts if job else 0,
         why=why,
@@ -90,6 +93,8 @@ def judged(folder: Path, job: slurm.JobState | None) -> tuple[str, str]:
     said = status_of(folder)
     if said == "done":
         return "done", ""
+    if job is None and said == "running" and is_held(folder) is False:
+        return "failed", "its process is gone, killed or with its machine: the same launch command continues it"
     if job is None or job.state.startswith("COMPLETED"):
         return said, cause(folder) if said == "failed" else ""
     if job.state.startswith(("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "SPECIAL_EXIT")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan
 from recipes.rules import check
+from recipes.secret_values import refuse_secrets
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+# What composing raises on values that cannot be used: Hydra checks few of them before it takes them for names of files or for lists.
+UNUSABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, OSError, RecursionError)
 COMMAND_KEYS = ("experiment", "dry_run")  # keys of conf/config.yaml that steer a command and are no part of the plan
 
 
@@ -34,7 +39,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         axes = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line or ""] for o in parsed]
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python converts
         raise InputError(f"cannot read the overrides: {one_line(str(error))}; write key=value") from None
     return [list(choice) for choice in itertools.product(*axes)]
 
@@ -49,7 +54,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
         raise InputError(f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes") from None
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra itself raises ValueError on group=null
+    except UNUSABLE as error:
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
@@ -58,6 +63,11 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
     tree = compose_tree(overrides, conf)
+    try:
+        json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError:
+        raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
+    refuse_secrets(tree)
     return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
 
 

@@ -18,8 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan, plan_from_json
 
@@ -50,6 +48,17 @@ def keep_until(path: Path, step: int) -> None:
     part.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; OSError where it cannot be read, ValueError where it holds no such thing."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` beside `path` and rename, so that a reader sees the old file or the new one."""
     part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")  # nodes may write at once
@@ -68,18 +77,21 @@ def set_status(folder: Path, status: str, reason: str = "", step: int = 0) -> No
 
 
 def status_of(folder: Path) -> str:
-    """Return the status of a run folder; "new" where there is none yet."""
+    """Return the status of a run folder; "new" where there is none yet; InputError where its file was changed or cut."""
     path = folder / "status.json"
-    return str(json.loads(path.read_text())["status"]) if path.exists() else "new"
+    try:
+        return str(read_json(path)["status"]) if os.path.exists(path) else "new"  # no name is too long to ask
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{path} cannot be read as a status: it was changed or cut; remove it to continue from the last checkpoint") from None
 
 
 def read_plan(folder: Path) -> Plan:
     """Return the plan of a run folder; InputError where there is none, or none that this version reads."""
     try:
-        return plan_from_json((folder / "plan.json").read_text())
+        return plan_from_json((folder / "plan.json").read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{folder} is no run folder: it has no plan.json") from None
-    except ValidationError as error:
+    except ValueError as error:  # no text, no JSON, or no plan
         raise InputError(f"{folder / 'plan.json'} is no plan of this version: {one_line(str(error))[:120]}") from None
 
 
@@ -97,7 +109,7 @@ def open_folder(plan: Plan) -> Path:
 def check_folder(plan: Plan) -> Path:
     """Return the plan's folder; InputError where it holds another plan."""
     folder = folder_of(plan)
-    if (folder / "plan.json").exists():
+    if os.path.exists(folder / "plan.json"):
         changed = differences(comparable(read_plan(folder)), comparable(plan))
         if changed:
             raise InputError(f"{folder} holds a run with another plan ({', '.join(changed)}); choose another run_name or remove the folder")
@@ -107,7 +119,9 @@ def check_folder(plan: Plan) -> Path:
 def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor and the point to pause at."""
     flat = flatten(plan.model_dump())
-    return {k: v for k, v in flat.items() if not k.startswith(("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after"))}
+    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after")
+    said = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.source")  # of the GPU, for predictions alone
+    return {k: v for k, v in flat.items() if not k.startswith((*place, *said))}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,10 +140,10 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the whole JSON lines of a file; a line cut by a crash is left out."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -50,7 +50,8 @@ class Forecast:
 def _faster(this: Forecast, base: Forecast | None) -> Interval | None:
     if base is None:
         return None
-    return speedup_interval(this.prediction.tokens_per_s_per_gpu / base.prediction.tokens_per_s_per_gpu)
+    overhead = max(this.prediction.overhead, base.prediction.overhead)
+    return speedup_interval(this.prediction.tokens_per_s_per_gpu / base.prediction.tokens_per_s_per_gpu, overhead)
 
 
 def compose(overrides: Sequence[str]) -> Plan:
@@ -80,7 +81,9 @@ def _complete(overrides: Sequence[str]) -> list[str]:
         raise InputError("no GPU is named, and steps are predicted for one; add gpu=h100, or another of conf/gpu")
     if "gpu=cpu" in overrides:
         raise InputError("gpu=cpu emulates FP8, and its steps say nothing about a GPU; choose one, e.g. gpu=h100")
-    return list(overrides) if named & set(SETTINGS_KEYS) else [*overrides, "experiment=throughput"]
+    settings = [] if named & set(SETTINGS_KEYS) else ["experiment=throughput"]
+    nowhere = [] if any(name.startswith(("cluster", "executor")) for name in named) else ["cluster.container_runtime=none", "cluster.python=python"]
+    return [*overrides, *settings, *nowhere]  # nothing is launched, so a stack needs no container
 
 
 def forecast(plan: Plan, overrides: Sequence[str] | None = None) -> Forecast:
@@ -93,7 +96,7 @@ def forecast(plan: Plan, overrides: Sequence[str] | None = None) -> Forecast:
 
 def _forecast(plan: Plan, iso: Forecast | None = None, best: Forecast | None = None) -> Forecast:
     prediction = predict(plan, constants())
-    return Forecast(plan, prediction, step_time_interval(prediction.step_time_s, plan.gpu), estimate(plan), iso, best)
+    return Forecast(plan, prediction, step_time_interval(prediction.step_time_s, plan.gpu, prediction.overhead), estimate(plan), iso, best)
 
 
 def bf16_twin(plan: Plan) -> Plan | None:

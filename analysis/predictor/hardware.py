@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
-PEAKS = Path(__file__).resolve().parent.parent / "reference" / "gpu_peaks.csv"
+PEAKS = ("bf16_dense_tflops", "fp8_dense_tflops", "hbm_tb_s", "nvlink_gb_s", "nic_gbit_s")  # fields of plan.Gpu
 
 
 @dataclass(frozen=True)
@@ -33,30 +30,17 @@ def generation(gpu: Gpu) -> str:
     return {9: "hopper", 10: "blackwell"}.get(major, "unknown")
 
 
-@functools.cache
-def _links() -> dict[str, dict[str, str]]:
-    with PEAKS.open(newline="") as file:
-        return {row["gpu"]: row for row in csv.DictReader(file)}
-
-
-@functools.cache
 def hardware(gpu: Gpu) -> Hardware:
     """Return the peaks of a plan's GPU; InputError where they are not known."""
-    links = _links().get(gpu.name) or _links().get(gpu.mapped_like or "")
     if gpu.compute_capability is None:
         raise InputError(f"gpu={gpu.name} emulates FP8, its steps say nothing about a GPU; choose a GPU, e.g. gpu=h100")
-    if links is None or gpu.bf16_dense_tflops is None or gpu.fp8_dense_tflops is None:
-        raise InputError(f"gpu={gpu.name} has no peaks to predict from; add them to conf/gpu/{gpu.name}.yaml and analysis/reference/{PEAKS.name}")
-    return Hardware(
-        gpu.name,
-        gpu.bf16_dense_tflops * 1e12,
-        gpu.fp8_dense_tflops * 1e12,
-        float(links["hbm_tb_s"]) * 1e12,
-        float(links["nvlink_gb_s"]) * 1e9 / 2,
-        float(links["nic_gbit_s"]) * 1e9 / 8,
-        gpu.nvlink_domain or gpu.devices_per_node,
-        generation(gpu) == "blackwell",
-    )
+    peaks = [getattr(gpu, name) for name in PEAKS]
+    if None in peaks:
+        missing = ", ".join(name for name, peak in zip(PEAKS, peaks, strict=True) if peak is None)
+        raise InputError(f"gpu={gpu.name} has no {missing} to predict from; add them to conf/gpu/{gpu.name}.yaml, or choose another GPU")
+    bf16, fp8, hbm, nvlink, nic = map(float, peaks)
+    domain = gpu.nvlink_domain or gpu.devices_per_node
+    return Hardware(gpu.name, bf16 * 1e12, fp8 * 1e12, hbm * 1e12, nvlink * 1e9 / 2, nic * 1e9 / 8, domain, generation(gpu) == "blackwell")
 
 
 def ring_bandwidth(hw: Hardware, ranks: int, stride: int) -> float:

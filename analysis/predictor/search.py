@@ -24,6 +24,9 @@ CONTEXT = (1, 2, 4, 8)
 def search(plan: Plan, wanted: int = 10) -> list[tuple[Plan, Prediction]]:
     """Return the fastest layouts that fit, the fastest first; InputError where none does."""
     tried = sorted(((candidate, predict(candidate, constants())) for candidate in candidates(plan)), key=lambda pair: pair[1].step_time_s)
+    if not tried:
+        asked = f"{plan.num_gpus} GPUs and {plan.mapping.global_batch} sequences"
+        raise InputError(f"no layout of {plan.model.name} divides {asked}; change num_gpus or mapping.global_batch")
     found = list(itertools.islice((pair for pair in tried if fits(pair[0])), wanted))
     if not found:
         cell = f"{plan.model.name} in {plan.precision.name} on {plan.num_gpus} {plan.gpu.name}"

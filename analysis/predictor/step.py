@@ -79,6 +79,11 @@ class Prediction:
         return math.fsum(self.terms.values())
 
     @property
+    def overhead(self) -> float:
+        """Share of the step that is launching and what depends on nothing: large in small models, and known least."""
+        return (self.terms["launch"] + self.terms["fixed"]) / self.step_time_s
+
+    @property
     def tokens_per_s_per_gpu(self) -> float:
         """Tokens a second and GPU."""
         return self.tokens_per_step / self.num_gpus / self.step_time_s

@@ -14,20 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from analysis.predictor.fitting import Fit
 from analysis.predictor.gemm import RESULTS
 from analysis.predictor.hardware import generation
 from analysis.predictor.price import KNOWN, NAMES, Constants
-from analysis.predictor.validation import Validation, residuals
+from analysis.predictor.validation import Fits, Validation, residuals
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
 STORED = Path(__file__).resolve().parent / "constants.json"
 COVERAGE = 0.9  # share of the residuals that an interval holds
+OVERHEAD_FACTOR = 2.0  # by which launching and the fixed part of a step may be off (price.KNOWN) where no published step shows them
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A predicted value and the ends between which nine of ten published ones lay, by how far off predictions were."""
+    """A predicted value and the ends between which nine of ten published ones lay, by how far off predictions were; wider where none was like it."""
 
     value: float
     low: float
@@ -49,6 +51,14 @@ def constants() -> Constants:
     return Constants(**{name: float(_stored()["constants"][name]["value"]) for name in NAMES})
 
 
+def fits() -> Fits:
+    """Return the fits of the last refit, with which tables of the validation come out the same on every machine."""
+    stored = _stored()
+    errors = {name: float(stored["constants"][name]["error"]) for name in NAMES}
+    left_out = ({name: Constants(**each) for name, each in stored[what].items()} for what in ("without_model", "without_gpu"))
+    return Fits(Fit(constants(), errors), *left_out)
+
+
 def write(found: Validation, path: Path = STORED) -> None:
     """Write the constants and residuals of a validation."""
     fitted = asdict(found.fit.constants)
@@ -67,19 +77,40 @@ def write(found: Validation, path: Path = STORED) -> None:
         "constants": values,
         "fitted_to": {"rows": len(rows), "nemo": sorted({row.release for row in rows}), "gpus": sorted({row.gpu for row in rows})},
         "gemms": RESULTS.name,
+        "overhead": round(max(line.overhead for line in found.lines), 4),
         "residuals": residuals(found),
+        "without_model": {name: _rounded(each) for name, each in found.fits.without_model.items()},
+        "without_gpu": {name: _rounded(each) for name, each in found.fits.without_gpu.items()},
     }
     path.write_text(json.dumps(written, indent=1) + "\n")
 
 
-def step_time_interval(seconds: float, gpu: Gpu) -> Interval:
-    """Return a predicted step time with its interval: residuals of the GPU's generation, or of GPUs left out where it has no fitted row."""
-    return _interval(seconds, _stored()["residuals"][generation(gpu)])
+def _rounded(found: Constants) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in asdict(found).items()}
 
 
-def speedup_interval(value: float) -> Interval:
-    """Return a predicted speedup with its interval."""
-    return _interval(value, _stored()["residuals"]["speedup"])
+def step_time_interval(seconds: float, gpu: Gpu, overhead: float = 0.0) -> Interval:
+    """Return a predicted step time with its interval: residuals of the GPU's generation, or of GPUs left out where it has no fitted row.
+
+    `overhead`: the prediction's; beyond what any published row has, it is known within a factor of OVERHEAD_FACTOR alone.
+    """
+    return _widened(_interval(seconds, _stored()["residuals"][generation(gpu)]), overhead)
+
+
+def speedup_interval(value: float, overhead: float = 0.0) -> Interval:
+    """Return a predicted speedup with its interval; `overhead` the larger of the two steps'."""
+    return _widened(_interval(value, _stored()["residuals"]["speedup"]), overhead)
+
+
+def _widened(found: Interval, overhead: float) -> Interval:
+    beyond = max(0.0, overhead - _stored()["overhead"])
+    return Interval(found.value, found.low * (1 - beyond * (1 - 1 / OVERHEAD_FACTOR)), found.high * (1 + beyond * (OVERHEAD_FACTOR - 1)))
+
+
+def ratio_interval(value: float, gpu: Gpu, base: Gpu) -> Interval:
+    """Return the predicted ratio of two GPUs' speeds with its interval: the errors of both, taken as independent of each other."""
+    ours, theirs = (np.asarray(_stored()["residuals"][generation(each)]) for each in (gpu, base))
+    return _interval(value, list(np.subtract.outer(ours, theirs).ravel()))
 
 
 def _interval(value: float, errors: list[float]) -> Interval:

@@ -7,12 +7,13 @@ fitted without their GPU.  Every other row is out of sample as it is.  Speedups 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from analysis.predictor.fitting import Fit, fit, step_time
 from analysis.predictor.hardware import generation
+from analysis.predictor.price import Constants
 from analysis.predictor.rows import Row, pairs, rows
 from analysis.predictor.step import predict
 from analysis.published import post_speedups
@@ -31,12 +32,16 @@ GOALS = {"step time": 0.07, "speedup": 0.03}  # out of sample, mean of absolute 
 
 @dataclass(frozen=True)
 class Line:
-    """A published row and its predicted seconds: by all constants, and for fitted rows by those without its model and without its GPU."""
+    """A published row and its predicted seconds: by all constants, and for fitted rows by those without its model and without its GPU.
+
+    `overhead`: as of `step.Prediction`, by all constants.
+    """
 
     row: Row
     seconds: float
     without_model: float | None
     without_gpu: float | None
+    overhead: float
 
     @property
     def out_of_sample(self) -> float:
@@ -63,32 +68,53 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """The fit on all fitted rows, every line, and the pairs."""
+class Fits:
+    """Constants fitted to all rows that may be, without each model, and without each GPU, by its name."""
 
-    fit: Fit
+    everything: Fit
+    without_model: dict[str, Constants]
+    without_gpu: dict[str, Constants]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fits, every line, and the pairs."""
+
+    fits: Fits
     lines: tuple[Line, ...]
     pairs: tuple[Pair, ...]
 
+    @property
+    def fit(self) -> Fit:
+        """The fit on all fitted rows."""
+        return self.fits.everything
 
-def validate(found: Sequence[Row] | None = None) -> Validation:
-    """Fit with all rows, without each model and without each GPU, and return every published row beside its predictions."""
+
+def validate(found: Sequence[Row] | None = None, fits: Fits | None = None) -> Validation:
+    """Return every published row beside its predictions: by `fits`, or fitted now."""
     found = rows() if found is None else found
+    fits = fits or refit(found)
+    lines = {row: _line_of(row, fits) for row in found}
+    return Validation(fits, tuple(lines.values()), tuple(Pair(lines[base], lines[fp8]) for base, fp8 in pairs(found)))
+
+
+def refit(found: Sequence[Row]) -> Fits:
+    """Return constants fitted to all rows that may be fitted, and without each of their models and GPUs."""
     fitted = [row for row in found if row.held == "fit"]
-    everything = fit(fitted)
-    without_model = _left_out(fitted, lambda row: row.model)
-    without_gpu = _left_out(fitted, lambda row: row.gpu)
-    lines = {row: Line(row, step_time(row, everything.constants), without_model.get(row), without_gpu.get(row)) for row in found}
-    return Validation(everything, tuple(lines.values()), tuple(Pair(lines[base], lines[fp8]) for base, fp8 in pairs(found)))
+    models, gpus = {row.model for row in fitted}, {row.gpu for row in fitted}
+    return Fits(
+        fit(fitted),
+        {name: fit([row for row in fitted if row.model != name]).constants for name in sorted(models)},
+        {name: fit([row for row in fitted if row.gpu != name]).constants for name in sorted(gpus)},
+    )
 
 
-def _left_out(fitted: Sequence[Row], group: Callable[[Row], str]) -> dict[Row, float]:
-    """Return the seconds of each row by constants fitted to the rows of the other groups."""
-    predicted = {}
-    for name in sorted({group(row) for row in fitted}):
-        constants = fit([row for row in fitted if group(row) != name]).constants
-        predicted.update({row: step_time(row, constants) for row in fitted if group(row) == name})
-    return predicted
+def _line_of(row: Row, fits: Fits) -> Line:
+    prediction = predict(row.plan, fits.everything.constants)
+    fitted = row.held == "fit"
+    without_model = step_time(row, fits.without_model[row.model]) if fitted else None
+    without_gpu = step_time(row, fits.without_gpu[row.gpu]) if fitted else None
+    return Line(row, prediction.step_time_s, without_model, without_gpu, prediction.overhead)
 
 
 def error(predicted: float, published: float) -> float:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,24 +28,33 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Data
+from recipes.run_folder import read_json
 from recipes.training.text import SPLITS, Document, SourceFile, documents, source_files
 
 END = "<|end_of_text|>"
 PAD = "<|pad|>"
 BATCH = 256  # documents tokenised at once, in parallel
+LOOKS, LOOK = 32, 65536  # stretches of a data set that are held against the vocabulary, and their tokens
 
 
 def prepare(data: Data, vocab_size: int) -> Path:
     """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now if need be.
 
-    `data` is of kind text.  InputError where the folder was made from other text or another tokenizer.
+    `data` is of kind text.  InputError where the folder was made from other text or another tokenizer, is damaged, or cannot be written.
     """
     assert data.root
     root = Path(data.root) / f"vocab{vocab_size}"
+    try:
+        return _prepared(data, vocab_size, root)
+    except OSError as error:
+        raise InputError(f"{root} cannot be made or read ({error.strerror or error}); choose another data.root or make room") from None
+
+
+def _prepared(data: Data, vocab_size: int, root: Path) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root.with_name(root.name + ".lock")):
         if (root / "provenance.json").exists():
-            return _made_from(root, data)
+            return _made_from(root, data, vocab_size)
         work = root.with_name(root.name + ".partial")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -52,6 +62,40 @@ def prepare(data: Data, vocab_size: int) -> Path:
         shutil.rmtree(root, ignore_errors=True)
         work.rename(root)
     return root
+
+
+def check_indexed(data: Data, vocab_size: int) -> None:
+    """Raise InputError where a file of `data` (kind indexed) is missing, cut, empty, or holds token ids beyond the vocabulary."""
+    for prefix in (*data.train, *data.heldout):
+        if not _is_weight(prefix):
+            _check_pair(prefix, vocab_size)
+
+
+def _is_weight(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
+def _check_pair(prefix: str, vocab_size: int) -> None:
+    """Hold the .bin of a prefix against its .idx, and LOOKS stretches of it against the vocabulary; reading all would take hours."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    empty = next((name for name in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.exists(name) or not os.path.getsize(name)), None)
+    if empty:
+        raise InputError(f"{empty} is missing or empty; name the prefix of a Megatron data set, without .bin and .idx, or prepare it again")
+    try:
+        index = IndexedDataset(prefix).index
+        tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+        indexed = int(index.sequence_lengths.sum(dtype=np.int64))
+    except Exception as error:  # asserts, and whatever numpy says of a buffer that is too short
+        raise InputError(f"{prefix}.bin and .idx are no Megatron data set, or were cut ({str(error)[:80]}); prepare them again") from None
+    if indexed != len(tokens):
+        raise InputError(f"{prefix}.bin holds {len(tokens):,} tokens, its .idx says {indexed:,}: one of them was cut; prepare them again")
+    starts = np.linspace(0, max(0, len(tokens) - LOOK), LOOKS, dtype=np.int64)
+    seen = [tokens[start : start + LOOK] for start in starts]
+    low, high = min(int(part.min()) for part in seen), max(int(part.max()) for part in seen)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InputError(f"{prefix}.bin holds token {wrong}, the model's vocabulary {vocab_size}: it was made with another tokenizer; name its own")
 
 
 def facts(data: Data, vocab_size: int) -> dict[str, Any]:
@@ -75,10 +119,17 @@ def _asked(data: Data) -> dict[str, Any]:
     return {"sources": list(data.sources), "tokenizer": data.tokenizer}
 
 
-def _made_from(root: Path, data: Data) -> Path:
-    made = json.loads((root / "provenance.json").read_text())["asked"]
+def _made_from(root: Path, data: Data, vocab_size: int) -> Path:
+    try:
+        made = read_json(root / "provenance.json")["asked"]
+    except (ValueError, KeyError):
+        raise InputError(
+            f"{root / 'provenance.json'} was changed or cut: nothing says what was prepared; remove {root} to prepare it again"
+        ) from None
     if made != _asked(data):
         raise InputError(f"{root} was prepared from {made}, the plan asks for {_asked(data)}; choose another data.root")
+    for split in SPLITS:
+        _check_pair(str(root / split), vocab_size)
     return root
 
 
@@ -109,8 +160,8 @@ def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Pat
         train_tokenizer(texts, vocab_size, folder)
         return AutoTokenizer.from_pretrained(str(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)  # nor asks whether to
+    except Exception as error:  # a damaged file raises whatever its reader does, Exception itself too
         raise InputError(f"data.tokenizer={data.tokenizer} cannot be loaded ({type(error).__name__}); name a Hugging Face folder or model") from None
     if len(tokenizer) > vocab_size:
         sizes = f"{len(tokenizer)} entries, the model's vocabulary {vocab_size}"
@@ -145,6 +196,8 @@ def _tokenise(files: list[SourceFile], tokenizer: Any, work: Path) -> dict[str, 
     for batch in _batches(d for f in _shown(files, "tokenising") for d in documents(f)):
         encoded = tokenizer([d.text for d in batch], add_special_tokens=False)["input_ids"]
         for document, ids in zip(batch, encoded, strict=True):
+            if max(ids, default=0) >= len(tokenizer):
+                raise InputError(f"data.tokenizer gives token {max(ids)}, and has {len(tokenizer)} entries; it is damaged, choose another")
             row = np.array([*ids, tokenizer.eos_token_id], dtype=dtype)
             builders[document.split].add_document(row, [len(row)])
             counts[document.split] += np.bincount(row, minlength=len(tokenizer))

@@ -51,13 +51,13 @@ def _files_under(source: Path) -> list[SourceFile]:
         raise InputError(f"data.sources: no such file {source}; name text ({', '.join(SUFFIXES)}) files or folders of them")
     if source.is_file():
         return [SourceFile(source, source.name)]
-    return [SourceFile(p, str(p.relative_to(source.parent))) for p in sorted(source.rglob("*")) if p.suffix in SUFFIXES]
+    return [SourceFile(p, str(p.relative_to(source.parent))) for p in sorted(source.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
 
 
 def documents(file: SourceFile) -> Iterator[Document]:
     """Yield the documents of a file: one a line (its "text") of a JSONL file, else the whole file.
 
-    InputError where bytes are not UTF-8 or a line has no text.
+    InputError where it cannot be read, bytes are not UTF-8, or a line has no text.
     """
     try:
         if file.path.suffix != ".jsonl":
@@ -70,12 +70,18 @@ def documents(file: SourceFile) -> Iterator[Document]:
                 yield Document(split_of(f"{file.name}#{number}"), _text_of(line, file.path, number))
     except UnicodeDecodeError as error:
         raise InputError(f"data: {file.path} is not UTF-8 (byte {error.start}); convert it or leave it out") from None
+    except OSError as error:
+        raise InputError(f"data: {file.path} cannot be read ({error.strerror}); mend or leave it out") from None
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
     try:
-        return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
+        text = json.loads(line)["text"]
+        if not isinstance(text, str):
+            raise TypeError
+        text.encode()  # JSON can spell halves of surrogate pairs, which are no text
+        return text
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f'data: {path} line {number} is no JSON object with a "text"; mend the file') from None
 
 

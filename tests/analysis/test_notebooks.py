@@ -14,7 +14,7 @@ LOGIC = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try, ast
 
 
 def test_the_notebooks_are_there() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"loss_convergence", "step_time", "gemm_granularity", "recipe_numerics"}
+    assert {path.stem for path in NOTEBOOKS} >= {"loss_convergence", "step_time", "gemm_granularity", "recipe_numerics", "throughput_tables"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -124,3 +124,38 @@ def test_wrong_input_is_one_line(argv: list[str], reason: str, capsys: pytest.Ca
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, analysis.predict; sys.exit(bool({'torch', 'nemo', 'transformer_engine'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_stack_without_a_container_is_predicted_too() -> None:
+    """Nothing is launched, so where the stack is installed has no bearing."""
+    plan = compose(["model=llama3_8b", "gpu=h200", "precision=fp8_subchannel", "stack=nemo_25_04_te_2_11"])
+    assert plan.stack.container is None and forecast(plan).step_time.value > 0
+
+
+def test_a_batch_that_no_layout_divides_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=llama3_8b", "gpu=h100", "num_gpus=7", "--search"]) == 2
+    assert capsys.readouterr().err == "error: no layout of llama3_8b divides 7 GPUs and 128 sequences; change num_gpus or mapping.global_batch\n"
+
+
+CELL405 = ["model=llama31_405b", "precision=fp8_delayed", "gpu=h100"]
+ODD = [
+    ["model=llama3_tiny", "gpu=b200", "precision=mxfp8", "num_gpus=8"],
+    [*CELL405, "num_gpus=1024", "mapping.global_batch=512", "mapping.tp=8", "mapping.pp=16", "mapping.vp=1", "mapping.cp=2"],
+    ["model=llama3_8b", "gpu=b200", "precision=mxfp8", "mapping.micro_batch=8", "mapping.cp=2", "mapping.tp=4"],
+    ["model=llama3_70b", "gpu=gb200", "precision=fp8_current"],
+    ["model=llama3_8b", "gpu=gb300", "precision=mxfp8"],
+    ["model=llama3_8b", "gpu=h100", "precision=fp8_current", "model.num_layers=1"],
+    ["model=llama3_8b", "gpu=h100", "precision=fp8_current", "seq_length=128"],
+    ["model=llama3_8b", "gpu=h100", "precision=fp8_current", "settings=convergence"],
+    ["model=llama3_8b", "gpu=gb200", "precision=mxfp8", "num_gpus=144", "mapping.global_batch=288", "mapping.tp=8"],
+    ["experiment=fig2", "precision=fp8_current"],
+]
+
+
+@pytest.mark.parametrize("overrides", ODD, ids=" ".join)
+def test_odd_plans_add_up_and_have_an_interval(overrides: list[str]) -> None:
+    found = forecast(compose(overrides), overrides)
+    assert min(found.prediction.terms.values()) >= 0
+    assert sum(found.prediction.terms.values()) == pytest.approx(found.step_time.value)
+    for interval in (found.step_time, found.speedup_iso):
+        assert interval and 0 < interval.low < interval.value < interval.high < 4 * interval.value

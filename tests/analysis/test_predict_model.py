@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 
+from analysis.predictor.forecast import compose, forecast
 from analysis.predictor.gemm import measured
 from analysis.predictor.hardware import Hardware, domains, hardware, ring_bandwidth
 from analysis.predictor.price import KNOWN, NAMES, PRIOR, Constants, seconds, waiting
 from analysis.predictor.rows import rows
 from analysis.predictor.step import TERMS, Stage, count, predict, price
 from analysis.predictor.work import layer, step, vocabulary
-from recipes.compose import compose_plan
+from recipes.compose import CONF, compose_plan
 from recipes.errors import InputError
 from recipes.flops import attention_flops_per_token, flops_per_token
 from recipes.plan import Plan
+from recipes.run_folder import comparable, differences, read_plan
 
+MEASURED = Path(__file__).parents[2] / "analysis" / "results" / "llama3_8b_h100" / "llama3_8b.bf16.layers2"
 FASTER = ("bf16", "fp8", "memory", "nvlink", "network")
 CELLS = [
     ("llama3_8b", "bf16", "h100"),
@@ -168,13 +172,39 @@ def test_the_gemm_curve_follows_its_measurements() -> None:
 
 
 def test_an_unknown_gpu_is_one_line() -> None:
-    gpu = plan_of("llama3_8b").gpu.model_copy(update={"name": "h900"})
-    with pytest.raises(InputError, match=r"gpu_peaks\.csv"):
+    gpu = plan_of("llama3_8b").gpu.model_copy(update={"name": "h900", "nvlink_gb_s": None})
+    with pytest.raises(InputError, match=r"gpu=h900 has no nvlink_gb_s to predict from.*conf/gpu/h900\.yaml"):
         hardware(gpu)
-    assert isinstance(hardware(gpu.model_copy(update={"mapped_like": "h100"})), Hardware)
+    assert isinstance(hardware(gpu.model_copy(update={"nvlink_gb_s": 900.0})), Hardware)
 
 
 def test_constants_are_few_and_all_documented() -> None:
     assert len(NAMES) <= 12 and set(KNOWN) == set(NAMES) == {field.name for field in fields(Constants)}
     assert all(f"{name}: " in (Constants.__doc__ or "") and KNOWN[name].unit and KNOWN[name].why for name in NAMES)
     assert all(prior.low <= prior.value <= prior.high for prior in KNOWN.values()) and asdict(PRIOR)["launch"] == KNOWN["launch"].value
+
+
+def test_a_plan_from_before_bandwidths_loads_and_is_the_same_run() -> None:
+    old = read_plan(MEASURED)
+    gpu = plan_of("llama3_8b").gpu
+    assert old.gpu.hbm_tb_s is None and gpu.hbm_tb_s == 3.35
+    changed = differences(comparable(old), comparable(old.model_copy(update={"gpu": gpu})))
+    assert changed == []
+    with pytest.raises(InputError, match="no hbm_tb_s, nvlink_gb_s, nic_gbit_s to predict from"):
+        hardware(old.gpu)
+
+
+@pytest.mark.parametrize("gpu", [path.stem for path in sorted((CONF / "gpu").glob("*.yaml")) if path.stem != "cpu"])
+def test_every_gpu_of_conf_can_be_predicted(gpu: str) -> None:
+    found = hardware(plan_of("llama3_8b", "bf16", gpu).gpu)
+    assert 1e12 < found.memory < 1e13 and found.network < found.nvlink < found.memory < found.bf16 < found.fp8
+    assert found.domain == {"gb200": 72, "gb300": 72}.get(gpu, 8) and found.blackwell == ("b" in gpu)
+
+
+def test_steps_like_none_that_was_published_have_wider_intervals() -> None:
+    """A model of a million parameters is launch gaps and the fixed part; nobody published such a step."""
+    tiny, usual = (forecast(compose([f"model={model}", "gpu=h100", "precision=fp8_current"])) for model in ("llama3_tiny", "llama3_70b"))
+    assert tiny.prediction.overhead > 0.9 and usual.prediction.overhead < 0.1
+    assert tiny.step_time.high / tiny.step_time.low > 3 and usual.step_time.high / usual.step_time.low < 1.15
+    for found in (tiny, usual):
+        assert found.step_time.low < found.step_time.value < found.step_time.high

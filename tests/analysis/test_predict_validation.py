@@ -13,7 +13,7 @@ from analysis.predictor.fitting import fit, step_time
 from analysis.predictor.price import NAMES, PRIOR
 from analysis.predictor.rows import Row, pairs, rows
 from analysis.predictor.step import predict
-from analysis.predictor.stored import constants, step_time_interval, write
+from analysis.predictor.stored import constants, fits, ratio_interval, step_time_interval, write
 from analysis.predictor.validation import GOALS, Validation, residuals, summary, tables, validate
 from analysis.runs import load_run
 from analysis.speed import step_time as step_time_of
@@ -38,7 +38,8 @@ def test_our_own_measured_steps(run: Path) -> None:
     Writing FP8 parameters was read off the per-tensor runs; BF16 and sub-channel runs are predicted from nothing of theirs.
     """
     measured = load_run(run)
-    assert predict(measured.plan, constants()).step_time_s == pytest.approx(step_time_of(measured).value, rel=0.05)
+    h100 = compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput"]).gpu  # when it ran, plans had no bandwidths
+    assert predict(measured.plan.model_copy(update={"gpu": h100}), constants()).step_time_s == pytest.approx(step_time_of(measured).value, rel=0.05)
 
 
 def test_traps_of_the_tables() -> None:
@@ -119,6 +120,35 @@ def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_pat
     assert asdict(constants()) == pytest.approx(asdict(found.fit.constants), rel=1e-3, abs=1e-4)
     for name, errors in residuals(found).items():
         assert shipped["residuals"][name] == pytest.approx(errors, abs=2e-3)
+    assert shipped["overhead"] == pytest.approx(fresh["overhead"], abs=1e-3) and max(line.overhead for line in found.lines) < 0.2
+    for what in ("without_model", "without_gpu"):
+        assert fresh[what].keys() == shipped[what].keys()
+        for name, each in fresh[what].items():
+            assert shipped[what][name] == pytest.approx(each, rel=2e-3, abs=1e-4)
+
+
+def test_tables_of_the_shipped_fits_are_those_of_a_fit_now(found: Validation) -> None:
+    again = validate(fits=fits())
+    for ours, theirs in zip(again.lines, found.lines, strict=True):
+        assert ours.row is theirs.row and ours.seconds == pytest.approx(theirs.seconds, rel=1e-3)
+        assert ours.without_model == pytest.approx(theirs.without_model, rel=1e-3)
+        assert ours.without_gpu == pytest.approx(theirs.without_gpu, rel=1e-3)
+
+
+def test_a_ratio_of_gpus_is_less_certain_than_either() -> None:
+    """Two published steps of one cell on a B200 and a GB200, none of them fitted, lie in the interval of their predicted ratio."""
+    by_gpu = {gpu: [row for row in rows() if row.gpu == gpu] for gpu in ("b200", "gb200")}
+    both = [
+        (a, b) for a in by_gpu["b200"] for b in by_gpu["gb200"] if (a.model, a.plan.precision, a.release) == (b.model, b.plan.precision, b.release)
+    ]
+    assert len(both) >= 6
+    for a, b in both:
+        rates = [row.plan.tokens_per_step / row.plan.num_gpus / row.step_time_s for row in (a, b)]
+        predicted = [predict(row.plan, constants()).tokens_per_s_per_gpu for row in (a, b)]
+        ratio = ratio_interval(predicted[1] / predicted[0], b.plan.gpu, a.plan.gpu)
+        assert ratio.low < rates[1] / rates[0] < ratio.high, (a.model, a.release)
+        one = step_time_interval(1.0, b.plan.gpu)
+        assert ratio.high / ratio.low > one.high / one.low
 
 
 def test_intervals_hold_nine_of_ten_layouts(found: Validation) -> None:

@@ -1,13 +1,18 @@
 """The documentation is what the shipped results make: every table between markers and every image, made again and compared."""
 
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from analysis import readme, readme_parts
+from analysis.predictor.rows import pairs, rows
 from analysis.readme import main as command
 from analysis.readme_parts import FIGURES, TABLES
 from recipes.errors import InputError
@@ -113,3 +118,38 @@ def test_a_data_frame_is_markdown_with_its_index_its_digits_and_its_words_escape
 
 def test_what_markers_may_name_is_documented() -> None:
     assert all(maker.__doc__ for maker in TABLES.values()) and set(FIGURES) >= {"loss", "gemm", "fig3"}
+
+
+def test_another_processors_last_bits_are_no_difference_but_moved_lines_and_sizes_are() -> None:
+    table = readme_parts.gemm.load(RESULTS / "gemm_h200")
+    made = readme_parts.gemm.figure(table).png()
+    pixels = np.asarray(Image.open(io.BytesIO(made)).convert("RGBA")).copy()
+    drawn = np.argwhere((pixels[..., :3] < 128).any(axis=-1))
+    few = drawn[:: max(1, len(drawn) // 150)]
+    assert readme.same_picture(made, png(brightened(pixels, drawn, 1))) and readme.same_picture(made, png(brightened(pixels, few, 90)))
+    assert not readme.same_picture(made, png(brightened(pixels, drawn, 90)))
+    assert not readme.same_picture(made, png(pixels[:-1])) and not readme.same_picture(made, b"no image") and not readme.same_picture(made, made[:99])
+    slower = table.assign(speedup_over_bf16=table["speedup_over_bf16"] * 0.99)
+    assert not readme.same_picture(made, readme_parts.gemm.figure(slower).png())
+
+
+def brightened(pixels: np.ndarray[Any, Any], where: np.ndarray[Any, Any], by: int) -> np.ndarray[Any, Any]:
+    """Return the image with `by` levels added to the pixels at `where`."""
+    changed = pixels.astype(int)
+    changed[where[:, 0], where[:, 1], :3] = np.clip(changed[where[:, 0], where[:, 1], :3] + by, 0, 255)
+    return changed.astype(np.uint8)
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="png")
+    return file.getvalue()
+
+
+def test_validation_and_the_posts_figures_are_served(root: Path) -> None:
+    markers = ["table: validation", "table: validation-speedups", "table: validation-steps", "table: post-fig4", "figure: post-fig4"]
+    (root / "README.md").write_text("\n\n".join(f"<!-- {marker} -->\n<!-- end -->" for marker in markers))
+    made = readme.make(root)
+    text = made.documents[root / "README.md"]
+    assert text.count("\n| ") > len(rows()) + len(pairs(rows())) and "docs/images/fig4_post.png" in text
+    assert "predicted" in text and "published" in text and set(made.images) == {root / "docs/images/fig4_post.png"}

@@ -1,0 +1,113 @@
+"""Figures 3, 4 and 5: what a recipe, and what a GPU, buys in training, for every model of the experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from analysis.figures import COLOURS, Figure
+from analysis.post import hypotheses, sources
+from analysis.post.values import Band, Value, chart, table
+from analysis.post.values import sources as table_of_sources
+from analysis.predictor.forecast import compose
+from analysis.predictor.stored import COVERAGE
+from analysis.runs import Run
+from analysis.tabular import Table
+from recipes.axes import with_axes
+from recipes.compose import sweep
+from recipes.errors import InputError
+from recipes.plan import Plan
+
+TITLES = {
+    3: "Figure 3: step-time speedup of FP8 over BF16 on H100, current scaling",
+    4: "Figure 4: step-time speedup of MXFP8 over BF16 on B200",
+    5: "Figure 5: tokens/s/GPU of GB200 over B200",
+}
+OF_PRECISIONS = (
+    "iso-mapping: BF16 in the FP8 layout, so that only precision differs; best-mapping, where that is another layout: BF16 in NVIDIA's own for it."
+)
+OF_GPUS = "own layouts: each GPU in NVIDIA's layout for it; one layout, where those differ: both in the B200's, so that only the GPU differs."
+OLDER, NEWER = "b200", "gb200"  # of figure 5
+
+
+@dataclass
+class Page:
+    """A figure's page: `tables`, the first of which is the figure's own, figures, and sentences that stand above them."""
+
+    title: str
+    said: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def page(number: int, overrides: Sequence[str], runs: Sequence[Run]) -> Page:
+    """Return the page of figure 3, 4 or 5 for the cells of its experiment; InputError where none of them can be shown."""
+    made = Page(TITLES[number])
+    values = [value for cell in cells(number, overrides) for value in _values(number, cell, runs, made.left_out)]
+    if not values:
+        raise InputError(f"experiment=fig{number} has no cell to show; the first: {made.left_out[0] if made.left_out else 'it names no FP8 recipe'}")
+    colours = {precision: COLOURS.get(precision, "#777777") for precision in dict.fromkeys(value.precision for value in values)}
+    made.tables += [table("Times as fast", values, _notes(number, values)), table_of_sources(values)]
+    made.figures.append(chart(f"fig{number}_post", TITLES[number], values, colours, _caption(number), _band(number)))
+    if number == 4:
+        made.tables[1:1] = hypotheses.tables()
+    return made
+
+
+def cells(number: int, overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each cell of a figure: every FP8 recipe of figures 3 and 4, every recipe on the newer GPU of figure 5."""
+    asked = sweep(with_axes([f"experiment=fig{number}", *overrides]))
+    wanted = f"gpu={NEWER}" if number == 5 else None
+    return [cell for cell in asked if (wanted in cell if wanted else "precision=bf16" not in cell)]
+
+
+def _values(number: int, cell: Sequence[str], runs: Sequence[Run], left_out: list[str]) -> list[Value]:
+    """Return the numbers of a cell; a plan that is refused, and runs that cannot be used, are named in `left_out`."""
+    found: list[Value] = []
+    try:
+        plan = compose(cell)
+        if number == 5:
+            return _gain(plan, compose([f"gpu={OLDER}" if part == f"gpu={NEWER}" else part for part in cell]), runs)
+        found += sources.measured_speedups(plan, runs)
+        found += sources.published_speedups(plan)
+        found += sources.predicted_speedups(cell)
+        found += sources.assembled_speedups(plan, runs)
+    except InputError as error:
+        left_out.append(str(error))
+    return found
+
+
+def _gain(plan: Plan, base: Plan, runs: Sequence[Run]) -> list[Value]:
+    return [*sources.measured_gain(plan, base, runs), *sources.published_gain(plan, base), *sources.predicted_gain(plan, base)]
+
+
+def _notes(number: int, values: Sequence[Value]) -> list[str]:
+    labels = {value.label for value in values}
+    said = [
+        f"Predicted, with the range that held {COVERAGE:.0%} of published rows which the constants did not know"
+        + (" (here of both GPUs, taken as independent)" if number == 5 else "")
+        + f". {OF_GPUS if number == 5 else OF_PRECISIONS}",
+    ]
+    if not labels & {"measured", sources.PARTS}:
+        said.append("Measured: not yet.")
+    if "published" in labels:
+        said.append("Published: NVIDIA's rows side by side, of the release nearest to NeMo 25.04; each is named below with its layout and source.")
+    return [
+        *said,
+        *(f"The post: {sources.in_words(row)}." for row in sources.of_the_post(number) if row["model"] != "-" and row["note"] != "NeMo 25.04"),
+    ]
+
+
+def _band(number: int) -> Band | None:
+    """Return the range in which the post says that its bars lie, where it prints no more."""
+    for row in sources.of_the_post(number):
+        low, to, high = row["value"].partition(" to ")
+        if to and low[0].isdigit():
+            return Band(float(low), float(high), "published: the post's bars lie here")
+    return None
+
+
+def _caption(number: int) -> str:
+    what = "GB200 over B200, tokens/s/GPU" if number == 5 else "Speedup over BF16"
+    return f"{what}. Bars by label, in the order of the table's columns; whiskers are intervals. Predicted bars are pale: they are no measurement."
