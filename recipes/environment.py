@@ -68,7 +68,7 @@ def _pipeline(plan: Plan) -> list[Variable]:
 def _norms(plan: Plan) -> list[Variable]:
     """Norms beside communication: room for it, and cuDNN's norms under FSDP and for the 340B (pretrain_nemotron4_340b.py).
 
-    Not on one GPU, where nothing overlaps: there the margin costs 1 % of an FP8 step of Llama 3 8B (docs/tuning.md), and cuDNN
+    Not on one GPU, where nothing overlaps: there the margin costs about 1 % of an FP8 step of Llama 3 8B, and cuDNN
     refuses the 340B's norm (Transformer Engine 2.11, H200).
     """
     if plan.num_gpus == 1:
