@@ -1,10 +1,11 @@
 # `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test;
-# `make check` the linters and the type checker; `make bench` the cost of an FP8 step.  Each installs what is missing.
+# `make check` the linters and the type checker; `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (half an hour)
+# and writes what was lost into docs/reliability.md.  Each installs what is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench install install-dev
+.PHONY: demo test check bench faults install install-dev
 
 # Interrupted, it continues where it stopped.  The second BF16 seed is the noise floor.
 demo: install
@@ -39,3 +40,6 @@ check: install-dev
 
 bench: install
 	$(PY) -m recipes.training.bench
+
+faults: install-dev
+	$(PY) -m tests.faults

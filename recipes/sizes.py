@@ -32,6 +32,7 @@ def training_state_gb(model: Model) -> float:
     """Return GB (1e9 bytes) of weights, gradients and Adam state of one unsharded replica, activations not counted."""
     return parameters(model) * BYTES_PER_PARAMETER_TRAINING / 1e9
 
+
 MODELS = ("llama3_8b", "llama3_70b", "llama31_405b", "nemotron4_15b", "nemotron4_340b")  # those of NVIDIA's post
 
 

@@ -1,0 +1,265 @@
+"""Broken plans: overrides of any type and range, hostile site files, a Slurm that refuses or babbles, a launcher that is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from launch.__main__ import main
+from recipes.compose import CONF, compose_plan, compose_tree
+from recipes.errors import InputError
+from recipes.run_folder import flatten, status_of
+from tests.faults.commands import REFUSED, call, what_came_out
+from tests.faults.load import SLURM, pretended_slurm, stub_python, whole
+from tests.faults.mutations import HOSTILE
+from tests.faults.registry import Outcome, fault
+from tests.faults.run_folders import PROJECT
+
+AREA = "Plans"
+CELLS = (
+    [],
+    ["precision=mxfp8"],
+    ["model=llama3_8b", "precision=fp8_delayed", "gpu=gb200"],
+    ["model=llama3_70b", "precision=fp8_current", "gpu=h100", "experiment=throughput"],
+)
+LITERALS = (
+    *("null", "true", "false", "0", "1", "-1", "2", "3", "7", "1000000", "9" * 400, "9" * 5000, "1_0", "0x10", "1:30", ".5", "0.0", "1e-320", "1e30"),
+    *("1e308", "-1e308", "1e400", "nan", "inf", "-inf", "''", "x", "' '", "'a\\nb'", "é漢", "\udcff", "a" * 5000, "~", "*", "/", "../x", "@x", "???"),
+    *("[]", "[1,2]", "[[]]", "{}", "{a: 1}", "{a: {b: c}}", "[a", "}", "[" * 3000 + "]" * 3000, "a,b", "glob(*)", "choice(1,2)", "range(1,5)"),
+    *('"${seed}"', '"${nope}"', '"${oc.env:HOME}"', '"${oc.env:NOPE}"', '"${oc.decode:[}"', '"${run_name}"'),
+)
+WHOLE_ARGUMENTS = (
+    *("=", "-", "--x", "a=", "=b", "a==b", "+", "~", "++", "@", "", " ", "a@b=c", "model@x=llama3_8b", "hydra.run.dir=x", "hydra=default", "+a/b=c"),
+    *(
+        "+hydra.job.chdir=true",
+        "experiment=[demo,throughput]",
+        "model=../model/llama3_8b",
+        "model=/etc/passwd",
+        "cluster/x=y",
+        "config=x",
+        "_self_=1",
+    ),
+    *("~model", "~train", "model=llama3_8b model=llama3_70b", "-m", "--json", "seed=1,2,3", "seed=range(1,4)", "precision=glob(*)"),
+)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _likely(value: Any, draw: random.Random) -> str:
+    """Return a value of the same type as the composed one."""
+    if isinstance(value, bool) or value is None:
+        return draw.choice(["true", "false", "null", "1", "x"])
+    if isinstance(value, int | float):
+        return str(draw.choice([value, value + 1, value * 2, value / 2, value // 2, -value, 1, 2, 8, 10**6]))
+    return (
+        _quoted(draw.choice([value, value + "x", value[:-1], ""]))
+        if isinstance(value, str)
+        else draw.choice(["[a]", "[]", "[1]", "{A: b}", "{A: 1}"])
+    )
+
+
+@fault(AREA, "every key of the plan overridden with every type and range, and malformed overrides: `launch … dry_run=true`", small=80, full=2500)
+def overrides_of_any_kind(count: int, folder: Path) -> Outcome:
+    """Every key of the composed trees is walked in turn, so that `count` above their number misses none."""
+    outcome, values = Outcome(), [flatten(compose_tree(cell)) for cell in CELLS]
+    keys = [(at, key) for at, tree in enumerate(values) for key in tree if key != "dry_run"]
+    random.Random(0).shuffle(keys)
+    for seed in range(count):
+        draw = random.Random(seed)
+        at, key = keys[seed % len(keys)]
+        value = _likely(values[at][key], draw) if draw.random() < 0.4 else draw.choice([*LITERALS, *map(_quoted, HOSTILE)])
+        one = draw.choice([f"{key}={value}"] * 4 + [f"+{key}={value}", f"++{key}={value}", f"+{key}.x={value}", f"~{key}"])
+        one = draw.choice(WHOLE_ARGUMENTS) if draw.random() < 0.04 else one
+        command = [*draw.choice([[], [], [], ["-m"], ["--json"]]), *CELLS[at], one, f"runs_dir={folder}/runs", "dry_run=true"]
+        ended = call(main, command)
+        wrong = ended.wrong((0,)) or (None if not (folder / "runs").exists() else "something was written")
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        outcome.add("plan printed" if ended.code == 0 else REFUSED, lost=wrong and f"{one[:100]}: {wrong}")
+    outcome.measured.append(f"{len(keys)} keys of {len(CELLS)} cells")
+    return outcome
+
+
+SITES = (
+    "cluster: !!python/object/apply:os.system ['touch owned']",
+    "account: !!python/name:os.system ''",
+    "account: &a [*a]",
+    "account: {a: &x [1], b: *x}",
+    "account: *nothing",
+    "account: [",
+    "account: \x00",
+    "\tindented: by a tab",
+    "- a list\n- not a mapping",
+    "just text",
+    "account: a\naccount: b",
+    "account: 1",
+    "account: 2026-11-25",
+    "account: <script>alert(1)</script>",
+    "account: ${oc.env:HOME}",
+    "account: ${nope}",
+    "account: ???",
+    "accuont: a",
+    "environment: [A, B]",
+    "environment: {A: 1}",
+    "environment: {'A B': x}",
+    "environment: {A: 'x\\ny'}",
+    'environment: {A: "x\\ny"}',
+    "token_files: {HF_TOKEN: null}",
+    "mounts: {a: b}",
+    "mounts: /data",
+    "python: ''",
+    "name: ../../x",
+    "defaults: [/model: nowhere]",
+    "? [a, b] : c",
+    "<<: {account: a}",
+    "1: 2",
+    "2026-11-25: x",
+    "environment: {2026-11-25: x}",
+    "true: x",
+    "null: x",
+)
+
+
+@fault(AREA, "hostile and malformed site files (YAML tags, anchors, wrong types, other encodings)", small=50, full=50)
+def hostile_site_files(count: int, folder: Path) -> Outcome:
+    conf, outcome = folder / "conf", Outcome()
+    shutil.copytree(CONF, conf, ignore=shutil.ignore_patterns("site.yaml"))
+    site = conf / "local" / "site.yaml"
+    site.parent.mkdir(exist_ok=True)
+    contents = [f"# @package cluster\n{text}\n".encode() for text in SITES]
+    contents += [
+        SITES[0].encode("utf-16"),
+        b"\xff\xfe\x00",
+        b"# @package cluster\naccount: \xe9\n",
+        b"# @package ../x\na: b\n",
+        b"# @package _global_\nseed: x\n",
+        b"",
+    ]
+    with mock.patch("os.system") as system:
+        for content in contents[:count]:
+            site.write_bytes(content)
+            ended = call(lambda overrides: _composed(overrides, conf), [])
+            wrong = ended.wrong((0,)) or ("code of the file was run" if system.called else None)
+            outcome.add("composed" if ended.code == 0 else REFUSED, lost=wrong and f"{content!r}: {wrong}")
+    return outcome
+
+
+def _composed(overrides: Any, conf: Path) -> int:
+    try:
+        compose_plan(overrides, conf)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+REFUSALS = {
+    "refuses": "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1",
+    "refuses without a word": "exit 1",
+    "says nothing": "exit 0",
+    "babbles": "echo 'Submitted batch job 12'",
+    "no text": "printf '\\377\\376\\0' ; printf '\\377' >&2; exit 1",
+    "not text, and code 0": "printf '\\377\\376'",
+    "killed": "kill -9 $$",
+    "a page of errors": 'for i in 1 2 3 4 5; do echo "sbatch: error: line $i" >&2; done; exit 1',
+    "terminal codes": "printf '\\033[2J\\007error' >&2; exit 1",
+    "a script that cannot start": None,
+}
+
+
+@fault(AREA, "an sbatch that refuses, babbles, is killed or cannot start", small=10, full=10)
+def sbatch_that_fails(count: int, folder: Path) -> Outcome:
+    """One line, exit code 2, and a job folder that is whole: the same command submits it once Slurm is well."""
+    outcome = Outcome()
+    for n, (kind, does) in enumerate(list(REFUSALS.items())[:count]):
+        head = "#!/bin/sh\n" + 'case "$*" in *--version*) exit 0;; esac\n'
+        env = pretended_slurm(folder / str(n), f"{head}{does}\n" if does else "#!/nowhere/sh\n")
+        run = folder / f"runs{n}" / "one"
+        command = [*SLURM, f"runs_dir={run.parent}", "run_name=one"]
+        with mock.patch.dict(os.environ, env):
+            ended = call(main, command)
+        written = run.exists()
+        wrong = ended.wrong(()) or (f"half-written: {sorted(p.name for p in run.iterdir())}" if written and not whole(run) else None)
+        pretended_slurm(folder / str(n))
+        with mock.patch.dict(os.environ, env):
+            wrong = wrong or call(main, command).wrong((0,)) or (None if whole(run) else "not whole when launched again")
+        outcome.add(f"{REFUSED}, submitted when launched again", lost=wrong and f"sbatch {kind}: {wrong}")
+    return outcome
+
+
+@fault(AREA, "the launcher killed (-9) at a random moment, and launched again", small=4, full=100)
+def launcher_killed(count: int, folder: Path) -> Outcome:
+    """A script in a job folder means that all of it is there; launched again, the folder is whole and submitted once."""
+    outcome = Outcome()
+    for n in range(count):
+        env = {**os.environ, **pretended_slurm(folder / f"slurm{n}")}
+        run = folder / f"runs{n}" / "one"
+        command = [sys.executable, "-m", "launch", *SLURM, f"runs_dir={run.parent}", "run_name=one"]
+        process = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _kill_while_it_writes(process, run, random.Random(n).uniform(0, 0.25))
+        half = (run / "job/job.sbatch").exists() and not whole(run)
+        again = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
+        mended = again.returncode == 0 and whole(run)
+        what = "launched again, whole" if mended else None
+        outcome.add(
+            what or "", lost=None if mended and not half else f"run {n}: half-written before: {half}, after: {not mended}, {again.stderr[-200:]}"
+        )
+    return outcome
+
+
+def _kill_while_it_writes(process: subprocess.Popen[bytes], run: Path, delay: float) -> None:
+    deadline = time.monotonic() + 60
+    while not run.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@fault(AREA, "runs_dir that is a file, read-only, a link to nothing, or too long a name", small=5, full=5)
+def places_that_cannot_be_written(count: int, folder: Path) -> Outcome:
+    outcome = Outcome()
+    (folder / "file").write_text("")
+    (folder / "dangling").symlink_to(folder / "nowhere" / "at" / "all")
+    (folder / "loop").symlink_to("loop")
+    with mock.patch.dict(os.environ, pretended_slurm(folder)):
+        for place in [folder / "file", folder / "dangling", folder / "loop", folder / ("x" * 300), Path("/proc/nowhere")][:count]:
+            ended = call(main, [*SLURM, f"runs_dir={place}", "run_name=one"])
+            outcome.add(what_came_out(ended), lost=(wrong := ended.wrong(())) and f"{place}: {wrong}")
+    return outcome
+
+
+@fault(AREA, "a run on this machine whose processes are killed (-9): `launch.status`", small=1, full=5)
+def local_run_killed(count: int, folder: Path) -> Outcome:
+    """Launcher and run are killed; the run's own word is still "running", and status says that it is not."""
+    from launch.status import rows
+
+    outcome = Outcome()
+    for n in range(count):
+        run = folder / f"runs{n}" / "one"
+        does = f"""case "$*" in *preflight*) exit 0;; esac
+echo '{{"status": "running", "reason": "", "step": 1}}' > {run}/status.json; exec sleep 60"""
+        stub = stub_python(folder / f"stub{n}", does)["STUB"]
+        code = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"
+        command = [sys.executable, "-c", code, stub, f"runs_dir={run.parent}", "run_name=one"]
+        process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not ((run / "status.json").exists() and status_of(run) == "running") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (alive,) = rows([run])
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(0.2)
+        (dead,) = rows([run])
+        right = (alive.status, dead.status) == ("running", "failed")
+        outcome.add("said to be gone", lost=None if right else f"status said {alive.status} before and {dead.status} after")
+    return outcome

@@ -1,0 +1,178 @@
+"""Broken run folders: what analysis makes of files that are cut, changed, foreign or written by two at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from analysis import compare, fig3, report, throughput
+from analysis.runs import load_run
+from launch import status
+from recipes.errors import InputError
+from recipes.run_folder import append_line, keep_until, rows_of
+from tests.analysis.conftest import curve, write
+from tests.analysis.test_evaluation import evaluate
+from tests.faults.commands import REFUSED, Main, call, what_came_out
+from tests.faults.mutations import VALUES, broken, fresh
+from tests.faults.registry import Outcome, fault
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULTS = PROJECT / "analysis" / "results"
+DEMO = [RESULTS / "demo" / f"llama3_tiny.{name}" for name in ("bf16.cpu.seed1", "bf16.cpu.seed2", "fp8_current.cpu.seed1")]
+H100 = [RESULTS / "llama3_8b_h100" / f"llama3_8b.{precision}.layers{n}" for precision in ("bf16", "fp8_current") for n in (2, 6)]
+AREA = "Analysis"
+STEPS = 24
+
+
+def demo(folder: Path) -> list[Path]:
+    """Return copies of the demo's runs with an evaluation, which is what a run folder can hold at most."""
+    runs = [fresh(run, folder / run.name) for run in DEMO]
+    for run in runs:
+        evaluate(run, "bf16" if ".bf16." in run.name else "fp8_current", [1, 0, 1, 1] * 50, 2.5)
+    return runs
+
+
+def _mutated(main: Main, whole: Sequence[Path], count: int, folder: Path, options: Callable[[random.Random], list[str]]) -> Outcome:
+    outcome = Outcome()
+    for seed in range(count):
+        draw = random.Random(seed)
+        runs = [fresh(run, folder / run.name) for run in whole]
+        done = broken(draw.choice(runs), draw)
+        ended = call(main, [*runs, *options(draw)])
+        wrong = ended.wrong()
+        outcome.add(what_came_out(ended), lost=wrong and f"{done}: {wrong}")
+    return outcome
+
+
+@fault(AREA, "any file of a run folder cut, changed, retyped or replaced: `analysis.compare`", small=150, full=4000)
+def compare_of_broken_folders(count: int, folder: Path) -> Outcome:
+    return _mutated(compare.main, demo(folder / "whole"), count, folder, lambda draw: draw.choice([[], ["--json"]]))
+
+
+@fault(AREA, "the same: `analysis.report`", small=6, full=150)
+def report_of_broken_folders(count: int, folder: Path) -> Outcome:
+    return _mutated(report.main, demo(folder / "whole"), count, folder, lambda draw: ["--out", f"{folder}/report.html"])
+
+
+@fault(AREA, "the same: `analysis.throughput`", small=40, full=1000)
+def throughput_of_broken_folders(count: int, folder: Path) -> Outcome:
+    return _mutated(throughput.main, H100, count, folder, lambda draw: _form(draw, folder))
+
+
+@fault(AREA, "the same: `analysis.fig3`", small=40, full=1000)
+def fig3_of_broken_folders(count: int, folder: Path) -> Outcome:
+    return _mutated(fig3.main, H100, count, folder, lambda draw: _form(draw, folder))
+
+
+@fault(AREA, "the same: `launch.status`", small=60, full=1000)
+def status_of_broken_folders(count: int, folder: Path) -> Outcome:
+    return _mutated(status.main, demo(folder / "whole"), count, folder, lambda draw: draw.choice([[], ["--json"]]))
+
+
+def _form(draw: random.Random, folder: Path) -> list[str]:
+    return draw.choice([[], ["--json"], *(["--out", f"{folder}/table{suffix}"] for suffix in (".html", ".csv", ".md"))])
+
+
+@fault(AREA, "`metrics.jsonl` cut at every byte", small=300, full=10**6)
+def metrics_cut_at_every_byte(count: int, folder: Path) -> Outcome:
+    """A cut file is refused, unless all steps are there; a run that goes on from the cut keeps every whole line."""
+    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    last_evaluation = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for end in range(0, len(whole), max(1, len(whole) // count)):
+        path.write_bytes(whole[:end])
+        try:
+            load_run(run)
+            lost = None if end == last_evaluation else f"cut at byte {end}: taken for whole"
+        except InputError:
+            lost = None
+        kept, step = rows_of(path), whole[:end].count(b'"loss"')
+        keep_until(path, step)
+        append_line(path, {"step": step + 1})
+        if [*kept, {"step": step + 1}] != [*rows_of(path)][: len(kept) + 1]:
+            lost = f"cut at byte {end}: a whole line was lost"
+        outcome.add("whole without its last line" if end == last_evaluation else REFUSED, lost=lost)
+    return outcome
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from recipes.run_folder import append_line
+for i in range(int(sys.argv[3])):
+    append_line(Path(sys.argv[1]), {"step": i + 1, "loss": 2.0, "writer": int(sys.argv[2]), "text": "x" * (i % 300)})
+"""
+
+
+@fault(AREA, "lines of four processes that write one `metrics.jsonl` at once", small=800, full=20_000)
+def writers_at_once(count: int, folder: Path) -> Outcome:
+    """No line is torn or lost, and the file, in which every step stands four times, is refused as a run.
+
+    Blank lines may come in between: a writer that finds another's line half-written ends it, to be safe.
+    """
+    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
+    path, each = run / "metrics.jsonl", count // 4
+    path.unlink()
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, str(n), str(each)], cwd=PROJECT) for n in range(4)]
+    for writer in writers:
+        writer.wait()
+    written = rows_of(path)
+    for n in range(4):
+        found = [row["step"] for row in written if row["writer"] == n]
+        for step in range(1, each + 1):
+            outcome.add("line whole, run refused", lost=None if found[step - 1 : step] == [step] else f"writer {n}: line {step} is missing")
+    try:
+        load_run(run)
+        outcome.lost.append("a file of four writers was taken for a run")
+    except InputError:
+        pass
+    return outcome
+
+
+SCALARS = [value for value in VALUES if not isinstance(value, dict | list)]
+JSON = st.recursive(
+    st.floats(1e-3, 10) | st.sampled_from(SCALARS) | st.floats() | st.integers(), lambda inner: st.lists(inner, max_size=2), max_leaves=3
+)
+KEYS = st.sampled_from(["step", "loss", "tokens", "step_time_s", "fp8_gemms", "heldout_loss", "grad_norm", "lr"])
+
+
+@fault(AREA, "`metrics.jsonl` of any rows (hypothesis)", small=200, full=5000)
+def any_rows(count: int, folder: Path) -> Outcome:
+    """Whatever rows there are: refused, or a run of all its steps with finite losses."""
+    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        changes=st.lists(st.tuples(st.integers(0, len(lines) - 1), KEYS, JSON), max_size=3),
+        swap=st.integers(0, 40),
+        extra=st.sampled_from(["", "", "", "{", "[]", "null", "\x00"]),
+    )
+    def tried(changes: list[tuple[int, str, object]], swap: int, extra: str) -> None:
+        rows = [json.loads(line) for line in lines]
+        for at, key, value in changes:
+            rows[at] |= {key: value} if key in rows[at] else {}
+        if swap < len(rows) - 1:
+            rows[swap : swap + 2] = rows[swap : swap + 2][::-1]
+        path.write_text("\n".join([json.dumps(row) for row in rows] + ([extra] if extra else []) + [""]), "utf-8", "replace")
+        try:
+            found = load_run(run)
+        except InputError:
+            outcome.add(REFUSED)
+            return
+        loss = found.steps["loss"]
+        outcome.add("read, all steps finite", lost=None if len(loss) == STEPS and np.isfinite(loss).all() else f"{changes}: taken for a run")
+
+    tried()
+    return outcome
