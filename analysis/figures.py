@@ -114,7 +114,8 @@ def loss_curves(found: Comparison) -> Figure:
     entropy = (found.bases[0].manifest.get("data") or {}).get("unigram_entropy_nats")
     if entropy:
         whole.axhline(entropy, color="#777777", lw=0.8, ls=":")
-        whole.annotate("unigram entropy of the held-out text", (whole.get_xlim()[1], entropy), ha="right", va="bottom", fontsize=8, color="#555555")
+        words = "unigram entropy\nof the held-out text"
+        whole.text(0.1, entropy, words, transform=whole.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
     close.set_title("the last quarter", fontsize=9)
     whole.legend(fontsize=8, frameon=False)
     caption = (

@@ -7,14 +7,16 @@ takes no number from anywhere else than these folders, reference data with its s
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import bits, depth, fig3, gemm, throughput
+from analysis import bits, depth, fig3, gemm, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.predictor.stored import fits
@@ -22,7 +24,7 @@ from analysis.predictor.validation import tables, validate
 from analysis.report import load_all
 from analysis.runs import Run
 from analysis.soundness import unsound
-from analysis.table import cells, compare, headline, row
+from analysis.table import all_notes, cells, compare, headline, row
 from analysis.tabular import Table
 from recipes.compose import compose_plan
 from recipes.defaults import recommended
@@ -201,6 +203,40 @@ def verdicts(results: Sequence[Path]) -> str:
     return Table("", [cells(values) for values in rows], rows, [headline(rows[0])], frozenset(["precision", "verdict"])).markdown()
 
 
+def notes(results: Sequence[Path]) -> str:
+    """What a reader should know of each verdict beside its row."""
+    return "\n".join(f"- {note}" for note in all_notes(compare(runs_of(results))))
+
+
+def tunings(results: Sequence[Path]) -> str:
+    """What single changes of settings buy."""
+    return tuning.table(folders_of(results)).markdown()
+
+
+def harness_cost(results: Sequence[Path]) -> str:
+    """What the harness adds to a bare Megatron-Core step (recipes.training.harness_cost), a row a measurement."""
+    costs = [json.loads(path.read_text()) for folder in results for path in sorted(folder.rglob("cost.json"))]
+    if not costs:
+        raise InputError("there is no cost.json; measure it with python -m recipes.training.harness_cost --out")
+    what = f"{', '.join(sorted({cost['labels']['step_time'] for cost in costs}))} on {', '.join(sorted({cost['device'] for cost in costs}))}"
+    note = f"Over a bare Megatron-Core step in the same run, {what}."
+    return Table("", [_cost(cost) for cost in costs], costs, [note], frozenset(["model", "precision"])).markdown()
+
+
+def _cost(cost: dict[str, Any]) -> dict[str, str]:
+    low, high = cost["cost_interval_95"]
+    parts = {"run folder": "hooks_ms", "waiting for the device": "wait_ms", "NeMo and Lightning": "nemo_and_lightning_ms"}
+    return {
+        "model": f"{cost['model']}, {cost['layers']} layers",
+        "precision": cost["precision"],
+        "bare step, ms": f"{cost['bare_step_s'] * 1e3:.1f}",
+        "added, ms": f"{cost['added_ms']:.1f}",
+        **{f"{name}, ms": f"{cost[key]:.1f}" for name, key in parts.items()},
+        "cost": f"{cost['cost']:.2%} ({low:.2%} to {high:.2%})",
+        f"goal {cost['goal']:.1%}": "met" if cost["met"] else "missed",
+    }
+
+
 def validations(place: int) -> Maker:
     """Return a maker of a table of the predictor's validation: 0 step times, 1 speedups, 2 the summary."""
 
@@ -246,7 +282,7 @@ def of_comparison(name: str) -> Maker:
         drawn = {figure.name: figure for figure in [*figures(found), *numerics_figures(found.runs)]}
         if name not in drawn:
             raise InputError(f"the runs give {', '.join(drawn)}")
-        return drawn[name]
+        return replace(drawn[name], name=f"{name}_{_one(results).name}")
 
     return maker
 
@@ -274,6 +310,9 @@ TABLES: dict[str, Maker] = {
     "fig3-wholes": wholes,
     "throughput": throughputs,
     "verdicts": verdicts,
+    "verdict-notes": notes,
+    "tuning": tunings,
+    "harness-cost": harness_cost,
     "validation": validations(2),
     "validation-steps": validations(0),
     "validation-speedups": validations(1),

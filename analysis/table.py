@@ -66,6 +66,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "rounding_nats": tail.rounding,
         "asserted": {run.name: asserted(run) for run in (base, candidate) if run.imported},
         "noise_floor_nats": verdict.noise_floor,
+        "within_noise_floor": verdict.within_noise,
         "tokens_to_decide": verdict.tokens_to_decide,
         "spikes": verdict.spikes,
         "spikes_of_base": verdict.base_spikes,
@@ -175,6 +176,8 @@ def _imports(verdict: Verdict) -> list[str]:
 
 def _why_open(verdict: Verdict) -> str:
     gap = verdict.gaps["tail"].nats
+    if verdict.within_noise:
+        return "the gap is outside the bar, and no larger than BF16 seeds lie apart: train longer or more steadily, until seeds agree within the bar"
     if not math.isfinite(gap.half_width):
         return "the tail is too short for an interval: run longer"
     limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]

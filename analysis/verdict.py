@@ -5,11 +5,13 @@ held to a bar that was set before the run.  Three windows are looked at: the who
 which decides; and its last fifth, the end, which can only spoil a pass: a gap that opens late is small in a mean.
 
     pass        the tail's interval lies inside the bar, and the end's mean too
-    fail        the interval of the tail, or of the end, lies wholly outside
+    fail        the interval of the tail, or of the end, lies wholly outside, and beyond the noise floor
     undecided   anything else, with the tokens that would decide it if the gap stayed as it is
 
-How far apart BF16 runs of other seeds lie (the noise floor) is reported beside, and does not decide: a candidate
-shares its seed with its base, so it is held to more than luck.
+The noise floor is how far apart BF16 runs of other seeds lie.  It lets nothing pass: a candidate shares its seed with its base,
+so it is held to more than luck.  But where training is unsettled the last bit of a sum is enough to send two runs of one seed
+as far apart as two seeds, and then a gap no larger than that says nothing of the recipe: it is undecided, however narrow its
+interval, which knows the noise within a run and not that between runs.
 
 A loss that was printed with few digits (an imported console log) may be off by half of the last one, always in the same
 direction at worst: that much, for both runs, is added to either side of the interval, and no length of run removes it.
@@ -54,7 +56,10 @@ class Gap:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats."""
+    """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats.
+
+    `within_noise`: the gap is outside the bar, and no larger than BF16 seeds lie apart.
+    """
 
     base: Run
     candidate: Run
@@ -64,6 +69,7 @@ class Verdict:
     heldout: float | None
     heldout_base: float | None
     noise_floor: float | None
+    within_noise: bool
     tokens_to_decide: float | None
     spikes: int
     base_spikes: int
@@ -81,8 +87,10 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     check_pair(base, candidate)
     gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction, base.rounding() + candidate.rounding())
     limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
-    by_limit = {name: decide(gaps, limit) for name, limit in limits.items()}
+    floor = noise_floor(base, others, gaps["tail"].nats.count)
+    by_limit = {name: decide(gaps, limit, floor or 0.0) for name, limit in limits.items()}
     decides = candidate.plan.bar.decides
+    within_noise = by_limit[decides] == UNDECIDED and decide(gaps, limits[decides]) == FAIL
     heldout = heldout_gaps(base, candidate)
     return Verdict(
         base=base,
@@ -92,8 +100,9 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         gaps=gaps,
         heldout=float(heldout[1][-1]) if heldout[0].size else None,
         heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
-        noise_floor=noise_floor(base, others, gaps["tail"].nats.count),
-        tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED else None,
+        noise_floor=floor,
+        within_noise=within_noise,
+        tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED and not within_noise else None,
         spikes=spikes(candidate.steps["loss"]),
         base_spikes=spikes(base.steps["loss"]),
         layout=layout_label(base, candidate),
@@ -121,10 +130,11 @@ def _widened(mean: Mean, nats: float) -> Mean:
     return replace(mean, low=mean.low - nats, high=mean.high + nats)
 
 
-def decide(gaps: dict[str, Gap], limit: float) -> str:
-    """Return the verdict on the gaps of a run at a limit in nats."""
+def decide(gaps: dict[str, Gap], limit: float, noise_floor: float = 0.0) -> str:
+    """Return the verdict on the gaps of a run at a limit in nats, `noise_floor` nats between BF16 seeds."""
     tail, end = gaps["tail"].nats, gaps["end"].nats
-    if any(gap.low > limit or gap.high < -limit for gap in (tail, end)):
+    outside = max(limit, noise_floor)
+    if any(gap.low > outside or gap.high < -outside for gap in (tail, end)):
         return FAIL
     if -limit <= tail.low and tail.high <= limit and abs(end.value) + gaps["end"].rounding <= limit:
         return PASS

@@ -77,8 +77,12 @@ def measured_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
 
 
 def assembled_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
-    """Return the speedups of whole models put together from runs cut in depth (analysis.whole), of a plan's cell."""
-    own = [run for run in runs if run.plan.model.name == plan.model.name and serves(run.plan, plan.gpu.name)]
+    """Return the speedups of whole models put together from runs cut in depth (analysis.whole), of a plan's cell.
+
+    Whole models that ran stand for themselves (`measured_speedups`): what makes them fit may be other settings.
+    """
+    whole = {run.folder for run in whole_runs(runs)}
+    own = [run for run in runs if run.plan.model.name == plan.model.name and serves(run.plan, plan.gpu.name) and run.folder not in whole]
     found = []
     for row in fig3.rows(depth.fit(own)):
         if row["precision"] == plan.precision.name and row["speedup_whole"]:

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.runs import Array, load_run
 from analysis.statistics import mean_with_interval, spikes
+from analysis.table import notes
 from analysis.verdict import decide, gaps_of, judge
 from recipes.plan import Bar
 from tests.analysis.conftest import STEPS, Maker, curve, own_noise
@@ -95,6 +96,21 @@ def test_the_noise_floor_is_the_distance_of_bf16_seeds(make: Maker) -> None:
     runs = [load_run(make(f"bf16.{s}", curve() + s * 0.003, "bf16", (f"seed={s}",))) for s in (1, 2)]
     verdict = judge(runs[0], load_run(make("fp8", curve() + 0.003, overrides=("seed=1",))), runs[1:])
     assert verdict.noise_floor == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize(("apart", "verdict"), [(0.05, "undecided"), (0.01, "fail")])
+def test_a_gap_no_larger_than_that_of_bf16_seeds_fails_nobody(make: Maker, apart: float, verdict: str) -> None:
+    runs = [load_run(make(f"bf16.{s}", curve() + s * apart, "bf16", (f"seed={s}",))) for s in (1, 2)]
+    found = judge(runs[0], load_run(make("fp8", curve() + apart + 0.03, overrides=("seed=1",))), runs[1:])
+    assert found.verdict == verdict and found.within_noise == (verdict == "undecided")
+    if found.within_noise:
+        assert found.tokens_to_decide is None and "no larger than BF16 seeds" in " ".join(notes(found))
+
+
+def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:
+    runs = [load_run(make(f"bf16.{s}", curve() + s * 0.5, "bf16", (f"seed={s}",))) for s in (1, 2)]
+    found = judge(runs[0], load_run(make("fp8", curve() + 0.5 + 0.00575 + own_noise(3), overrides=("seed=1",))), runs[1:])
+    assert found.verdict == "undecided" and not found.within_noise
 
 
 def test_spikes_are_counted_once_each() -> None:
