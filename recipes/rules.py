@@ -86,6 +86,8 @@ def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
         what = "settings=throughput measures GPUs; use settings=convergence"
     elif m.cuda_graphs or m.fsdp or m.recompute_layers or m.offload_layers:
         what = "CUDA graphs, FSDP, recompute and offloading are for GPUs; use mapping=single"
+    elif plan.data.kind == "mock":
+        what = "for the loss, and data=mock has random tokens; use data=text"
     return f"gpu=cpu emulates FP8, {what}" if what else None
 
 

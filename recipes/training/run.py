@@ -30,9 +30,12 @@ def task(plan: Plan, folder: Path) -> Any:
     cpu.activate()
     import fiddle as fdl
 
+    from recipes.training.loss import set_loss
     from recipes.training.recipe import build
 
-    return fdl.build(build(plan, folder))
+    built = fdl.build(build(plan, folder))
+    set_loss(built.keywords["model"])
+    return built
 
 
 def main(folder: Path) -> int:

@@ -88,7 +88,11 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*EMULATED, "precision=mxfp8", "experiment=throughput"], "settings=convergence"),
     ],
     "narrow_moments_need_their_optimizer": [([*H100_8B, "settings.adam_moments=bf16"], "adam_moments=fp32")],
-    "cpu_runs_what_is_emulated": [(["settings=throughput"], "settings=convergence"), (["mapping.recompute_layers=1"], "mapping=single")],
+    "cpu_runs_what_is_emulated": [
+        (["settings=throughput"], "settings=convergence"),
+        (["mapping.recompute_layers=1"], "mapping=single"),
+        (["data=mock"], "data=text"),
+    ],
     "model_fits_machine": [(["model=llama31_405b"], "model=llama3_tiny")],
     "model_fits_gpu": [([*H100_8B, "mapping.cp=1", "num_gpus=8"], "mapping.")],
 }
