@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import bits, depth, fig3, gemm, throughput, tuning
+from analysis import bits, depth, fig3, gemm, numerics, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.predictor.stored import fits
@@ -58,9 +58,9 @@ def runs_of(results: Sequence[Path]) -> list[Run]:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def memory(_: Sequence[Path]) -> str:
+def memory(results: Sequence[Path]) -> str:
     """The memory estimate held against peaks, by kind of peak and number format (`recipes.validation`), and against NVIDIA's layouts."""
-    found = pd.DataFrame(validation())
+    found = pd.DataFrame(validation(folders_of(results)))
     found["format"] = np.where(found["precision"] == "bf16", "BF16", "FP8")
     shown = [_peaks(str(kind), str(format), rows) for (kind, format), rows in found.groupby(["kind", "format"])]
     fit, layouts = nvidias_layouts()
@@ -208,6 +208,21 @@ def notes(results: Sequence[Path]) -> str:
     return "\n".join(f"- {note}" for note in all_notes(compare(runs_of(results))))
 
 
+def operands(results: Sequence[Path]) -> str:
+    """What each recipe did to the operands of its GEMMs after the first step, and how much of them became zero in that."""
+    found = numerics.load_all(runs_of(results))
+    later, first = found[found["step"] > 1], found[found["step"] == 1]
+    later = later.groupby(["precision", "role"]).agg({"sqnr_db": "median", "underflow": ["mean", "max"], "saturated": "max"})
+    later.columns = pd.Index(["SQNR, dB", "became zero", "at most", "saturated at most"])
+    table = later.assign(**{"became zero in step 1": first.groupby(["precision", "role"])["underflow"].mean()}).reset_index()
+    shares = [name for name in table if "zero" in str(name) or "most" in str(name)]
+    shown = [
+        {str(k): f"{v:.1e}" if k in shares else v if isinstance(v, str) else f"{v:.1f}" for k, v in row.items()} for row in table.to_dict("records")
+    ]
+    note = "Over all linear layers and diagnosed steps after the first: SQNR the median, shares of elements the mean and the largest of a layer and step."
+    return Table("", shown, table.to_dict("records"), [note], frozenset(["precision", "role"])).markdown()
+
+
 def tunings(results: Sequence[Path]) -> str:
     """What single changes of settings buy."""
     return tuning.table(folders_of(results)).markdown()
@@ -311,6 +326,7 @@ TABLES: dict[str, Maker] = {
     "throughput": throughputs,
     "verdicts": verdicts,
     "verdict-notes": notes,
+    "operands": operands,
     "tuning": tunings,
     "harness-cost": harness_cost,
     "validation": validations(2),

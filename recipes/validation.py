@@ -1,7 +1,7 @@
-"""`python -m recipes.validation`: the memory estimate held against peaks that were measured or published.
+"""`python -m recipes.validation [RUN…]`: the memory estimate held against peaks that were measured or published.
 
 A prediction is worth what its error is known to be.  Each row of reference/peak_memory.csv is composed as a plan, predicted
-and compared; the README's table of errors is read off what this prints.
+and compared, and so is each run folder that is named, yours for one; the README's table of errors is read off what this prints.
 """
 
 from __future__ import annotations
@@ -17,21 +17,48 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.compose import compose_plan
-from recipes.memory import estimate
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.memory import OUTSIDE_PYTORCH, estimate
+from recipes.run_folder import read_plan, rows_of
 
 PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
 Row = dict[str, str | float]
 
 
-def validation() -> list[Row]:
-    """Return the rows of peak_memory.csv with `predicted_gb` and `error` (predicted over peak, minus one)."""
+def validation(runs: Sequence[Path] = ()) -> list[Row]:
+    """Return the rows of peak_memory.csv and of run folders, with `predicted_gb` and `error` (predicted over peak, minus one)."""
     with PEAKS.open(newline="") as file:
         rows: list[Row] = [dict(row) for row in csv.DictReader(file)]
     for row in rows:
         with_step = row["kind"] != "measured without step"  # some runs stopped before the optimizer's step
         peak, predicted = float(row["peak_gb"]), estimate(compose_plan(_overrides(row)), with_step).total_gb
-        row.update(peak_gb=peak, predicted_gb=round(predicted, 1), error=round(predicted / peak - 1, 3))
-    return rows
+        row.update(_compared(peak, predicted))
+    return [*rows, *map(_of_run, runs)]
+
+
+def _compared(peak_gb: float, predicted_gb: float) -> Row:
+    return {"peak_gb": round(peak_gb, 2), "predicted_gb": round(predicted_gb, 1), "error": round(predicted_gb / peak_gb - 1, 3)}
+
+
+def _of_run(folder: Path) -> Row:
+    """Return the row of a run folder; InputError where no GPU's memory stands in it."""
+    plan = read_plan(folder)
+    held = [row["memory_gb"] for row in rows_of(folder / "metrics.jsonl") if "memory_gb" in row]
+    if plan.on_cpu or not held:
+        raise InputError(f"{folder} has no peak of a GPU's memory in metrics.jsonl; name runs that trained on GPUs")
+    layout = {key: str(getattr(plan.mapping, key)) for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")}
+    axes = {"model": plan.model.name, "gpu": plan.gpu.name, "precision": plan.precision.name, "num_gpus": str(plan.num_gpus)}
+    note = f"{plan.model.num_layers} layers, vocabulary {plan.model.vocab_size}{', operands diagnosed' if (folder / 'fp8.jsonl').exists() else ''}"
+    return {
+        **axes,
+        **layout,
+        "seq_length": str(plan.seq_length),
+        "kind": "measured",
+        "source": folder.name,
+        "note": note,
+        **_compared(max(held) + OUTSIDE_PYTORCH / 1e9, estimate(plan).total_gb),
+    }
 
 
 def _overrides(row: Row) -> list[str]:
@@ -53,9 +80,15 @@ def shown(rows: Sequence[Row]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison."""
     parser = argparse.ArgumentParser(prog="python -m recipes.validation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs on GPUs, to be held against too")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    rows, as_json = validation(), parser.parse_args(argv).json
-    print(json.dumps(rows, indent=1)) if as_json else Console(width=180).print(shown(rows))
+    args = parser.parse_args(argv)
+    try:
+        rows = validation(args.runs)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    print(json.dumps(rows, indent=1)) if args.json else Console(width=180).print(shown(rows))
     return 0
 
 

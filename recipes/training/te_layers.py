@@ -2,7 +2,9 @@
 
 NeMo and Megatron-Core train on in BF16 without a word where FP8 is not to be had, so each layer's FP8 GEMMs are counted.  On
 steps that are diagnosed, this project's numerics quantise the operands that the layer had, as the recipe does, and keep what
-they met (recipes/training/bits.py says how exactly they agree with Transformer Engine's own casts).
+they met (recipes/training/bits.py says how exactly they agree with Transformer Engine's own casts).  Of a large operand they
+take rows from all over it, and the one with the largest value, which decides a scale: the whole in FP32, with what the numerics
+make of it, would need more memory than the training it looks at.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from recipes.plan import Fp8
 from recipes.training.fp8.linear import Calls
 from recipes.training.fp8.recipe import DelayedScaling, quantiser
+
+LOOKED_AT = 1 << 22  # elements of an operand
+BLOCK = 128  # neighbouring rows: sub-channel scaling's blocks of weights
 
 
 class Watched:
@@ -34,8 +39,9 @@ class Watched:
         if not self.in_fp8 or not module.training:
             return
         self.fp8_calls.fprop += 1
-        self._look(_normed(module, inputs[0]), "input")
-        self._look(module.weight, "weight")
+        if self._looks:
+            self._look(_normed(module, inputs[0].detach()), "input")
+            self._look(module.weight, "weight")
         first = output[0] if isinstance(output, tuple) else output
         if first.requires_grad:
             first.register_hook(self._backward)
@@ -50,17 +56,38 @@ class Watched:
     def _backward(self, grad: Tensor) -> None:
         self.fp8_calls.dgrad += 1
         self.fp8_calls.wgrad += 1
-        self._look(grad, "grad")
+        if self._looks:
+            self._look(grad, "grad")
+
+    @property
+    def _looks(self) -> bool:
+        """Whether this pass is looked at; none is while a CUDA graph is recorded."""
+        return self.fp8_quantiser is not None and self.fp8_quantiser.diagnose and not torch.cuda.is_current_stream_capturing()
 
     @torch.no_grad()
     def _look(self, x: Tensor, role: str) -> None:
         found = self.fp8_quantiser
-        if found is None or not found.diagnose or torch.cuda.is_current_stream_capturing():
-            return
         if isinstance(found, DelayedScaling):
             _scales_of(self.layer, found)
         values = x.dequantize() if hasattr(x, "dequantize") and type(x) is not Tensor and type(x) is not nn.Parameter else x
-        found(values.detach().reshape(-1, x.shape[-1]).float(), role, training=False)
+        assert found
+        found(sample(values.detach().reshape(-1, x.shape[-1])).float(), role, training=False)
+
+
+def sample(x: Tensor, elements: int = LOOKED_AT) -> Tensor:
+    """Return about `elements` of `x` [rows, columns]: blocks of rows spread over it, the last row being that with the largest |x|.
+
+    A NaN counts as largest.  All of `x` where it is no larger.
+    """
+    rows, columns = x.shape
+    wanted = max(1, elements // columns // BLOCK)
+    blocks = rows // BLOCK
+    if x.numel() <= elements or blocks <= wanted:
+        return x
+    starts = [BLOCK * (n * blocks // wanted) for n in range(wanted)]
+    taken = torch.cat([x[start : start + BLOCK] for start in starts])
+    taken[-1] = x[torch.linalg.vector_norm(x, torch.inf, dim=1).argmax()]
+    return taken
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:

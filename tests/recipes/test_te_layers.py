@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes.plan import Fp8
-from recipes.training.te_layers import Watched
+from recipes.training.te_layers import Watched, sample
 
 
 class Layer(nn.Module):
@@ -90,6 +90,26 @@ def test_the_norm_inside_a_layer_is_part_of_its_input(monkeypatch: pytest.Monkey
     layer(x)
     normed = torch.nn.functional.rms_norm(x, (16,), gain, 1e-5)
     assert float(seen.fp8_quantiser.seen["input"].amax) == float(normed.abs().max())
+
+
+def test_nothing_is_computed_where_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = watched(Fp8(scaling="current"), torch.ones(16), monkeypatch)
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *_: pytest.fail("a norm was computed for nobody"))
+    layer(torch.randn(4, 16)).sum().backward()
+    assert seen.fp8_calls.total == 3
+
+
+def test_of_a_large_operand_blocks_of_rows_and_the_largest_value_are_taken() -> None:
+    x = torch.randn(128 * 40 + 5, 64)
+    x[-3, 7] = -50.0  # in no whole block
+    taken = sample(x, elements=128 * 64 * 4)
+    assert taken.shape == (512, 64) and taken.abs().max() == 50.0 and torch.equal(taken[-1], x[-3])
+    for block, start in enumerate((0, 1280, 2560, 3840)):
+        rows = slice(block * 128, block * 128 + (127 if block == 3 else 128))
+        assert torch.equal(taken[rows], x[start : start + 128][: rows.stop - rows.start])
+    assert sample(x, elements=x.numel()) is x
+    x[9, 9] = torch.nan
+    assert sample(x, elements=128 * 64 * 4)[-1].isnan().any()
 
 
 def test_delayed_scaling_is_looked_at_with_the_scales_that_the_layer_used(monkeypatch: pytest.MonkeyPatch) -> None:
