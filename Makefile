@@ -1,5 +1,5 @@
 # `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test;
-# `make check` the linters and the type checker; `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (half an hour)
+# `make check` the linters and the type checker; `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (an hour)
 # and writes what was lost into docs/reliability.md.  Each installs what is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python

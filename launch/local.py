@@ -1,23 +1,33 @@
-"""Runs on this machine: the scripts of their job folders, so many side by side as the plan allows.
+"""Runs on this machine: the scripts of their job folders, so many side by side as the plan and the GPUs allow.
 
-A run's output goes to log.txt in its folder.
+A run's output goes to log.txt in its folder.  Each run on GPUs has its own; interrupted, the launcher asks its runs to save a
+checkpoint and waits for that; killed, it leaves them running, each the only one that may write its folder.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from launch.status import cause
+from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.run_folder import last_step, status_of
+from recipes.run_folder import SESSION, is_written, last_step, status_of
+
+TORCHRUN_KILLS_S = 45  # it gives its processes 30 s after SIGTERM
 
 
 @dataclass
@@ -28,46 +38,124 @@ class Job:
     folder: Path
     script: Path
     lock: int
+    gpus: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
 
 def run_all(jobs: Sequence[Job]) -> int:
-    """Run the jobs, at most `executor.max_parallel` at once; return 0 if all are done, else 1."""
+    """Run the jobs, at most `executor.max_parallel` at once, each on GPUs of its own; return 0 if all are done, else 1."""
     waiting, running = list(jobs), list[Job]()
     limit = min(job.plan.executor.max_parallel for job in jobs)
+    free = _checked(jobs)
     with _bars(jobs) as bars, _ended(running):
         while waiting or running:
-            while waiting and len(running) < limit:
-                running.append(_start(waiting.pop(0)))
+            while waiting and len(running) < limit and (free is None or len(free) >= _needs(waiting[0])):
+                job = waiting.pop(0)
+                if free is not None:
+                    job.gpus, free = tuple(free[: _needs(job)]), free[_needs(job) :]
+                running.append(_start(job))
             time.sleep(0.5)
             for job in running[:]:
                 bars.show(job)
                 if job.process and job.process.poll() is not None:
                     running.remove(job)
+                    free = None if free is None else [*free, *job.gpus]
                     bars.close(job)
     return 0 if all(status_of(job.folder) in ("done", "paused") for job in jobs) else 1
 
 
+def gpus() -> list[str] | None:
+    """Return the GPUs that runs may have, as CUDA_VISIBLE_DEVICES names them; None where nothing tells."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
+
+
+def _needs(job: Job) -> int:
+    return 0 if job.plan.on_cpu else job.plan.num_gpus
+
+
+def _checked(jobs: Sequence[Job]) -> list[str] | None:
+    """Return the free GPUs; InputError where a job wants more, or another process still writes its folder."""
+    taken = next((job.folder for job in jobs if is_written(job.folder)), None)
+    if taken:
+        raise InputError(f"{taken}: a process of an earlier launch still trains it; wait for it, or end it with `touch {taken / 'stop'}`")
+    free = gpus() if any(map(_needs, jobs)) else None
+    most = max(jobs, key=_needs)
+    if free is not None and len(free) < _needs(most):
+        raise InputError(
+            f"{most.folder}: num_gpus={_needs(most)}, and {len(free)} GPU(s) can be seen here; lower num_gpus, or see CUDA_VISIBLE_DEVICES"
+        )
+    return free
+
+
 def _start(job: Job) -> Job:
-    command = ["bash", str(job.script)]
+    """Start a job in a session of its own: an interrupt from the keyboard is for the launcher, which asks the runs to stop."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        env = {**os.environ, "MASTER_PORT": str(port.getsockname()[1])}
+    if job.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
     with (job.folder / "log.txt").open("ab") as log:
-        job.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[job.lock])
+        log.write(f"{SESSION}\n".encode())
+        log.flush()
+        job.process = subprocess.Popen(
+            ["bash", str(job.script)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[job.lock],
+            env=env,
+            start_new_session=True,
+        )
     return job
 
 
 @contextmanager
 def _ended(running: list[Job]) -> Iterator[None]:
-    """End what still runs when the launcher is interrupted; the next launch continues from the last checkpoint."""
+    """Have what still runs save a checkpoint when the launcher is interrupted or terminated; a second interrupt kills it."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        for job in running:
-            if job.process and job.process.poll() is None:
-                job.process.terminate()
-                try:
-                    job.process.wait(10)
-                except subprocess.TimeoutExpired:
-                    job.process.kill()
+        alive = [job for job in running if job.process and job.process.poll() is None]
+        try:
+            _stop(alive)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            for job in alive:
+                _kill(job)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _stop(alive: Sequence[Job]) -> None:
+    if not alive:
+        return
+    print("stopping: the runs save a checkpoint; interrupt again to kill them", file=sys.stderr)
+    for job in alive:
+        (job.folder / "stop").touch()
+    for job in alive:
+        if job.process:
+            job.process.wait(job.plan.executor.stop_before_limit_s)
+
+
+def _kill(job: Job) -> None:
+    """Kill a run; torchrun, whose ranks are in sessions of their own, takes half a minute to kill them."""
+    if not job.process or job.process.poll() is not None:
+        return
+    os.killpg(job.process.pid, signal.SIGTERM if job.plan.num_gpus > 1 else signal.SIGKILL)
+    try:
+        job.process.wait(TORCHRUN_KILLS_S)
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        os.killpg(job.process.pid, signal.SIGKILL)
 
 
 class _Bars:

@@ -25,7 +25,7 @@ from launch.job import is_held
 from launch.submit import ENDED, submissions
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.run_folder import last_step, read_plan, rows_of, status_of
+from recipes.run_folder import SESSION, is_written, last_step, read_plan, rows_of, status_of
 
 LOG_TAIL_BYTES = 200_000
 
@@ -33,11 +33,13 @@ LOG_TAIL_BYTES = 200_000
 CAUSES = (
     (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "out of GPU memory: more mapping.recompute_layers, tp or pp"),
     (r"oom[-_ ]kill|Out Of Memory|Detected \d+ oom", "out of host memory"),
-    (r"found NaN in|non_finite|loss is nan", "NaN or Inf in loss or gradients"),
+    (r"found (?:NaN|Inf) in|non_finite|loss is nan|the loss of step \d+ is", "NaN or Inf in loss or gradients"),
     (r"Invalid MPI type", "srun knows no such MPI plugin: set cluster.mpi (srun --mpi=list names them) or null"),
     (r"pyxis: .{0,40}(failed to import|image import)", "the container image cannot be imported: check cluster.container_image"),
     (r"numactl: .{0,40}not found", "numactl is missing in the container: set cluster.numa_binding=false"),
     (r"Watchdog caught collective operation timeout|NCCL.{0,40}timeout", "a rank hung: NCCL timed out"),
+    (r"^(?:\d+: )?Timeout \((\d+:\d\d:\d\d)\)!", r"no step for \1 hours (train.step_timeout_s): a rank hung, and log.txt shows where"),
+    (r"No space left on device|Disk quota exceeded", "the disk is full: make room, and the same launch command continues it"),
 )
 STATES = {
     "TIMEOUT": "the time limit: the same launch command continues it",
@@ -93,8 +95,9 @@ def judged(folder: Path, job: slurm.JobState | None) -> tuple[str, str]:
     said = status_of(folder)
     if said == "done":
         return "done", ""
-    if job is None and said == "running" and is_held(folder) is False:
-        return "failed", "its process is gone, killed or with its machine: the same launch command continues it"
+    if job is None and said == "running" and not is_alive(folder):
+        gone = "its process is gone, killed or with its machine: the same launch command continues it"
+        return "failed", known_cause(_tail(folder / "log.txt")) or gone
     if job is None or job.state.startswith("COMPLETED"):
         return said, cause(folder) if said == "failed" else ""
     if job.state.startswith(("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "SPECIAL_EXIT")):
@@ -106,12 +109,22 @@ def judged(folder: Path, job: slurm.JobState | None) -> tuple[str, str]:
     return "failed", next((why for state, why in STATES.items() if job.state.startswith(state)), "") or cause(folder)
 
 
+def is_alive(folder: Path) -> bool:
+    """Return whether a run on this machine lives, as far as can be told: it holds its folder, or there is nothing to hold."""
+    return is_held(folder) is not False or is_written(folder)
+
+
+def known_cause(log: str) -> str | None:
+    """Return what a log's end says in words that are known."""
+    found = ((re.search(pattern, log, re.IGNORECASE | re.MULTILINE), meaning) for pattern, meaning in CAUSES)
+    return next((match.expand(meaning) for match, meaning in found if match), None)
+
+
 def cause(folder: Path) -> str:
     """Return what a failed run died of: its own last word, or what its log says."""
     events = [e for e in rows_of(folder / "events.jsonl") if e.get("event") in ("failed", "non_finite_loss")]
     tail = _tail(folder / "log.txt")
-    known = next((meaning for pattern, meaning in CAUSES if re.search(pattern, tail, re.IGNORECASE)), None)
-    if known:
+    if known := known_cause(tail):
         return known
     if events:
         return str(events[-1].get("reason", "NaN or Inf in loss or gradients"))
@@ -120,11 +133,12 @@ def cause(folder: Path) -> str:
 
 
 def _tail(log: Path) -> str:
+    """Return the end of what the newest session wrote."""
     if not log.exists():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        return file.read().decode(errors="replace")
+        return file.read().decode(errors="replace").rpartition(SESSION)[2]
 
 
 def rows(folders: Sequence[Path]) -> list[Row]:

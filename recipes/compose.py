@@ -68,7 +68,17 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     except UnicodeEncodeError:
         raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
     refuse_secrets(tree)
+    _sizes_are_numbers(tree)
     return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
+
+
+def _sizes_are_numbers(tree: dict[str, Any]) -> None:
+    """The sizes of a mapping are multiplied before the plan's types are looked at, and a text times a number is a longer text."""
+    mapping = tree.get("mapping")
+    for name in ("tp", "pp", "cp"):
+        size = mapping.get(name) if isinstance(mapping, dict) else None
+        if not isinstance(size, int | None):
+            raise InputError(f"mapping.{name} is no whole number (given: {one_line(repr(size))[:80]}); see conf/ for what it takes")
 
 
 def plan_from_tree(tree: dict[str, Any]) -> Plan:

@@ -24,12 +24,11 @@ from typing import Any
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
-from recipes.run_folder import read_plan
+from recipes.run_folder import CHECKPOINT, finished_checkpoints, read_plan
 
 # One point: what sampling alone makes of an accuracy near one half on 2,500 questions, so the least that a table of
 # unpaired accuracies could show.  Loss, not accuracy, is where smaller differences are looked for.
 ACCURACY_BAR = 0.01
-CHECKPOINT = re.compile(r"step=(\d+)(-last)?")
 SET = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 HELDOUT = "heldout"
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -38,14 +37,12 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 def checkpoints(folder: Path) -> dict[int, Path]:
     """Return a run's whole checkpoints by the steps trained until each, in order.
 
-    NeMo counts from zero: `step=59` is written after 60 steps.  It keeps the newest alone, twice at the end of a run;
-    while one is being written, a file with `-unfinished` added to its name lies beside it.
+    NeMo counts from zero: `step=59` is written after 60 steps.
     """
-    found: dict[int, Path] = {}
-    for path in sorted((folder / "checkpoints").glob("step=*"), reverse=True):
+    found = {}
+    for path in finished_checkpoints(folder):
         name = CHECKPOINT.fullmatch(path.name)
-        whole = (path / "weights" / ".metadata").exists() and not path.with_name(path.name + "-unfinished").exists()
-        if name and whole:
+        if name and (path / "weights" / ".metadata").exists():
             found[int(name[1]) + 1] = path
     return dict(sorted(found.items()))
 

@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]  # exact as a float, which memory and time are reckoned in
+NonNegative = Annotated[int, Field(ge=0, lt=2**53)]
+Few = Annotated[int, Field(gt=0, le=10_000)]  # of what the plan goes through one by one
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Capability = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+Capability = Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]  # no control characters: it may stand in a script
 Value = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # X=1 needs no quotes
@@ -40,7 +41,7 @@ class Model(Frozen):
 
     name: Name
     nemo_recipe: Name
-    num_layers: Positive
+    num_layers: Few
     hidden_size: Positive
     ffn_hidden_size: Positive
     num_attention_heads: Positive
@@ -186,7 +187,7 @@ class Executor(Frozen):
     time_limit: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:[0-5]\d){0,2}$")]
     stop_before_limit_s: Positive
     max_restarts: NonNegative
-    chain: Positive
+    chain: Few
 
 
 class Cluster(Frozen):
@@ -226,7 +227,11 @@ class Logger(Frozen):
 
 
 class Train(Frozen):
-    """The schedule: steps, learning rate (linear warm-up, cosine decay), Adam, and the intervals in steps."""
+    """The schedule: steps, learning rate (linear warm-up, cosine decay), Adam, and the intervals in steps.
+
+    `on_non_finite`: whether NaN or Inf in loss or gradients stops the run, or the step's update is skipped.
+    `step_timeout_s`: a rank that gets no further for so long ends the job.
+    """
 
     max_steps: Positive
     max_lr: Rate
@@ -241,6 +246,8 @@ class Train(Frozen):
     diagnostics_interval: Positive
     checkpoint_interval: Positive
     stop_after: Positive | None
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    step_timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 1800  # four months, well below what the clock of a thread takes
 
 
 class Settings(Frozen):

@@ -4,22 +4,34 @@ plan.json        the plan, as composed
 manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
 metrics.jsonl    a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
 fp8.jsonl        what FP8 did to each layer's operands, at intervals: largest |x|, saturation, underflow, noise
-events.jsonl     start, resume, pause, NaN, failure, end
+events.jsonl     start, resume, pause, NaN, skipped updates, a checkpoint passed over, failure, end
 status.json      running, paused, done, failed (and why)
-checkpoints/     NeMo's distributed checkpoints
+lock             held by the process that writes all this, as long as it lives
+checkpoints/     NeMo's distributed checkpoints, the newest two, each with the checksums of its files
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan, plan_from_json
+
+SESSION = "--- a run of this folder begins"  # in log.txt: what stands before is of an earlier one
+CHECKPOINT = re.compile(r"step=(\d+)(-last)?")  # steps are counted from zero; -last: a copy, by earlier versions of this project
+UNFINISHED = "-unfinished"  # NeMo's file beside a checkpoint that is being written or removed (v2.3.2, callbacks/model_checkpoint.py)
+LAST_WORDS_S = 60  # a job that is queued again may start before the one before it has died
 
 
 def folder_of(plan: Plan) -> Path:
@@ -46,6 +58,41 @@ def keep_until(path: Path, step: int) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     part.replace(path)
+
+
+@contextmanager
+def only_writer(folder: Path, patience_s: float = LAST_WORDS_S) -> Iterator[None]:
+    """Hold the run folder for this process; InputError where another one, on any node whose file system shares locks, goes on writing.
+
+    A POSIX lock: it ends with the process, whatever ends it, and children do not keep it.
+    """
+    with (folder / "lock").open("w") as file:
+        deadline = time.monotonic() + patience_s
+        while _lock(file.fileno()) is False:
+            if time.monotonic() > deadline:
+                raise InputError(f"{folder}: another process trains this run; wait for it, or end it with `touch {folder / 'stop'}`")
+            time.sleep(0.5)
+        yield
+
+
+def is_written(folder: Path) -> bool:
+    """Return whether a process holds the run folder; not to be asked by that process, which would let go."""
+    if not (folder / "lock").exists():
+        return False
+    try:
+        with (folder / "lock").open("r+") as file:
+            return _lock(file.fileno()) is False
+    except OSError:  # a file system that cannot be written
+        return False
+
+
+def _lock(file: int) -> bool | None:
+    """Take a lock; False where another process has it, None on a file system without locks, which is no reason not to train."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,9 +164,9 @@ def check_folder(plan: Plan) -> Path:
 
 
 def comparable(plan: Plan) -> dict[str, Any]:
-    """Return what decides a run's numbers: the plan without its place, its executor and the point to pause at."""
+    """Return what decides a run's numbers: the plan without its place, its executor and when it pauses or gives up."""
     flat = flatten(plan.model_dump())
-    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after")
+    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s")
     said = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.source")  # of the GPU, for predictions alone
     return {k: v for k, v in flat.items() if not k.startswith((*place, *said))}
 
@@ -148,6 +195,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run folder that were written to their end, newest first."""
+    paths = [path for path in (folder / "checkpoints").glob("step=*") if path.is_dir() and not path.with_name(path.name + UNFINISHED).exists()]
+    named = [(int(name[1]), path) for path in paths if (name := CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(named, reverse=True)]
 
 
 def last_step(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import resource
 import time
 from dataclasses import asdict
@@ -18,12 +19,15 @@ from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
+from recipes.errors import one_line
 from recipes.plan import Fp8, plan_from_json
-from recipes.run_folder import append_line, event, flatten, keep_until, set_status, write_json
-from recipes.training import stop
+from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
+from recipes.training import stop, watchdog
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, manifest
 from recipes.training.te_layers import Watched, watch
+
+NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
 
 
 class RunFolderCallback(Callback):  # type: ignore[misc]
@@ -45,13 +49,23 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         megatron_init._set_random_seed(self.plan.seed)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Record what runs, and the step from which it goes on; what was written beyond that step is dropped."""
+        """Record what runs, and the step from which it goes on; what was written beyond that step is dropped.
+
+        An evaluation that was due at that step and is not written, for a pause left it out or the job died, is made up for.
+        """
+        self._alive()
         self.layers = {**fp8_modules(pl_module), **watch(pl_module, self._looked_at())}
         stop.listen()
         _count_batches_of(trainer)
         gc.freeze()  # NeMo's GarbageCollectionCallback walks all objects every 100 steps, 0.4 s of it over imported modules
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._begin(trainer)
+        if trainer.strategy.broadcast(trainer.is_global_zero and self._lacks_evaluation(trainer.global_step)):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def _begin(self, trainer: Any) -> None:
         step = trainer.global_step
         for name in ("metrics.jsonl", "fp8.jsonl"):
             keep_until(self.folder / name, step)
@@ -60,6 +74,13 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         set_status(self.folder, "running", step=step)
         for logger in trainer.loggers:
             logger.log_hyperparams(flatten(self.plan.model_dump()))
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        due = step > 0 and step % self.plan.train.eval_interval == 0 and self.plan.settings.evaluation
+        return due and not any("heldout_loss" in row and row["step"] == step for row in rows_of(self.folder / "metrics.jsonl"))
+
+    def _alive(self) -> None:
+        watchdog.got_further(self.plan.train.step_timeout_s)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock of a step, and look closely at the layers where it is time to."""
@@ -77,17 +98,21 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics; a loss that is no number is an event."""
+        self._alive()
         optimizer_time = self.backward_ended.until_now() if self.backward_ended else math.nan
         step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
         if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
             trainer.should_stop = True
+            if step < self.plan.train.max_steps:  # Lightning evaluates where it stops: it would cost the time that is left to save
+                trainer.limit_val_batches = 0
         if not trainer.is_global_zero:
             return
+        skipped = _update_was_skipped(trainer)
         row = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
             "loss": _number(logged.get("reduced_train_loss")),
-            "grad_norm": _number(logged.get("grad_norm")),
+            "grad_norm": math.nan if skipped else _number(logged.get("grad_norm")),  # else that of an earlier step
             "lr": _number(logged.get("lr")),
             "step_time_s": step_time,
             "optimizer_time_s": optimizer_time,
@@ -96,10 +121,23 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             "fp8_gemms": self._gemms() - self.gemms_before,
         }
         self._write(trainer, row)
-        if not math.isfinite(row["loss"]):
-            event(self.folder, "non_finite_loss", step=step)
+        self._judge(row, skipped)
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
+
+    def _judge(self, row: dict[str, float], skipped: bool) -> None:
+        """Record a loss that is no number and an update that was skipped for it, and end the run where the plan says so."""
+        if skipped:
+            event(self.folder, "skipped_update", step=row["step"], why="NaN or Inf in gradients")
+        if not math.isfinite(row["loss"]):
+            event(self.folder, "non_finite_loss", step=row["step"])
+            if self.plan.train.on_non_finite == "stop":
+                raise FloatingPointError(f"the loss of step {row['step']} is {row['loss']}")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients."""
+        if NON_FINITE.search(str(exception)):
+            event(self.folder, "non_finite_gradients", step=trainer.global_step + 1, rank=trainer.global_rank, why=one_line(str(exception))[:200])
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep the loss of a global batch: Lightning's own mean (val_loss) weighs the first batch less than the others.
@@ -107,10 +145,11 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         NeMo 2.3 (pytorch/strategies/megatron_strategy.py, validation_step) logs it without a batch size, and Lightning 2.4
         takes the size of the micro-batch before, one for the first.
         """
+        self._alive()
         self.heldout.append(outputs.detach().float())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Append the held-out loss; Lightning evaluates at a pause too, which an unbroken run does not."""
+        """Append the held-out loss; Lightning evaluates at the end too, whatever the interval."""
         if not self.heldout:
             return
         step, loss = trainer.global_step, _mean_over_pipeline(self.heldout)
@@ -119,7 +158,12 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Record the end, or the pause."""
+        """Give the last checkpoint its time."""
+        self._alive()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Record the end, or the pause, now that the last checkpoint is written."""
+        watchdog.at_end()
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.plan.train.max_steps
@@ -174,6 +218,13 @@ class Moment:
         end.record()
         end.synchronize()
         return float(self.event.elapsed_time(end)) / 1e3
+
+
+def _update_was_skipped(trainer: Any) -> bool:
+    """Return whether Megatron-Core found NaN or Inf in the gradients and left the parameters as they were."""
+    optimizer = getattr(trainer.optimizers[0], "mcore_optimizer", None)
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return any(getattr(part, "grad_scaler", None) is not None and bool(part.found_inf) for part in parts)
 
 
 def synchronize() -> None:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _active = False
 
@@ -140,12 +143,19 @@ def _optimizer() -> None:
 
 def _checkpoint_writer() -> None:
     """strategies/filesystem_async.py: _write_item lacks PyTorch's new argument (:320), and the queue of results comes
-    from a spawned process that imports NeMo again (14 s a save); a forked one need not."""
+    from a spawned process that imports NeMo again (14 s a save); a forked one need not, and ends with this one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async as module
     from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
     module._write_item = functools.partial(_write_item, serialization_format=SerializationFormat.TORCH_SAVE)
-    module._get_write_results_queue = functools.cache(lambda: multiprocessing.get_context("fork").Manager().Queue())
+
+    @functools.cache
+    def results() -> Any:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(ctypes.CDLL(None).prctl, (PR_SET_PDEATHSIG, signal.SIGKILL))
+        return manager.Queue()
+
+    module._get_write_results_queue = results
 
 
 def _checkpoint_reader() -> None:

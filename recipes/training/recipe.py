@@ -10,17 +10,18 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
-from nemo.lightning import AutoResume, NeMoLogger
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.lightning import NeMoLogger
 
 from recipes.plan import Plan
 from recipes.training.callback import RunFolderCallback
+from recipes.training.checkpoints import Checkpoints, Resume, Strategy
 from recipes.training.data import prepare
 from recipes.training.gpu import for_gpu
 from recipes.training.layers import layer_spec, set_recipe
@@ -53,6 +54,7 @@ def build(plan: Plan, folder: Path) -> run.Partial:
         _with_emulated_fp8(recipe, plan)
     else:
         for_gpu(recipe, plan)
+    _non_finite(recipe, plan)
     return recipe
 
 
@@ -115,6 +117,17 @@ def _optimizer(recipe: run.Partial, plan: Plan) -> None:
     recipe.optim.lr_scheduler.max_steps = t.max_steps
 
 
+def _non_finite(recipe: run.Partial, plan: Plan) -> None:
+    """NaN and Inf in gradients: Megatron-Core raises before they are reduced, or skips the update, which it does only with a loss scale.
+
+    A constant scale of 1 changes no bit (megatron/core/optimizer/__init__.py, v0.12.3: ConstantGradScaler).  NeMo takes it from the
+    precision plugin, which overwrites the optimizer's.
+    """
+    recipe.trainer.strategy.ddp.check_for_nan_in_grad = plan.train.on_non_finite == "stop"
+    if plan.train.on_non_finite == "skip":
+        recipe.trainer.plugins.fp16_loss_scale = 1.0
+
+
 def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
     saved = plan.settings.checkpoints and plan.data.kind != "mock"  # NullTokenizer cannot be written, and noise is not worth saving
     recipe.trainer.logger = False  # else Lightning adds its own beside the plan's
@@ -129,19 +142,19 @@ def _logging(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         tensorboard=run.Config(TensorBoardLogger, save_dir=str(folder), name="tensorboard", version="") if plan.logger.tensorboard else None,
         wandb=_wandb(plan, folder),
     )
-    recipe.resume = run.Config(
-        AutoResume, resume_if_exists=saved, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints")
-    )
+    fdl.update_callable(recipe.trainer.strategy, Strategy)
+    recipe.resume = run.Config(Resume, resume_if_exists=saved, resume_ignore_no_checkpoint=True, resume_from_directory=str(folder / "checkpoints"))
     recipe.trainer.callbacks = [*recipe.trainer.callbacks, run.Config(RunFolderCallback, folder=str(folder), plan_json=plan.model_dump_json())]
 
 
 def _checkpoint(plan: Plan, folder: Path) -> run.Config:
     return run.Config(
-        ModelCheckpoint,
+        Checkpoints,
         dirpath=str(folder / "checkpoints"),
         every_n_train_steps=plan.train.checkpoint_interval,
-        save_last=True,
-        save_top_k=1,
+        save_last=False,
+        save_top_k=2,
+        enable_version_counter=False,
         monitor="step",
         mode="max",
         filename="{step}",

@@ -6,8 +6,10 @@ which: a code of its own would make Slurm and torchrun end the ranks that are st
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
-from recipes.run_folder import event, read_plan, set_status
-from recipes.training import stop
+from recipes.run_folder import SESSION, event, only_writer, read_plan, set_status
+from recipes.training import stop, watchdog
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def task(plan: Plan, folder: Path) -> Any:
@@ -39,22 +43,43 @@ def task(plan: Plan, folder: Path) -> Any:
 
 
 def main(folder: Path) -> int:
-    """Train; on failure record why in the folder.  Returns the exit code."""
+    """Train; on failure record why in the folder, which one run at a time may write.  Returns the exit code."""
     stop.listen()
-    plan = read_plan(folder)
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        task(plan, folder)()
+        plan = read_plan(folder)
+        with only_writer(folder) if first else nullcontext():
+            return _train(plan, folder, first)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        if os.environ.get("RANK", "0") == "0":
-            set_status(folder, "failed", str(error))
         return EXIT_WRONG_INPUT
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or folder
+        print(f"error: {where}: {error.strerror}; make room or mend who may use it, and the same launch command continues the run", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+
+
+def _train(plan: Plan, folder: Path, first: bool) -> int:
+    if first:
+        print(SESSION, flush=True)
+    try:
+        train = task(plan, folder)
+        watchdog.got_further(plan.train.step_timeout_s)
+        train()
     except BaseException as error:
-        if os.environ.get("RANK", "0") == "0":
-            event(folder, "failed", reason=repr(error))
-            set_status(folder, "failed", repr(error))
+        if first:
+            _record_failure(folder, str(error) if isinstance(error, InputError) else repr(error))
         raise
     return 0
+
+
+def _record_failure(folder: Path, why: str) -> None:
+    with suppress(OSError):  # a full disk must not hide the first error
+        event(folder, "failed", reason=why)
+    with suppress(OSError):
+        set_status(folder, "failed", why)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def fault(area: str, what: str, small: int, full: int, nemo: bool = False) -> Ca
 def load() -> list[Fault]:
     """Import every module of this package, so that all faults are on the list, and return it."""
     package = importlib.import_module("tests.faults")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith(("test_", "__")):
-            importlib.import_module(f"tests.faults.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, "tests.faults."):
+        if not module.name.rpartition(".")[2].startswith(("test_", "_")):
+            importlib.import_module(module.name)
     return FAULTS

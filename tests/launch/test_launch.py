@@ -16,7 +16,7 @@ from launch.job import PROJECT, code, snapshot, write_job
 from launch.matrix import main as matrix
 from launch.slurm import JobState, refusal
 from recipes.compose import compose_plan
-from recipes.run_folder import append_line, event, set_status
+from recipes.run_folder import SESSION, append_line, event, set_status
 
 CELL = ["model=llama31_405b", "precision=fp8_current", "gpu=h100", "experiment=throughput"]
 SECRET = "hf_" + secrets.token_hex(16)  # not in any file, not even this one
@@ -167,6 +167,10 @@ OUTCOMES = [
     ("FAILED", "failed", "0: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", ("failed", "GPU memory")),
     ("FAILED", "failed", "3: RuntimeError: found NaN in local grad norm", ("failed", "NaN")),
     ("FAILED", "failed", "1: error: n3: megatron-core is 0.13, nemo_25_04 has 0.12", ("failed", "megatron-core is 0.13")),
+    ("FAILED", "failed", "1: FloatingPointError: the loss of step 7 is nan", ("failed", "NaN")),
+    ("FAILED", "running", "3: Timeout (0:30:00)!\n3: Thread 0x7f (most recent call first):", ("failed", "no step for 0:30:00 hours")),
+    ("FAILED", "running", "OSError: [Errno 28] No space left on device", ("failed", "disk is full")),
+    ("FAILED", "failed", f"CUDA out of memory\n0: {SESSION}\nSegmentation fault", ("failed", "log.txt")),
     ("FAILED", "new", "srun: error: Invalid MPI type 'pmix', --mpi=list for acceptable types", ("failed", "cluster.mpi")),
     ("FAILED", "new", "slurmstepd: error: pyxis: failed to import docker image", ("failed", "cluster.container_image")),
     ("FAILED", "failed", "Segmentation fault", ("failed", "log.txt")),

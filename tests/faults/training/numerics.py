@@ -1,0 +1,77 @@
+"""NaN and Inf in loss or gradients, and FP8 that is none: an event or a refusal, never a number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from analysis.runs import load_run
+from recipes.errors import InputError
+from recipes.run_folder import rows_of, status_of
+from tests.faults.registry import Outcome, fault
+from tests.faults.training import sabotage
+from tests.faults.training.process import Ranks
+from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, finish, numbers, prepared, step_of, unbroken
+
+POISON = ("nan_in_gradients", "inf_in_gradients", "nan_in_loss", "inf_in_loss")
+
+
+@fault(AREA, "NaN or Inf in loss or gradients of a step, `train.on_non_finite=stop`; one and two processes", small=2, full=16, nemo=True)
+def non_finite_stops(count: int, folder: Path) -> Outcome:
+    """The run ends, with an event; the step is never a number, and without the fault the run continues as if it had not been."""
+    outcome = Outcome()
+    for n in range(count):
+        processes, precision, what = 2 if n % 4 == 3 else 1, PRECISIONS[n % len(PRECISIONS)], POISON[(n + n // len(POISON)) % len(POISON)]
+        if processes == 2:
+            what = POISON[n // 4 % 2]  # of the other rank's loss, rank 0 knows the mean
+        run = prepared(folder / f"run{n}", precision, processes=processes)
+        ranks = Ranks(run, processes, sabotage=what)
+        ranks.until(lambda ranks=ranks: not all(process.is_alive() for process in ranks.processes))
+        codes = ranks.wait(20)
+        found = [row for row in rows_of(run / "events.jsonl") if str(row["event"]).startswith("non_finite")]
+        row = next((row for row in numbers(run / "metrics.jsonl") if row["step"] == sabotage.STEP and "loss" in row), {"loss": "NaN"})
+        wrong = None
+        if 0 in codes or not found or found[0]["step"] != sabotage.STEP or step_of(run) > sabotage.STEP:
+            wrong = f"{what}: {codes}, {found}, step {step_of(run)}"
+        elif row["loss"] not in ("NaN", float("inf")):
+            wrong = f"{what}: the step stands as {row}"
+        outcome.add(f"ended, an event in the run folder; {EQUAL}", lost=wrong or finish(run, precision, processes))
+    return outcome
+
+
+@fault(AREA, "the same, `train.on_non_finite=skip`", small=1, full=12, nemo=True)
+def non_finite_is_skipped(count: int, folder: Path) -> Outcome:
+    """The update is left out, all other steps are trained, and a comparison refuses the run, for a step is no number."""
+    outcome = Outcome()
+    for n in range(count):
+        precision, what, processes = PRECISIONS[n % len(PRECISIONS)], POISON[n % 2], 2 if n % 3 == 2 else 1
+        run = prepared(folder / f"run{n}", precision, "train.on_non_finite=skip", processes=processes)
+        Ranks(run, processes, sabotage=what).wait()
+        rows = [row for row in numbers(run / "metrics.jsonl") if "loss" in row]
+        bad = [row["step"] for row in rows if "NaN" in (row["loss"], row["grad_norm"])]
+        said = [row["step"] for row in rows_of(run / "events.jsonl") if row["event"] == "skipped_update"]
+        right = status_of(run) == "done" and [row["step"] for row in rows] == list(range(1, STEPS + 1)) and bad == said == [sabotage.STEP]
+        before = [row for row in numbers(unbroken(precision, processes) / "metrics.jsonl") if "loss" in row][: sabotage.STEP - 1]
+        right = right and rows[: sabotage.STEP - 1] == before and _refusal(run, "no finite number")
+        outcome.add("skipped, an event in the run folder; analysis refuses the run", lost=None if right else f"{what}: {status_of(run)} {bad} {said}")
+    return outcome
+
+
+def _refusal(run: Path, words: str) -> bool:
+    try:
+        load_run(run)
+    except InputError as error:
+        return words in str(error)
+    return False
+
+
+@fault(AREA, "FP8 layers that are BF16 from the start, or from a step on", small=2, full=8, nemo=True)
+def silent_bf16(count: int, folder: Path) -> Outcome:
+    """The run comes to its end, for the numbers are fine; what they are called is not."""
+    outcome = Outcome()
+    for n in range(count):
+        precision, what = PRECISIONS[1 + n // 2 % 4], ("no_fp8", "fp8_lost_at_a_step")[n % 2]
+        run = prepared(folder / f"run{n}", precision)
+        Ranks(run, sabotage=what).wait()
+        right = status_of(run) == "done" and _refusal(run, "no FP8 GEMM") and not _refusal(unbroken(precision), "")
+        outcome.add("done; analysis refuses the run", lost=None if right else f"{what} in {precision}: {status_of(run)}, taken for FP8")
+    return outcome

@@ -1,0 +1,157 @@
+"""Runs on this machine side by side: who gets which GPU, and what happens to them when the launcher is told to end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launch.job import PROJECT
+from launch.local import Job, gpus, run_all
+from recipes.compose import compose_plan
+from recipes.errors import InputError
+from recipes.run_folder import SESSION, open_folder, set_status, status_of
+
+# What a script of the test does: it says when it began, with which GPUs and which port, and when it ended.
+SCRIPT = """
+echo "$(date +%s.%N) begins ${CUDA_VISIBLE_DEVICES-none} $MASTER_PORT" >> $FOLDER/said
+sleep 0.7
+echo "$(date +%s.%N) ends" >> $FOLDER/said
+echo '{"status": "done", "reason": "", "step": 1}' > $FOLDER/status.json
+"""
+
+
+def job(root: Path, name: str, num_gpus: int, *overrides: str, script: str = SCRIPT) -> Job:
+    """Return a job whose script is the test's own."""
+    device = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping.global_batch=8"] if num_gpus else []
+    plan = compose_plan([*device, f"num_gpus={num_gpus or 1}", *overrides, f"runs_dir={root}", f"run_name={name}", "executor.max_parallel=4"])
+    folder = open_folder(plan)
+    path = folder / "script.sh"
+    path.write_text(f"FOLDER={folder}\n{script}")
+    return Job(plan, folder, path, os.open(folder / "script.sh", os.O_RDONLY))
+
+
+def said(jobs: Sequence[Job]) -> list[tuple[float, float, set[str], str]]:
+    """Return beginning, end, GPUs and port of each job."""
+    found = []
+    for one in jobs:
+        begins, ends = (line.split() for line in (one.folder / "said").read_text().splitlines())
+        found.append((float(begins[0]), float(ends[0]), set(begins[2].split(",")), begins[3]))
+    return found
+
+
+def test_runs_side_by_side_share_no_gpu_and_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["0", "GPU-5ab1", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
+    jobs = [job(tmp_path, f"run{n}", wanted) for n, wanted in enumerate((1, 2, 2, 1, 1))]
+    assert run_all(jobs) == 0
+    found = said(jobs)
+    assert [len(got) for _, _, got, _ in found] == [1, 2, 2, 1, 1] and set().union(*(got for _, _, got, _ in found)) == set(names)
+    together = [(a, b) for n, a in enumerate(found) for b in found[n + 1 :] if a[0] < b[1] and b[0] < a[1]]
+    assert together and not [pair for pair in together if pair[0][2] & pair[1][2] or pair[0][3] == pair[1][3]]
+
+
+def test_a_run_on_the_cpu_takes_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    jobs = [job(tmp_path, f"run{n}", 0) for n in range(2)]
+    assert run_all(jobs) == 0
+    (first, second) = said(jobs)
+    assert first[2] == second[2] == {"3"}  # as it was: such a run looks at none
+    assert second[0] < first[1]
+
+
+def test_more_gpus_than_there_are_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    jobs = [job(tmp_path, "small", 1), job(tmp_path, "large", 2)]
+    with pytest.raises(InputError, match=r"large: num_gpus=2, and 1 GPU\(s\) can be seen"):
+        run_all(jobs)
+    assert not (tmp_path / "small" / "said").exists()
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'
+echo '  MIG 1g.10gb     Device  0: (UUID: MIG-2)'
+echo 'GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-3)'
+"""
+
+
+def test_the_gpus_are_those_that_are_named_or_else_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 4, MIG-GPU-2/1/0")
+    assert gpus() == ["4", "MIG-GPU-2/1/0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert gpus() == ["0", "1"]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert gpus() is None
+
+
+STUBBORN = "trap '' TERM\necho $$ > $FOLDER/pid\nwhile true; do sleep 0.1; done\n"
+PAUSED = """echo '{"status": "paused", "step": 3}' > $FOLDER/status.json\n"""
+WILLING = f"echo $$ > $FOLDER/pid\nwhile [ ! -e $FOLDER/stop ]; do sleep 0.1; done\n{PAUSED}"
+
+
+def interrupt_when_there(jobs: Sequence[Job], times: int) -> threading.Thread:
+    """Interrupt this process, as Ctrl-C does, once each job's script runs, and again after a second."""
+
+    def interrupt() -> None:
+        while not all((one.folder / "pid").exists() for one in jobs):
+            time.sleep(0.05)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    return thread
+
+
+def is_there(one: Job) -> bool:
+    return Path("/proc", (one.folder / "pid").read_text().strip()).exists()
+
+
+def test_interrupted_the_launcher_has_its_runs_save_and_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [job(tmp_path, f"run{n}", 0, script=WILLING) for n in range(2)]
+    thread = interrupt_when_there(jobs, times=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(jobs)
+    thread.join()
+    assert {status_of(one.folder) for one in jobs} == {"paused"} and not any(map(is_there, jobs))
+    assert "save a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("interrupts", "patience_s"), [(2, 300), (1, 2)], ids=["interrupted again", "after its time"])
+def test_a_run_that_does_not_stop_is_killed(interrupts: int, patience_s: int, tmp_path: Path) -> None:
+    jobs = [job(tmp_path, "run", 0, f"executor.stop_before_limit_s={patience_s}", script=STUBBORN)]
+    thread, start = interrupt_when_there(jobs, interrupts), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(jobs)
+    thread.join()
+    assert not is_there(jobs[0]) and time.monotonic() - start < 30
+
+
+HOLDER = "import sys, time; from pathlib import Path; from recipes.run_folder import only_writer\n"
+HOLDER += "with only_writer(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+
+
+def test_a_folder_that_a_process_still_writes_is_left_alone(tmp_path: Path) -> None:
+    one = job(tmp_path, "run", 0)
+    set_status(one.folder, "running")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(one.folder)], stdout=subprocess.PIPE, cwd=PROJECT)
+    assert holder.stdout and holder.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(InputError, match="an earlier launch still trains it"):
+            run_all([one])
+        assert not (one.folder / "said").exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run_all([one]) == 0 and (one.folder / "log.txt").read_text().count(SESSION) == 1
