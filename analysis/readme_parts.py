@@ -216,11 +216,10 @@ def operands(results: Sequence[Path]) -> str:
     later.columns = pd.Index(["SQNR, dB", "became zero", "at most", "saturated at most"])
     table = later.assign(**{"became zero in step 1": first.groupby(["precision", "role"])["underflow"].mean()}).reset_index()
     shares = [name for name in table if "zero" in str(name) or "most" in str(name)]
-    shown = [
-        {str(k): f"{v:.1e}" if k in shares else v if isinstance(v, str) else f"{v:.1f}" for k, v in row.items()} for row in table.to_dict("records")
-    ]
-    note = "Over all linear layers and diagnosed steps after the first: SQNR the median, shares of elements the mean and the largest of a layer and step."
-    return Table("", shown, table.to_dict("records"), [note], frozenset(["precision", "role"])).markdown()
+    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    shown = [{k: f"{v:.1e}" if k in shares else v if isinstance(v, str) else f"{v:.1f}" for k, v in row.items()} for row in rows]
+    note = "Over all linear layers and diagnosed steps after the first: SQNR the median; shares of elements, mean and largest of a layer and step."
+    return Table("", shown, rows, [note], frozenset(["precision", "role"])).markdown()
 
 
 def tunings(results: Sequence[Path]) -> str:
