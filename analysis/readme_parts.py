@@ -20,7 +20,7 @@ from analysis import bits, depth, fig3, gemm, numerics, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.predictor.stored import fits
-from analysis.predictor.validation import tables, validate
+from analysis.predictor.validation import own_table, tables, validate
 from analysis.report import load_all
 from analysis.runs import Run
 from analysis.soundness import unsound
@@ -331,6 +331,7 @@ TABLES: dict[str, Maker] = {
     "validation": validations(2),
     "validation-steps": validations(0),
     "validation-speedups": validations(1),
+    "validation-own": lambda _: own_table(fits()).markdown(),
     **{f"post-{figure}": post_table(figure) for figure in ("fig3", "fig4", "fig5")},
     "post-fig4-terms": post_table("fig4", 1),
     "post-fig4-assumptions": post_table("fig4", 2),

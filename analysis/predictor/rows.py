@@ -12,8 +12,11 @@ import csv
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from analysis.published import RECIPES, REFERENCE, TABLES
+from analysis.soundness import sound
+from analysis.speed import step_time
 from recipes.compose import compose_plan
 from recipes.defaults import recommended
 from recipes.plan import Plan
@@ -22,6 +25,8 @@ Raw = dict[str, str]
 FITTED_RELEASES = ("25.02", "25.04", "25.07")  # NeMo containers whose rows may be fitted: the stack of this project and its neighbours
 UNSTATED = "fp8_delayed"
 SET_ASIDE = "further_rows.csv"  # found late: neither fitted nor used to choose what the model counts
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MEASURED = ("fig3_h200", "llama3_8b_h200")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +70,13 @@ def rows() -> tuple[Row, ...]:
         with (REFERENCE / table).open(newline="") as file:
             found += [row for raw in csv.DictReader(file) if (row := row_of(raw, set_aside=table == SET_ASIDE))]
     return tuple(found)
+
+
+@functools.cache
+def own_rows() -> tuple[Row, ...]:
+    """Return the steps that this project measured on one GPU, whole models and such cut in depth: they only test."""
+    folders = [folder for name in MEASURED for folder in sorted((RESULTS / name).iterdir())]
+    return tuple(Row(run.plan, step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in sound(folders)[0])
 
 
 def row_of(raw: Raw, set_aside: bool = False) -> Row | None:

@@ -11,7 +11,7 @@ import pytest
 from analysis.predictor import stored
 from analysis.predictor.fitting import fit, step_time
 from analysis.predictor.price import NAMES, PRIOR
-from analysis.predictor.rows import Row, pairs, rows
+from analysis.predictor.rows import Row, own_rows, pairs, rows
 from analysis.predictor.step import predict
 from analysis.predictor.stored import constants, fits, ratio_interval, step_time_interval, write
 from analysis.predictor.validation import GOALS, Validation, residuals, summary, tables, validate
@@ -40,6 +40,13 @@ def test_our_own_measured_steps(run: Path) -> None:
     measured = load_run(run)
     h100 = compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput"]).gpu  # when it ran, plans had no bandwidths
     assert predict(measured.plan.model_copy(update={"gpu": h100}), constants()).step_time_s == pytest.approx(step_time_of(measured).value, rel=0.05)
+
+
+def test_steps_that_were_measured_afterwards_meet_the_goals_and_are_counted_apart(found: Validation) -> None:
+    own = next(row for row in (dict(row) for row in tables(found)[2].rows) if row["set"] == "own")
+    assert own["rows"] == len(own_rows()) == 46 and own["pairs"] == 34
+    assert own["step_time_error"] < GOALS["step time"] and own["speedup_error"] < GOALS["speedup"]
+    assert not {row.held for row in own_rows()} & {line.row.held for line in found.lines}
 
 
 def test_traps_of_the_tables() -> None:
