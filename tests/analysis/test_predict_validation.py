@@ -170,7 +170,7 @@ def test_intervals_hold_nine_of_ten_layouts(found: Validation) -> None:
 
 def test_tables_hold_every_row_and_label_sets(found: Validation) -> None:
     lines, both, sums = tables(found)
-    assert len(lines.shown) == len(rows()) and len(both.shown) == len(pairs(rows())) + 3 and len(sums.shown) == 7
+    assert len(lines.shown) == len(rows()) and len(both.shown) == len(pairs(rows())) + 3 and len(sums.shown) == 8
     assert {row["in_sample"] for row in lines.rows if row["set"] == "fit"} == {True}
     assert {row["in_sample"] for row in lines.rows if row["set"] != "fit"} == {False}
     assert {row["pair"] for row in both.rows} == {"iso-mapping", "best-mapping"}
