@@ -19,6 +19,7 @@ from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.lightning import NeMoLogger
 
+from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.training.callback import RunFolderCallback
 from recipes.training.checkpoints import Checkpoints, Resume, Strategy
@@ -39,7 +40,7 @@ FUSIONS = (
 
 def build(plan: Plan, folder: Path) -> run.Partial:
     """Return the NeMo recipe (a run.Partial of llm.pretrain) for a plan; `folder` is the run folder."""
-    module = importlib.import_module(f"nemo.collections.llm.recipes.{plan.model.nemo_recipe}")
+    module = _module(plan.model.nemo_recipe)
     nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
     recipe = module.pretrain_recipe(
         dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, performance_mode=not plan.on_cpu
@@ -56,6 +57,18 @@ def build(plan: Plan, folder: Path) -> run.Partial:
         for_gpu(recipe, plan)
     _non_finite(recipe, plan)
     return recipe
+
+
+def _module(name: str) -> Any:
+    """Return NeMo's module of a recipe; InputError where it has none of this name."""
+    package = "nemo.collections.llm.recipes"
+    try:
+        module = importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError:
+        module = None
+    if not hasattr(module, "pretrain_recipe"):
+        raise InputError(f"model.nemo_recipe={name}: NeMo has no such recipe; name a module of {package} that has a pretrain_recipe")
+    return module
 
 
 def _model(recipe: run.Partial, plan: Plan) -> None:

@@ -106,6 +106,14 @@ def test_emulated_fp8_on_a_gpu_is_the_bf16_recipe_but_for_its_layers(precision: 
     assert layers._recipe == compose_plan([*common, f"precision={precision}"]).precision.fp8
 
 
+@pytest.mark.parametrize("name", ["llama9_1b", "optim", "os.path"])
+def test_a_recipe_that_nemo_lacks_is_refused(name: str, tmp_path: Path) -> None:
+    from recipes.training import recipe
+
+    with pytest.raises(InputError, match=f"nemo_recipe={name}: NeMo has no such recipe"):
+        recipe.build(compose_plan(["model=llama3_tiny", f"model.nemo_recipe={name}"]), tmp_path)
+
+
 def test_throughput_settings_are_those_of_nvidias_scripts() -> None:
     """NeMo v2.3.2 scripts/performance/utils.py, line by line, for a cell that uses most of them."""
     found = lines(plan_of(("nemo_25_04", "llama3_70b", "fp8_current", "h100"), "throughput"))
