@@ -21,6 +21,7 @@ Capability = Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]  # no control characters: it may stand in a script
 Value = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # X=1 needs no quotes
+Weighted = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]  # a path or its weight
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 Seed = Annotated[int, Field(gt=0, lt=2**32)]
 Scaling = Literal["delayed", "current", "subchannel", "mxfp8"]
@@ -167,8 +168,8 @@ class Data(Frozen):
     kind: Literal["text", "indexed", "mock"]
     root: Text | None = None
     sources: tuple[Text, ...] = Field(default=(), strict=False)
-    train: tuple[Text, ...] = Field(default=(), strict=False)
-    heldout: tuple[Text, ...] = Field(default=(), strict=False)
+    train: tuple[Weighted, ...] = Field(default=(), strict=False)
+    heldout: tuple[Weighted, ...] = Field(default=(), strict=False)
     tokenizer: Text | None = None
     seed: NonNegative
 

@@ -7,6 +7,7 @@ the cell first (can this stack run this recipe on this device?), then the shapes
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from recipes.errors import InputError
 from recipes.fit import does_not_fit
@@ -174,6 +175,21 @@ def model_fits_machine(plan: Plan) -> str | None:
     return None
 
 
+def data_is_in_the_container(plan: Plan) -> str | None:
+    """In a container only the working directory, the run folders and cluster.mounts are there (launch/script.py)."""
+    c, d = plan.cluster, plan.data
+    if plan.executor.kind != "slurm" or c.container_runtime != "pyxis" or any(flag.startswith("--container-mounts") for flag in c.extra_srun):
+        return None
+    inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *(Path((mount.split(":") * 2)[1]) for mount in c.mounts)]
+    for name, paths in (("root", [d.root or ""]), ("sources", d.sources), ("train", d.train), ("heldout", d.heldout)):
+        for path in paths:
+            if path.startswith("/") and not any(Path(path).is_relative_to(place) for place in inside):
+                return (
+                    f"data.{name} names {path}, which is not mounted in the container; set cluster.mounts=[{Path(path).parent}:{Path(path).parent}]"
+                )
+    return None
+
+
 def model_fits_gpu(plan: Plan) -> str | None:
     """On GPUs, the predicted memory of the fullest pipeline stage must leave a margin."""
     return does_not_fit(plan)
@@ -191,6 +207,7 @@ RULES: tuple[Rule, ...] = (
     data_is_named,
     secrets_are_not_in_the_plan,
     container_is_named,
+    data_is_in_the_container,
     time_limit_leaves_time,
     cpu_runs_what_is_emulated,
     model_fits_machine,

@@ -9,6 +9,7 @@ from recipes.errors import InputError
 
 H100_8B = ["model=llama3_8b", "gpu=h100"]
 H100_70B = ["model=llama3_70b", "gpu=h100"]
+C4 = ["data=indexed", "data.train=[0.3,/data/c4/part0]", "data.heldout=[/data/c4/valid]", "data.tokenizer=/tokenizers/llama3"]
 EMULATED = ["gpu=h200", "stack=emulated", "executor=local"]
 NO_FSDP = "stack.fp8_parameters_with_fsdp=false"
 
@@ -78,6 +79,11 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
+    "data_is_in_the_container": [
+        ([*H100_8B, *C4], "cluster.mounts=[/data/c4:/data/c4]"),
+        ([*H100_8B, *C4, "cluster.mounts=[/data:/corpora]"], "cluster.mounts"),
+        ([*H100_8B, "data=text", "data.sources=[/texts/a]", "data.root=data/mine"], "data.sources"),
+    ],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
     "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "choose a GPU")],
     "emulated_fp8_is_plain": [
@@ -158,3 +164,20 @@ def test_a_cell_without_a_recommended_mapping_has_no_model_parallelism_and_says_
 @pytest.mark.parametrize(("limit", "expected"), [("30", 1800), ("5:30", 330), ("04:00:00", 14400), ("1-12", 129600), ("2-00:30", 174600)])
 def test_time_limits_are_read_as_slurm_reads_them(limit: str, expected: int) -> None:
     assert rules.seconds(limit) == expected
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        "cluster.mounts=[/data:/data:ro]",
+        "cluster.mounts=[/data]",
+        "cluster.mounts=[/lustre/us:/data/c4]",
+        "cluster.extra_srun=['--container-mounts=/d']",
+    ],
+)
+def test_data_that_is_mounted_is_let_pass(site: str) -> None:
+    compose_plan([*H100_8B, *C4, site])
+
+
+def test_data_need_no_mount_without_a_container() -> None:
+    compose_plan([*H100_8B, *C4, "cluster.container_runtime=none", "cluster.python=/opt/nemo/bin/python"])
