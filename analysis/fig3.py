@@ -95,7 +95,7 @@ def _published(line: Depth, whole: Whole | None) -> Row:
         "post_speedup": post_speedups().get(cell) if (gpu.mapped_like or gpu.name) == "h100" else None,
         "published_step_time_s": step.step_time_s if step else None,
         "published_num_gpus": step.layout.num_gpus if step else None,
-        "published_speedup": round(faster, 3) if faster else None,
+        "published_speedup": faster,
         "published_source": f"{step.source}, NeMo {step.nemo}" if step else None,
     }
 

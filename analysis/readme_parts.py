@@ -200,7 +200,7 @@ def throughputs(results: Sequence[Path]) -> str:
 def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
     rows = [row(verdict) for verdict in compare(runs_of(results)).verdicts]
-    return Table("", [cells(values) for values in rows], rows, [headline(rows[0])], frozenset(["precision", "verdict"])).markdown()
+    return Table("", [cells(values) for values in rows], rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
 
 
 def notes(results: Sequence[Path]) -> str:

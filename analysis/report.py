@@ -48,7 +48,7 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
         rows=rows,
         shown=[cells(values) for values in rows],
         notes=all_notes(found),
-        headline=headline(rows[0]),
+        headline=headline(rows),
         evaluation=section(found.bases, found.verdicts),
         figures=[(figure, Markup(figure.svg())) for figure in drawn],  # drawn here, by matplotlib, which escapes its text
         runs=[(run, facts(run)) for run in found.runs],

@@ -92,7 +92,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-EMULATED = "FP8 is emulated: the losses mean something, the step times of FP8 say nothing about hardware that computes it, so there is no speedup"
+EMULATED = "FP8 is emulated: losses mean something, step times say nothing about hardware that computes FP8, so there is no speedup"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -116,22 +116,31 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def headline(values: dict[str, Any]) -> str:
-    """Return what the columns of a row mean: window, bar, noise floor and labels."""
-    bar, labels, floor = values["bar"], values["labels"], values["noise_floor_nats"]
+def headline(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what the columns mean: window, bar, noise floor and labels, which rows may differ in."""
+    values = rows[0]
+    bar, floor, device = values["bar"], values["noise_floor_nats"], values["labels"]["device"]
     loss = values["bar_nats"]["relative"] / bar["relative"]
     seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
-    window = f"loss ({labels['loss']}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
+    window = f"loss ({_labels(rows, 'loss')}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
     return (
         f"{values['model']} on {values['gpu']}, {values['layout']}: {window}; "
-        f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {labels['step_time']} on {labels['device']}; "
+        f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {_labels(rows, 'step_time')} on {device}; "
         "matched: speedup to an equal loss"
     )
 
 
+def _labels(rows: Sequence[dict[str, Any]], what: str) -> str:
+    """Return the label of a number, or each label with the precisions that bear it."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["labels"][what], []).append(row["precision"])
+    return next(iter(found)) if len(found) == 1 else "; ".join(f"{label}: {', '.join(names)}" for label, names in found.items())
+
+
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the rows as a table for the terminal, with what they mean above it."""
-    table = Table(title=escape(headline(rows[0])), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=escape(headline(rows)), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [cells(values) for values in rows]
     for column in shown[0]:
         table.add_column(column, justify="left" if column in ("precision", "verdict") else "right", no_wrap=True)
@@ -179,7 +188,7 @@ def _why_open(verdict: Verdict) -> str:
     if verdict.within_noise:
         return "the gap is outside the bar, and no larger than BF16 seeds lie apart: train longer or more steadily, until seeds agree within the bar"
     if not math.isfinite(gap.half_width):
-        return "the tail is too short for an interval: run longer"
+        return "the gap's neighbouring steps resemble each other over too much of the tail for an interval: run longer"
     limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]
     rounding = verdict.gaps["tail"].rounding
     if rounding and abs(limit - abs(gap.value)) <= rounding:
@@ -191,5 +200,6 @@ def _why_open(verdict: Verdict) -> str:
 
 def all_notes(found: Comparison) -> list[str]:
     """Return the notes on every verdict, and what holds for all."""
-    emulated = [EMULATED] if any(verdict.candidate.emulated for verdict in found.verdicts) else []
-    return [*emulated, *(note for verdict in found.verdicts for note in notes(verdict))]
+    emulated = [verdict.candidate.plan.precision.name for verdict in found.verdicts if verdict.candidate.emulated]
+    said = [f"{', '.join(dict.fromkeys(emulated))}: {EMULATED}"] if emulated else []
+    return [*said, *(note for verdict in found.verdicts for note in notes(verdict))]

@@ -1,9 +1,9 @@
 """`python -m analysis.tuning RUN…`: what single changes to a run's settings buy in step time and cost in memory.
 
-A tuning list is worth what was measured with everything else kept.  The first run of each precision is its base; every other
-run stands in a row with what its plan and environment differ in, and the speedup over the base with its interval: a change is
-worth keeping where the interval lies above 1.  The optimizer's share of a step is shown apart, because it weighs less in a real
-job, where a step has more micro-batches and the optimizer is shared out.
+A tuning list is worth what was measured with everything else kept.  Of runs that do the same work a step (model, depth, tokens,
+GPUs) the first of each precision is the base; every other stands in a row with what its plan and environment differ in, and the
+speedup over the base with its interval: a change is worth keeping where the interval lies above 1.  The optimizer's share of a
+step is shown apart, because it weighs less in a real job, where a step has more micro-batches and the optimizer is shared out.
 """
 
 from __future__ import annotations
@@ -72,16 +72,22 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _work(run: Run) -> tuple[object, ...]:
+    plan = run.plan
+    return (plan.model, plan.precision.name, plan.seq_length, plan.mapping.global_batch, plan.num_gpus, plan.gpu.name)
+
+
 def table(folders: Sequence[Path]) -> Table:
     """Return the table; InputError where no run can be compared with a base."""
     runs, left_out = sound(folders)
-    bases: dict[str, Run] = {}
+    bases: dict[object, Run] = {}
     for run in runs:
-        bases.setdefault(run.plan.precision.name, run)
+        bases.setdefault(_work(run), run)
     if len(runs) == len(bases):
-        raise InputError("no two runs of one precision: nothing to compare; name a base and changed runs of it")
-    ordered = sorted(runs, key=lambda run: list(bases).index(run.plan.precision.name))
-    rows = [row(bases[run.plan.precision.name], run) for run in ordered]
+        why = f"; left out: {left_out[0]}" if left_out else ""
+        raise InputError(f"no two runs of one precision and the same work a step: nothing to compare; name a base and changed runs of it{why}")
+    ordered = sorted(runs, key=lambda run: list(bases).index(_work(run)))
+    rows = [row(bases[_work(run)], run) for run in ordered]
     first = runs[0]
     said = f"Step time {first.label('step_time')} on {device(first)}: {first.plan.model.name}, {first.plan.model.num_layers} layers, "
     said += f"{first.plan.mapping.global_batch} sequences of {first.plan.seq_length} tokens a step. In brackets: 95 % intervals."

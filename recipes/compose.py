@@ -110,10 +110,26 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     key = key.lstrip("+~")
     if key and (conf / key).is_dir():
         options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
+        if value in options:
+            return _not_there(text, overrides, conf)
         return f"{wrong}: conf/{key} has no such option; choose one of {', '.join(options)}{_near(value, options)}"
     if key:
         return f"{wrong}: no such key in conf/; check its spelling{_near(key, _known_keys(conf))}"
     return f"cannot compose the plan: {text}"
+
+
+def _not_there(text: str, overrides: Sequence[str], conf: Path) -> str:
+    """Return what to say where the options exist and a key does not, or only under other options (precision=bf16 has no precision.fp8)."""
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
+    keys = [o for o in overrides if o.split("=")[0] not in groups]
+    if not keys:
+        return f"cannot compose the plan: {text}"
+    known = set(_paths(compose_tree([o for o in overrides if o not in keys], conf)))
+    wrong = next((o for o in keys if "=" in o and o.split("=")[0].lstrip("+~") not in known), None)
+    if wrong is None:
+        return f"cannot compose the plan: {text}"
+    key = wrong.split("=")[0].lstrip("+~")
+    return f"{wrong}: no such key with these options; check its spelling{_near(key, sorted(known))}"
 
 
 def _near(word: str, known: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ def losses(folders: Sequence[Path], stand_in: Sequence[Path]) -> Page:
         by_label.setdefault(f"{run.label('loss')} on {run.manifest.get('device', 'an unknown device')}", []).append(run.plan.precision.name)
     label = "; ".join(f"{', '.join(dict.fromkeys(names))} {where}" for where, names in by_label.items())
     text = frozenset(["precision", "verdict"])
-    made.tables.append(Table("Verdicts", [cells(values) for values in rows], rows, [f"{headline(rows[0])}. Losses: {label}."], text))
+    made.tables.append(Table("Verdicts", [cells(values) for values in rows], rows, [f"{headline(rows)}. Losses: {label}."], text))
     made.figures += [*figures(found), *numerics_figures(found.runs)]
     return made
 

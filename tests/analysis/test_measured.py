@@ -42,7 +42,7 @@ def test_every_shipped_run_is_sound_and_can_be_traced(folder: Path) -> None:
     run = load_run(folder)
     assert run.manifest["code"]["commit"] and run.manifest["device"] and run.label("step_time") == "measured"
     assert run.label("loss") == ("emulated" if run.plan.emulated else "measured")
-    assert sum(path.stat().st_size for path in folder.rglob("*")) < 500_000
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 1_000_000  # 900 steps, and operands looked at 19 times
 
 
 def test_the_demos_runs_are_six_and_comparable() -> None:

@@ -153,3 +153,9 @@ def test_validation_and_the_posts_figures_are_served(root: Path) -> None:
     text = made.documents[root / "README.md"]
     assert text.count("\n| ") > len(rows()) + len(pairs(rows())) and "docs/images/fig4_post.png" in text
     assert "predicted" in text and "published" in text and set(made.images) == {root / "docs/images/fig4_post.png"}
+
+
+def test_a_table_of_measured_and_emulated_losses_labels_each() -> None:
+    text = TABLES["verdicts"]([RESULTS / "fig2_h200"])
+    assert "loss (measured: fp8_current, fp8_delayed, fp8_subchannel; emulated: mxfp8)" in text
+    assert TABLES["verdict-notes"]([RESULTS / "fig2_h200"]).startswith("- mxfp8: FP8 is emulated")

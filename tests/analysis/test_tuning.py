@@ -43,3 +43,8 @@ def test_each_precision_has_its_own_base(make: Maker) -> None:
 def test_a_run_alone_is_refused_in_one_line(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
     assert command([str(run_of(make, "a", 1.0)), str(run_of(make, "b", 1.0, precision="bf16"))]) == 2
     assert capsys.readouterr().err.startswith("error: no two runs of one precision")
+
+
+def test_runs_that_do_other_work_are_no_changes_of_one_another(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([str(run_of(make, "a", 1.0)), str(run_of(make, "deeper", 2.0, "model.num_layers=4"))]) == 2
+    assert "the same work a step" in capsys.readouterr().err

@@ -123,3 +123,15 @@ def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) 
         (conf / group / f"{new}.yaml").write_text(text)
     plan = compose_plan(["model=llama3_mini", "precision=fp8_mine", "gpu=b300"], conf)
     assert plan.run_name == "llama3_mini.fp8_mine.b300.seed1234"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["precision=bf16", "precision.fp8.param_gather=false"], "precision.fp8.param_gather=false: no such key"),
+        (["gpu=h100", "model=llama3_8b", "num_gpu=8"], "did you mean num_gpus"),
+    ],
+)
+def test_a_key_that_is_not_there_is_named_and_not_the_option_beside_it(overrides: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        compose_plan(overrides)

@@ -94,7 +94,15 @@ def _killed(launcher: subprocess.Popen[bytes], run: Path, command: list[str], wi
 
 
 def _asked(launcher: subprocess.Popen[bytes], run: Path, how: str) -> str | None:
+    ranks = processes_of(run)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)  # or it might be done before the launcher has heard
     launcher.send_signal(getattr(signal, how))
+    heard = _until((run / "stop").exists, 60)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    if not heard:
+        return "the launcher did not ask its run to stop"
     code = launcher.wait(120)
     if code != 130 or status_of(run) not in ("paused", "done") or processes_of(run):
         return f"exit code {code}, the run is {status_of(run)}, {len(processes_of(run))} rank(s) left"
