@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,14 @@ def test_the_gpus_are_those_that_are_named_or_else_those_that_nvidia_smi_lists(t
 STUBBORN = "trap '' TERM\necho $$ > $FOLDER/pid\nwhile true; do sleep 0.1; done\n"
 PAUSED = """echo '{"status": "paused", "step": 3}' > $FOLDER/status.json\n"""
 WILLING = f"echo $$ > $FOLDER/pid\nwhile [ ! -e $FOLDER/stop ]; do sleep 0.1; done\n{PAUSED}"
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Python leaves SIGINT ignored where it is when it starts, as in a job that a shell put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_when_there(jobs: Sequence[Job], times: int) -> threading.Thread:

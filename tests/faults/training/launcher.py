@@ -42,8 +42,13 @@ def launcher_of_a_run_dies(count: int, folder: Path) -> Outcome:
 
 
 def _launch(command: list[str]) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, "-m", "launch", *command]
-    return subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    """Start a launcher that SIGINT reaches, which is ignored in what a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        arguments = [sys.executable, "-m", "launch", *command]
+        return subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _until(condition: Callable[[], bool], timeout: float = 120) -> bool:
