@@ -66,6 +66,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "rounding_nats": tail.rounding,
         "asserted": {run.name: asserted(run) for run in (base, candidate) if run.imported},
         "noise_floor_nats": verdict.noise_floor,
+        "luck_nats": verdict.luck,
         "within_noise_floor": verdict.within_noise,
         "tokens_to_decide": verdict.tokens_to_decide,
         "spikes": verdict.spikes,
@@ -186,7 +187,8 @@ def _imports(verdict: Verdict) -> list[str]:
 def _why_open(verdict: Verdict) -> str:
     gap = verdict.gaps["tail"].nats
     if verdict.within_noise:
-        return "the gap is outside the bar, and no larger than BF16 seeds lie apart: train longer or more steadily, until seeds agree within the bar"
+        luck = (verdict.luck or 0.0) / verdict.gaps["tail"].base_loss
+        return f"the gap is outside the bar, but so could be that of BF16 with another seed (up to {luck:.2%}): train longer or more steadily, or more seeds"
     if not math.isfinite(gap.half_width):
         return "the gap's neighbouring steps resemble each other over too much of the tail for an interval: run longer"
     limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]

@@ -5,13 +5,14 @@ held to a bar that was set before the run.  Three windows are looked at: the who
 which decides; and its last fifth, the end, which can only spoil a pass: a gap that opens late is small in a mean.
 
     pass        the tail's interval lies inside the bar, and the end's mean too
-    fail        the interval of the tail, or of the end, lies wholly outside, and beyond the noise floor
+    fail        the interval of the tail, or of the end, lies wholly outside, and beyond what luck does to BF16
     undecided   anything else, with the tokens that would decide it if the gap stayed as it is
 
 The noise floor is how far apart BF16 runs of other seeds lie.  It lets nothing pass: a candidate shares its seed with its base,
 so it is held to more than luck.  But where training is unsettled the last bit of a sum is enough to send two runs of one seed
-as far apart as two seeds, and then a gap no larger than that says nothing of the recipe: it is undecided, however narrow its
-interval, which knows the noise within a run and not that between runs.
+as far apart as two seeds, and then a gap that another seed of BF16 could have says nothing of the recipe: it is undecided, however
+narrow its interval, which knows the noise within a run and not that between runs.  How large such a gap may be is reckoned from the
+seeds that there are (`luck`): by the largest distance seen, luck alone would fail one recipe in k + 1 where k other seeds were run.
 
 A loss that was printed with few digits (an imported console log) may be off by half of the last one, always in the same
 direction at worst: that much, for both runs, is added to either side of the interval, and no length of run removes it.
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import t
 
 from analysis.pairing import check_pair, layout_label, precision_differences
 from analysis.runs import Run
@@ -35,6 +37,7 @@ PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 END_OF_TAIL = 0.2
 MOST_RUNS = 20  # how much longer than it was a run is worth making to settle an undecided verdict
 MIN_STEPS = 20  # common steps, below which no curve is judged
+LUCK = 0.95  # of BF16 runs with other seeds lie no further apart than `luck` says
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Gap:
 class Verdict:
     """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats.
 
-    `within_noise`: the gap is outside the bar, and no larger than BF16 seeds lie apart.
+    `luck`: the gap in nats that BF16 with yet another seed could have; None without other seeds.  `within_noise`: the candidate's is
+    outside the bar, and no larger than that.
     """
 
     base: Run
@@ -69,6 +73,7 @@ class Verdict:
     heldout: float | None
     heldout_base: float | None
     noise_floor: float | None
+    luck: float | None
     within_noise: bool
     tokens_to_decide: float | None
     spikes: int
@@ -87,8 +92,8 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     check_pair(base, candidate)
     gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction, base.rounding() + candidate.rounding())
     limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
-    floor = noise_floor(base, others, gaps["tail"].nats.count)
-    by_limit = {name: decide(gaps, limit, floor or 0.0) for name, limit in limits.items()}
+    seeds = seed_gaps(base, others, gaps["tail"].nats.count)
+    by_limit = {name: decide(gaps, limit, luck(seeds) or 0.0) for name, limit in limits.items()}
     decides = candidate.plan.bar.decides
     within_noise = by_limit[decides] == UNDECIDED and decide(gaps, limits[decides]) == FAIL
     heldout = heldout_gaps(base, candidate)
@@ -100,7 +105,8 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         gaps=gaps,
         heldout=float(heldout[1][-1]) if heldout[0].size else None,
         heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
-        noise_floor=floor,
+        noise_floor=max(np.abs(seeds), default=None),
+        luck=luck(seeds),
         within_noise=within_noise,
         tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED and not within_noise else None,
         spikes=spikes(candidate.steps["loss"]),
@@ -130,10 +136,10 @@ def _widened(mean: Mean, nats: float) -> Mean:
     return replace(mean, low=mean.low - nats, high=mean.high + nats)
 
 
-def decide(gaps: dict[str, Gap], limit: float, noise_floor: float = 0.0) -> str:
-    """Return the verdict on the gaps of a run at a limit in nats, `noise_floor` nats between BF16 seeds."""
+def decide(gaps: dict[str, Gap], limit: float, luck: float = 0.0) -> str:
+    """Return the verdict on the gaps of a run at a limit in nats; up to `luck` nats they could be those of BF16 with another seed."""
     tail, end = gaps["tail"].nats, gaps["end"].nats
-    outside = max(limit, noise_floor)
+    outside = max(limit, luck)
     if any(gap.low > outside or gap.high < -outside for gap in (tail, end)):
         return FAIL
     if -limit <= tail.low and tail.high <= limit and abs(end.value) + gaps["end"].rounding <= limit:
@@ -154,12 +160,19 @@ def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
     return float(tokens * runs) if runs < MOST_RUNS else None
 
 
-def noise_floor(base: Run, others: Sequence[Run], tail: int) -> float | None:
-    """Return the largest mean gap in nats over the last `tail` steps between `base` and other BF16 runs; None without any."""
+def seed_gaps(base: Run, others: Sequence[Run], tail: int) -> Array:
+    """Return the mean gaps in nats over the last `tail` steps of BF16 runs with other seeds to `base`."""
     for other in others:
         check_pair(base, other)
-    means = [abs(float((other.steps["loss"] - base.steps["loss"])[-tail:].mean())) for other in others]
-    return max(means, default=None)
+    return np.array([(other.steps["loss"] - base.steps["loss"])[-tail:].mean() for other in others])
+
+
+def luck(seeds: Array) -> float | None:
+    """Return the gap in nats that a further BF16 seed exceeds in 1 - LUCK of cases, from the gaps of k others; None without any.
+
+    Student's t with k degrees of freedom times their root mean square: 12.7 times for one, 4.3 for two, 2.3 for nine.
+    """
+    return float(t.ppf((1 + LUCK) / 2, len(seeds)) * np.sqrt(np.mean(seeds**2))) if len(seeds) else None
 
 
 def heldout_gaps(base: Run, candidate: Run) -> tuple[Array, Array]:
