@@ -125,7 +125,7 @@ def _depth(runs: Sequence[Run]) -> Depth:
     name, layers = runs[0].plan.precision.name, np.array([run.plan.model.num_layers for run in runs], dtype=float)
     counts = np.array([layout_of(run.plan).micro_batches for run in runs], dtype=float)[:, None]
     split = all(OPTIMIZER in run.steps for run in runs)
-    _check(runs, may_differ=("model.num_layers", "mapping.source", *(["mapping.global_batch"] if split else [])))
+    _check(runs, may_differ=("model.num_layers", *(["mapping.global_batch"] if split else [])))
     samples = [_samples(run, split) for run in runs]
     step, total = _line(layers, [a + b for a, b in samples]), np.array([step_time(run).value for run in runs])
     if not split:
@@ -152,8 +152,8 @@ def changes(a: Run, b: Run, keys: Sequence[str]) -> list[str]:
 
 
 def beside_precision(base: Run, run: Run) -> list[str]:
-    """Return what two runs' steps differ in beside precision and depth, with both values; [] for an iso-mapping pair."""
-    skipped = (*NOT_THE_STEP, "precision.", "model.num_layers", "mapping.source")
+    """Return what two runs' steps differ in beside precision and depth, with both values."""
+    skipped = (*NOT_THE_STEP, "precision.", "model.num_layers")
     return changes(base, run, [key for key in plan_differences(base, run) if not key.startswith(skipped)])
 
 
@@ -208,6 +208,7 @@ def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
     return {
         "model": run.plan.model.name,
         "precision": line.precision,
+        "gpu": run.plan.gpu.name,
         "device": device(run),
         "layers": list(line.layers),
         "micro_batches": layout_of(run.plan).micro_batches,

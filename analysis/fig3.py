@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from analysis import depth
 from analysis.depth import Depth, base_of, ratio
@@ -28,10 +31,11 @@ from analysis.whole import Whole, assemble, published_base, published_step, refe
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
-# Set before anything was measured: a layer's speedup over BF16, and the whole model's.
+# Set before any step was measured: a layer's speedup over BF16 from the first two bare Transformer Engine layers, the whole model's from the post.
 GOALS_PER_LAYER = {("llama3_8b", "fp8_current"): 1.36, ("llama3_70b", "fp8_current"): 1.57, ("llama31_405b", "fp8_current"): 1.65}
 GOALS_WHOLE = {("llama3_8b", "fp8_current"): 1.30}
 TEXT = frozenset(["model", "precision", "depths", "layout"])
+EDGE = "#222222"
 Row = dict[str, Any]
 
 
@@ -208,7 +212,7 @@ def _differences(found: Sequence[Row]) -> list[str]:
 
 
 def figure(found: Sequence[Row]) -> Figure:
-    """Speedup over BF16 by model: whole models as bars, layers as dots, what was published as diamonds."""
+    """Speedup over BF16 by model: whole models as bars, layers as dots, the post's as diamonds and published step times as triangles."""
     models = list(dict.fromkeys(row["model"] for row in found))
     recipes = [name for name in COLOURS if name != "bf16" and any(row["precision"] == name for row in found)]
     title = f"FP8's speedup in training, {', '.join(sorted({row['device'] for row in found}))}"
@@ -219,19 +223,33 @@ def figure(found: Sequence[Row]) -> Figure:
         of = {row["model"]: row for row in found if row["precision"] == name}
         keys = ("speedup_whole", "speedup_per_layer", "post_speedup", "published_speedup")
         whole, layer, post, other = ([_value(of.get(model, {}).get(key)) for model in models] for key in keys)
-        axis.bar(places, whole, width * 0.9, color=COLOURS[name], alpha=0.75, label=f"{name}, whole model")
-        axis.plot(places, layer, "o", color=COLOURS[name], mec="#222222", ms=6, label=f"{name}, a layer")
-        shown = [a if math.isfinite(a) else b for a, b in zip(post, other, strict=True)]
-        axis.plot(places, shown, "D", color="white", mec="#222222", ms=6, label="published" if i == 0 else None)
+        axis.bar(places, whole, width * 0.9, color=COLOURS[name], alpha=0.75)
+        axis.plot(places, layer, "o", color=COLOURS[name], mec=EDGE, ms=6)
+        axis.plot(places, post, "D", color="white", mec=EDGE, ms=6)
+        axis.plot(places, other, "^", color="white", mec=EDGE, ms=7)
     axis.axhline(1, color="#222222", lw=0.8)
     axis.set_xticks(range(len(models)), models)
     axis.grid(axis="x", visible=False)
-    drawing.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=len(recipes) + 1)
+    drawing.legend(handles=_legend(recipes), loc="outside lower center", fontsize=8, frameon=False, ncols=3)
     caption = (
         "Dots: a layer's forward and backward pass, measured at true width. Bars: the whole model on one GPU's share, put together from measured "
-        "parts without communication or bubble. Diamonds: published, the post's for current scaling and NVIDIA's step times for delayed scaling."
+        "parts without communication or bubble. Diamonds: published, the post's figure 3. Triangles: published, from NVIDIA's step times."
     )
     return Figure("fig3", title, caption, drawing)
+
+
+def _legend(recipes: Sequence[str]) -> list[Artist]:
+    """Return what colours and shapes mean."""
+    shapes = {
+        "a layer (measured)": ("o", "#777777"),
+        "published: the post's figure 3": ("D", "white"),
+        "published: NVIDIA's step times": ("^", "white"),
+    }
+    return [
+        *(Patch(color=COLOURS[name], alpha=0.75, label=name) for name in recipes),
+        *(Line2D([], [], ls="", marker=marker, color=fill, mec=EDGE, ms=6, label=name) for name, (marker, fill) in shapes.items()),
+        Patch(color="#777777", alpha=0.75, label="whole model: put together from measured parts, without communication"),
+    ]
 
 
 def _value(value: float | None) -> float:

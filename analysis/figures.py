@@ -27,6 +27,7 @@ from analysis.verdict import Verdict, heldout_gaps
 
 COLOURS = {"bf16": "#222222", "fp8_delayed": "#E69F00", "fp8_current": "#0072B2", "fp8_subchannel": "#009E73", "mxfp8": "#D55E00"}
 OTHER = ("#CC79A7", "#56B4E9", "#999933", "#882255")
+BROKEN = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # lines of further BF16 seeds
 SMOOTHING = 0.05  # share of the run in the moving average
 SIZE = (8.0, 4.2)  # inches
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "figures", "font.size": 10}
@@ -97,8 +98,9 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
     return run.plan.precision.name + (f", seed {run.plan.seed}" if len(same) > 1 else "")
 
 
-def _style(run: Run, bases: Sequence[Run]) -> str:
-    return "--" if run in bases[1:] else "-"
+def _style(run: Run, bases: Sequence[Run]) -> Any:
+    """Return a solid line, or a broken one for each further BF16 run."""
+    return BROKEN[(bases.index(run) - 1) % len(BROKEN)] if run in bases[1:] else "-"
 
 
 def loss_curves(found: Comparison) -> Figure:
@@ -113,13 +115,11 @@ def loss_curves(found: Comparison) -> Figure:
         close.plot(x[start:], y[start:], **style)
     entropy = (found.bases[0].manifest.get("data") or {}).get("unigram_entropy_nats")
     if entropy:
-        whole.axhline(entropy, color="#777777", lw=0.8, ls=":")
-        words = "unigram entropy\nof the held-out text"
-        whole.text(0.1, entropy, words, transform=whole.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
+        whole.axhline(entropy, color="#777777", lw=0.8, ls=":", label="unigram entropy of the held-out text")
     close.set_title("the last quarter", fontsize=9)
-    whole.legend(fontsize=8, frameon=False)
+    drawing.legend(*whole.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=4)
     caption = (
-        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the dotted line, the loss of a model that only "
+        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the grey dotted line, the loss of a model that only "
         "knows how often each token occurs. Curves that lie on each other are the wanted result: the next figure shows their distance."
     )
     return Figure("loss", title, caption, drawing)
@@ -147,7 +147,7 @@ def gap(found: Comparison) -> Figure:
     axis.legend(fontsize=8, frameon=False, ncols=2)
     caption = (
         "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green "
-        "band a recipe passes. Dashed: a BF16 run with another seed, which is how far luck alone moves a curve."
+        "band a recipe passes. Black and broken: a BF16 run with another seed, which is how far luck alone moves a curve."
     )
     return Figure("gap", title, caption, drawing)
 

@@ -51,16 +51,24 @@ def load_all(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def after_first(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what was looked at after step 1, in which delayed scaling has no history."""
+    return table[table["step"] > 1]
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each precision and role: medians over layers and steps, and the worst saturation and underflow."""
-    groups = table.groupby(["precision", "role"], sort=True)
-    return groups.agg(
+    """Return a row for each precision and role: over layers and the steps after the first SQNR's median, underflow's mean, and the worst.
+
+    `underflow_step_1` is the mean of the first step.
+    """
+    groups, first = (part.groupby(["precision", "role"], sort=True) for part in (after_first(table), table[table["step"] == 1]))
+    found = groups.agg(
         sqnr_db=("sqnr_db", "median"),
-        sqnr_db_lowest=("sqnr_db", "min"),
-        underflow=("underflow", "median"),
+        underflow=("underflow", "mean"),
         underflow_worst=("underflow", "max"),
         saturated_worst=("saturated", "max"),
-    ).reset_index()
+    )
+    return found.assign(underflow_step_1=first["underflow"].mean()).reset_index()
 
 
 def over_training(table: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -70,5 +78,5 @@ def over_training(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def by_layer(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Return the median of a column over steps and linears: a row for each precision, role and layer."""
-    return table.groupby(["precision", "role", "layer"], sort=True)[value].median().reset_index()
+    """Return the mean of a column over steps and linears: a row for each precision, role and layer."""
+    return table.groupby(["precision", "role", "layer"], sort=True)[value].mean().reset_index()

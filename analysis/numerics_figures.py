@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import COLOURS, Figure, axes
-from analysis.numerics import ROLES, by_layer, load_all, over_training
+from analysis.numerics import ROLES, after_first, by_layer, load_all, over_training
 from analysis.runs import Run
 
+MARKERS = {"fp8_delayed": "o", "fp8_current": "s", "fp8_subchannel": "^", "mxfp8": "x"}
 NAMES = {"input": "activations", "weight": "weights", "grad": "gradients"}
 
 
@@ -20,7 +23,8 @@ def _lines(title: str, x: str, y: str, values: pd.DataFrame, column: str, scale:
     drawing, panels = axes(title, x, "", panels=len(ROLES))
     for axis, role in zip(panels, ROLES, strict=True):
         for precision, rows in values[values["role"] == role].groupby("precision"):
-            axis.plot(rows[x], rows[column] * scale, "o-", ms=3, color=COLOURS.get(str(precision)), label=precision, lw=1.2)
+            look: Any = {"color": COLOURS.get(str(precision)), "marker": MARKERS.get(str(precision), "D"), "ms": 4, "lw": 1.2, "alpha": 0.75}
+            axis.plot(rows[x], rows[column] * scale, label=precision, **look)
         axis.set_title(NAMES[role], fontsize=9)
     panels[0].set_ylabel(y)
     panels[0].legend(fontsize=8, frameon=False)
@@ -29,7 +33,7 @@ def _lines(title: str, x: str, y: str, values: pd.DataFrame, column: str, scale:
 
 def noise_over_training(table: pd.DataFrame) -> Figure | None:
     """SQNR of each operand over training, median over layers with quartiles; None where nothing was looked at after step 1."""
-    title, later = "Signal over quantisation noise, over training", table[table["step"] > 1]
+    title, later = "Signal over quantisation noise, over training", after_first(table)
     if later.empty:
         return None
     values = over_training(later, "sqnr_db")
@@ -45,15 +49,17 @@ def noise_over_training(table: pd.DataFrame) -> Figure | None:
     return Figure("sqnr", title, caption, drawing)
 
 
-def underflow_by_layer(table: pd.DataFrame) -> Figure:
-    """Share of non-zero elements that became zero, by layer."""
-    title = "Underflow by layer"
-    drawing, panels = _lines(title, "layer", "elements that became zero, %", by_layer(table, "underflow"), "underflow", 100)
+def underflow_by_layer(table: pd.DataFrame) -> Figure | None:
+    """Share of non-zero elements that became zero, by layer; None where nothing was looked at after step 1."""
+    title, later = "Underflow by layer", after_first(table)
+    if later.empty:
+        return None
+    drawing, panels = _lines(title, "layer", "elements that became zero, %", by_layer(later, "underflow"), "underflow", 100)
     for axis in panels:
-        axis.set_xticks(sorted(table["layer"].unique()))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     caption = (
-        "Median over training. Per-tensor scales lose the small elements of a tensor to its largest one; scales by tile or block lose "
-        "only those beside a large neighbour. E5M2 reaches lower than E4M3 and so loses fewer."
+        "Mean over training, without step 1, in which delayed scaling has no history. Per-tensor scales lose the small elements of a tensor to "
+        "its largest one; scales by tile or block lose only those beside a large neighbour. E5M2 reaches lower than E4M3 and so loses fewer."
     )
     return Figure("underflow", title, caption, drawing)
 

@@ -1,7 +1,7 @@
 """What may be compared: two runs that saw the same batches and differ in nothing that changes the loss but precision.
 
-Differences of layout (GPUs, mapping, stack) leave the loss as it should be, but not the speed: a pair without any is
-an iso-mapping one, the others are best-mapping, and say what differs.
+Another layout (number of GPUs, mapping), stack or GPU leaves the loss as it should be, but not the speed.  A pair of one layout is
+an iso-mapping one, the others are best-mapping, and say what differs; another stack or GPU is named beside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from recipes.run_folder import comparable, differences, flatten
 
 PLACES = ("data.root", "bar.")  # where files lie, and what is judged, not what is trained
 INTERVALS = ("train.eval_interval", "train.diagnostics_interval", "train.checkpoint_interval")
-LAYOUT = ("gpu.", "stack.", "num_gpus", "mapping.")
+LAYOUT = ("num_gpus", "mapping.")
+PLATFORM = ("stack", "gpu")
 ASKED = ("precision.", "seed")
 PRINTED = 2e-3  # by how much two printed learning rates may differ for their digits alone (four significant ones, each rounded)
 
@@ -29,8 +30,23 @@ def plan_differences(a: Run, b: Run) -> list[str]:
 
 def layout_label(base: Run, candidate: Run) -> str:
     """Return "iso-mapping", or "best-mapping" with the layout keys that differ."""
-    keys = [key for key in plan_differences(base, candidate) if key.startswith(LAYOUT)]
-    return f"best-mapping ({', '.join(_with_values(base, candidate, keys))})" if keys else "iso-mapping"
+    return mapping_label(_with_values(base, candidate, plan_differences(base, candidate)))
+
+
+def mapping_label(differing: Sequence[str]) -> str:
+    """Return the label of a pair whose plans differ in these keys (each with its values): of the layout alone."""
+    layout = [each for each in differing if each.startswith(LAYOUT)]
+    return f"best-mapping ({', '.join(layout)})" if layout else "iso-mapping"
+
+
+def platform_differences(base: Run, candidate: Run) -> list[str]:
+    """Return whether stack and GPU differ: their names, or the keys with their values where the names are the same."""
+    keys, found = plan_differences(base, candidate), list[str]()
+    for part in PLATFORM:
+        theirs = [key for key in keys if key.startswith(f"{part}.")]
+        named = [f"{part}.name"] if f"{part}.name" in theirs else theirs
+        found += [text.replace(".name ", " ", 1) for text in _with_values(base, candidate, named)]
+    return found
 
 
 def precision_differences(base: Run, candidate: Run) -> list[str]:
@@ -41,11 +57,13 @@ def precision_differences(base: Run, candidate: Run) -> list[str]:
 
 def check_pair(base: Run, candidate: Run) -> None:
     """Raise InputError where two runs cannot be compared."""
-    allowed = (*ASKED, *LAYOUT)
+    allowed = (*ASKED, *LAYOUT, *(f"{part}." for part in PLATFORM))
     refused = [k for k in plan_differences(base, candidate) if not k.startswith(allowed) or k == "mapping.global_batch"]
     if refused:
         what = ", ".join(_with_values(base, candidate, refused))
-        raise InputError(f"{candidate.folder} and {base.folder} differ in more than precision and layout: {what}; compare runs of one experiment")
+        raise InputError(
+            f"{candidate.folder} and {base.folder} differ in more than precision, layout, stack and GPU: {what}; compare runs of one experiment"
+        )
     if base.imported or candidate.imported:
         _check_imported(base, candidate)
     for key, what in (("order_sha256", "the order of the batches"), ("data", "the data")):

@@ -2,9 +2,9 @@
 
 `reference/` holds them as they were published, with their source: `dgxc_step_times.csv` (NVIDIA's dgxc-benchmarking, step
 times with layouts), `nemo_performance_summary.csv` (NeMo's and Megatron-Bridge's performance pages, tokens/s/GPU) and
-`post_figures.csv` (the speedups that the post on FP8 recipes prints).  Tables say "FP8" and mean a recipe: delayed scaling
-where they do not say (the scripts' default), current scaling where they say cs.  A row that does not tell its recipe at
-all, one that was withdrawn, and one of a model with fewer layers are left out.
+`post_figures.csv` (the speedups that NVIDIA's post "Faster Training Throughput in FP8 Precision with NVIDIA NeMo" prints).
+Tables say "FP8" and mean a recipe: delayed scaling where they do not say (the scripts' default), current scaling where they
+say cs.  A row that does not tell its recipe at all, one that was withdrawn, and one of a model with fewer layers are left out.
 """
 
 from __future__ import annotations

@@ -210,16 +210,23 @@ def notes(results: Sequence[Path]) -> str:
 
 def operands(results: Sequence[Path]) -> str:
     """What each recipe did to the operands of its GEMMs after the first step, and how much of them became zero in that."""
-    found = numerics.load_all(runs_of(results))
-    later, first = found[found["step"] > 1], found[found["step"] == 1]
-    later = later.groupby(["precision", "role"]).agg({"sqnr_db": "median", "underflow": ["mean", "max"], "saturated": "max"})
-    later.columns = pd.Index(["SQNR, dB", "became zero", "at most", "saturated at most"])
-    table = later.assign(**{"became zero in step 1": first.groupby(["precision", "role"])["underflow"].mean()}).reset_index()
-    shares = [name for name in table if "zero" in str(name) or "most" in str(name)]
-    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-    shown = [{k: f"{v:.1e}" if k in shares else v if isinstance(v, str) else f"{v:.1f}" for k, v in row.items()} for row in rows]
-    note = "Over all linear layers and diagnosed steps after the first: SQNR the median; shares of elements, mean and largest of a layer and step."
-    return Table("", shown, rows, [note], frozenset(["precision", "role"])).markdown()
+    rows = [{str(key): value for key, value in row.items()} for row in numerics.summary(numerics.load_all(runs_of(results))).to_dict("records")]
+    note = (
+        "Over all linear layers and diagnosed steps after the first: SQNR the median; elements that became zero or saturated, in % of a tensor's, "
+        "mean and largest of a linear layer and step."
+    )
+    return Table("", [_operand(row) for row in rows], rows, [note], frozenset(["precision", "role"])).markdown()
+
+
+def _operand(row: dict[str, Any]) -> dict[str, str]:
+    shares = {
+        "became zero, %": "underflow",
+        "at most, %": "underflow_worst",
+        "saturated at most, %": "saturated_worst",
+        "became zero in step 1, %": "underflow_step_1",
+    }
+    names = {key: str(row[key]) for key in ("precision", "role")}
+    return {**names, "SQNR, dB": f"{row['sqnr_db']:.1f}", **{name: f"{row[key] * 100:.2g}" for name, key in shares.items()}}
 
 
 def tunings(results: Sequence[Path]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "spikes": verdict.spikes,
         "spikes_of_base": verdict.base_spikes,
         "layout": verdict.layout,
-        "differs": verdict.asked,
+        "differs": [*verdict.asked, *verdict.platform],
         "step_time_s": step_time(candidate).value,
         "tokens_per_s_per_gpu": candidate.plan.tokens_per_step / step_time(candidate).value / candidate.plan.num_gpus,
         "speedup_over_bf16": faster and _interval(faster),
@@ -125,17 +125,21 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
     seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
     window = f"loss ({_labels(rows, 'loss')}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
     return (
-        f"{values['model']} on {values['gpu']}, {values['layout']}: {window}; "
+        f"{values['model']} on {values['gpu']}, {_grouped(rows, lambda row: row['layout'].split(' (')[0])}: {window}; "
         f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {_labels(rows, 'step_time')} on {device}; "
         "matched: speedup to an equal loss"
     )
 
 
 def _labels(rows: Sequence[dict[str, Any]], what: str) -> str:
-    """Return the label of a number, or each label with the precisions that bear it."""
+    return _grouped(rows, lambda row: str(row["labels"][what]))
+
+
+def _grouped(rows: Sequence[dict[str, Any]], label_of: Callable[[dict[str, Any]], str]) -> str:
+    """Return the label of all rows, or each label with the precisions that bear it."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        found.setdefault(row["labels"][what], []).append(row["precision"])
+        found.setdefault(label_of(row), []).append(row["precision"])
     return next(iter(found)) if len(found) == 1 else "; ".join(f"{label}: {', '.join(names)}" for label, names in found.items())
 
 
@@ -160,6 +164,8 @@ def notes(verdict: Verdict) -> list[str]:
         said.append(f"{name}: undecided; {_why_open(verdict)}")
     if verdict.spikes > verdict.base_spikes:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
+    if verdict.platform:
+        said.append(f"{name}: not only precision differs from BF16, but also {', '.join(verdict.platform)}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
         said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
     return [*said, *_imports(verdict)]

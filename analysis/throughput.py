@@ -1,8 +1,8 @@
 """`python -m analysis.throughput RUN…`: the throughput table from real runs.
 
 A step time is worth what it was taken from: the table gives its median and quartiles and the steps that were timed, compares
-each run with the BF16 run of its own model, GPU, stack and settings, and says whether more than precision differs between the
-two (best-mapping) or not (iso-mapping).  TFLOP/s and MFU stand beside the convention and the peak that they use, and the
+each run with the BF16 run of its own model, GPU, stack and settings, and says whether the two have one layout (iso-mapping) or not
+(best-mapping), and what else differs.  TFLOP/s and MFU stand beside the convention and the peak that they use, and the
 published figure of the same cell beside ours.  Runs that cannot carry a number are left out, with the reason.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from analysis import published
 from analysis.depth import beside_precision, device, experiment, order
-from analysis.pairing import asserted
+from analysis.pairing import LAYOUT, asserted, mapping_label
 from analysis.published import Published, layout_of
 from analysis.runs import Run
 from analysis.soundness import MAX_SPREAD, sound
@@ -118,10 +118,10 @@ def _layout(run: Run) -> str:
 def _against(base: Run | None, run: Run) -> Row:
     if base is None or base is run:
         pair = "its own base" if base is run else "no BF16 run of its model, depth, GPU, stack and settings"
-        return {"base": base.name if base else None, "pair": pair, "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
+        return {"base": base.name if base else None, "pair": pair, "also_differs": [], "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
     differs, ratio = beside_precision(base, run), faster(base, run)
-    pair = f"best-mapping ({', '.join(differs)})" if differs else "iso-mapping"
-    return {"base": base.name, "pair": pair, "speedup_over_bf16": ratio.value, **_ends(ratio)}
+    other = [each for each in differs if not each.startswith(LAYOUT)]
+    return {"base": base.name, "pair": mapping_label(differs), "also_differs": other, "speedup_over_bf16": ratio.value, **_ends(ratio)}
 
 
 def _ends(interval: Interval | None) -> Row:
@@ -167,12 +167,17 @@ def cells(values: Row) -> dict[str, str]:
         "steps": f"{values['first_timed_step']} to {values['last_timed_step']}",
         "tokens/s/GPU": f"{values['tokens_per_s_per_gpu']:,.0f}",
         "speedup": _speedup(values),
-        "pair": values["pair"].split(" (")[0] if values["base"] != values["run"] else "–",
+        "pair": _pair(values) if values["base"] != values["run"] else "–",
         "TFLOP/s": number(values["tflops_per_gpu"], 0),
         "MFU": "–" if values["mfu"] is None else f"{values['mfu']:.1%}",
         "peak GB (BF16)": f"{number(values['memory_gb'], 1)} ({number(against, 1)})",
         "of published": "–" if share is None else f"{share:.0%}",
     }
+
+
+def _pair(values: Row) -> str:
+    other = dict.fromkeys(each.partition(".")[0] for each in values["also_differs"])
+    return ", ".join([values["pair"].split(" (")[0], *(f"other {part}" for part in other)])
 
 
 def _speedup(values: Row) -> str:
@@ -197,15 +202,21 @@ def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
         "Speedup: tokens/s/GPU over the BF16 run of the same model, depth, GPU, stack and settings, with its 95 % interval.",
         f"TFLOP/s of the model's FLOPs with {conventions}; MFU against {peaks}. Peak memory in GB of 10⁹ bytes, as PyTorch's allocator saw it.",
     ]
-    pairs = dict[str, list[str]]()
-    for row in found:
-        if row["pair"].startswith("best-mapping"):
-            pairs.setdefault(row["pair"], []).append(row["run"])
-    said += [f"{pair}: {', '.join(names)}" for pair, names in pairs.items()]
+    said += _pairs(found)
     said += [f"{row['run']}: imported; asserted, not proved: {', '.join(row['asserted'])}" for row in found if row["asserted"]]
     sources = dict.fromkeys(row["published_source"] for row in found if row["published_source"])
     said += [f"Published: {source}" for source in sources]
     return [*said, *(f"Left out: {reason}" for reason in left_out)]
+
+
+def _pairs(found: Sequence[Row]) -> list[str]:
+    """Return a sentence for each way in which pairs differ in more than precision."""
+    named = dict[str, list[str]]()
+    for row in found:
+        layout = [row["pair"]] if row["pair"].startswith("best-mapping") else []
+        for what in (*layout, *(f"Beside precision and layout: {each}" for each in row["also_differs"])):
+            named.setdefault(what, []).append(row["run"])
+    return [f"{what}: {', '.join(names)}" for what, names in named.items()]
 
 
 def table(folders: Sequence[Path], causal: bool = False) -> Table:

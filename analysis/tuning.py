@@ -35,7 +35,7 @@ def change(base: Run, run: Run) -> str:
     """Return what a run's plan and the environment that it sets differ in from its base."""
     flats = [flatten(r.plan.model_dump()) for r in (base, run)]
     environment = [f"{key.removeprefix(ENVIRONMENT)}={flats[1].get(key, 'unset')}" for key in differences(*flats) if key.startswith(ENVIRONMENT)]
-    skipped = ("seed", "train.", "settings.name", "mapping.source")
+    skipped = ("seed", "train.", "settings.name")
     return ", ".join([*changes(base, run, [k for k in plan_differences(base, run) if not k.startswith(skipped)]), *environment])
 
 

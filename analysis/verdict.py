@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import t
 
-from analysis.pairing import check_pair, layout_label, precision_differences
+from analysis.pairing import check_pair, layout_label, platform_differences, precision_differences
 from analysis.runs import Run
 from analysis.statistics import Array, Mean, last_block_with_interval, mean_with_interval, spikes
 from recipes.errors import InputError
@@ -80,6 +80,7 @@ class Verdict:
     base_spikes: int
     layout: str
     asked: list[str]
+    platform: list[str]
 
 
 def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
@@ -113,6 +114,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         base_spikes=spikes(base.steps["loss"]),
         layout=layout_label(base, candidate),
         asked=precision_differences(base, candidate),
+        platform=platform_differences(base, candidate),
     )
 
 

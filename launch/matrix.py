@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -40,7 +40,7 @@ def cell(stack: str, model: str, precision: str, gpu: str, overrides: Sequence[s
     return {**names, "runs": True, "num_gpus": plan.num_gpus, "why": "", "instead": ""}
 
 
-def matrix(stacks: Sequence[str], overrides: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def matrix(stacks: Iterable[str], overrides: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield the cells of each stack."""
     for stack in stacks:
         for model in MODELS:
@@ -75,15 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further overrides for every cell, e.g. experiment=throughput")
-    parser.add_argument("--stack", action="append", choices=options("stack"), help="a stack (default: all)")
+    every = options("stack")
+    parser.add_argument("--stack", action="append", choices=[*every, "all"], help="a stack; may be given again (default: nemo_25_04, or stack=…)")
     parser.add_argument("--json", action="store_true", help="print the cells as JSON")
     args = parser.parse_intermixed_args(argv)
     try:
-        compose_tree(args.overrides)
+        default = str(compose_tree(args.overrides)["stack"]["name"])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    rows = list(matrix(args.stack or options("stack"), args.overrides))
+    asked = args.stack or [default]
+    rows = list(matrix(every if "all" in asked else dict.fromkeys(asked), args.overrides))
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0

@@ -14,6 +14,8 @@ from typing import Any
 
 Tree = dict[str, Any]
 RECOMMENDED = Path(__file__).resolve().parent / "reference" / "recommended_mappings.csv"
+FOR_BF16 = "recommended_for_bf16"
+LOOKED_UP = ("recommended", FOR_BF16)  # a mapping's source where its row is looked up
 FLAGS = ("cuda_graphs", "fsdp")
 SIZES = ("tp", "pp", "cp", "vp", "micro_batch", "global_batch", "recompute_layers", "offload_layers")
 
@@ -38,7 +40,7 @@ def recommended() -> list[dict[str, str]]:
 
 def _row(tree: Tree) -> dict[str, str]:
     """Return the recommended row of a tree's cell: that of its GPU, of one mapped like it, or the last, which fits any."""
-    gpu, as_bf16 = tree["gpu"], tree["precision"]["fp8"] is None or tree["mapping"]["source"] == "recommended_for_bf16"
+    gpu, as_bf16 = tree["gpu"], tree["precision"]["fp8"] is None or tree["mapping"]["source"] == FOR_BF16
     wanted = {
         "nemo_ref": (tree["stack"]["recommended"],),
         "model": (tree["model"]["name"],),
@@ -52,14 +54,20 @@ def _row(tree: Tree) -> dict[str, str]:
 
 
 def _mapping(tree: Tree) -> None:
+    """Fill the layout from its recommended row; its source names the row, and what was given otherwise."""
     mapping = tree["mapping"]
-    missing = [key for key in (*SIZES, *FLAGS) if mapping[key] is None]
-    row = _row(tree) if missing else None
-    if row:
-        mapping.update({key: row[key] == "1" if key in FLAGS else int(row[key] or 1) for key in missing})
-        mapping["source"] = f"{mapping['source']}: {row['source']}"
-    if tree["num_gpus"] is None:
-        tree["num_gpus"] = int(row["num_gpus"]) if row else _smallest(mapping)
+    given = None not in [mapping[key] for key in (*SIZES, *FLAGS)]
+    if given and tree["num_gpus"] is None:
+        tree["num_gpus"] = _smallest(mapping)
+    if given and mapping["source"] not in LOOKED_UP:
+        return
+    row = _row(tree)
+    known = {**{key: int(row[key] or 1) for key in SIZES}, **{key: row[key] == "1" for key in FLAGS}}
+    changed = [key for key, value in known.items() if mapping[key] not in (None, value)]
+    changed += ["num_gpus"] if tree["num_gpus"] not in (None, int(row["num_gpus"])) else []
+    mapping.update({key: value for key, value in known.items() if mapping[key] is None})
+    mapping["source"] = "; changed: ".join([f"{mapping['source']}: {row['source']}", *([", ".join(changed)] if changed else [])])
+    tree["num_gpus"] = int(row["num_gpus"]) if tree["num_gpus"] is None else tree["num_gpus"]
 
 
 def _smallest(mapping: Tree) -> int:

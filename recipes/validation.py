@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.compose import compose_plan
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.fit import ESTIMATE_ERROR
 from recipes.memory import OUTSIDE_PYTORCH, estimate
 from recipes.run_folder import read_plan, rows_of
 
 PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
+WIDTH = 180  # columns
 Row = dict[str, str | float]
 
 
@@ -67,18 +70,31 @@ def _overrides(row: Row) -> list[str]:
     return [*axes, *layout, "executor=local", *str(row["overrides"]).split()]
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence a kind of peak: mean size of the error, the largest error, and how many lie within what a launch allows for."""
+    said = []
+    for kind in dict.fromkeys(str(row["kind"]) for row in rows):
+        errors = [float(row["error"]) for row in rows if row["kind"] == kind]
+        within = sum(abs(error) <= ESTIMATE_ERROR for error in errors)
+        mean, largest = statistics.fmean(map(abs, errors)), max(errors, key=abs)
+        said.append(f"{kind}: mean size of the error {mean:.1%}, largest {largest:+.1%}, {within} of {len(errors)} within {ESTIMATE_ERROR:.0%}")
+    return said
+
+
 def shown(rows: Sequence[Row]) -> Table:
     """Return the rows as a table for the terminal."""
     table = Table("model", "precision", "gpu", "layout", "peak GB", "kind", "predicted", "error", "note", box=None)
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for row in rows:
-        layout = f"{row['num_gpus']} GPUs tp{row['tp']} pp{row['pp']} cp{row['cp']}"
+        layout = f"{row['num_gpus']} GPU{'' if str(row['num_gpus']) == '1' else 's'} tp{row['tp']} pp{row['pp']} cp{row['cp']}"
         numbers = (f"{row['peak_gb']:.1f}", str(row["kind"]), f"{row['predicted_gb']:.1f}", f"{float(row['error']):+.1%}")
-        table.add_row(str(row["model"]), str(row["precision"]), str(row["gpu"]), layout, *numbers, str(row["note"])[:60])
+        table.add_row(str(row["model"]), str(row["precision"]), str(row["gpu"]), layout, *numbers, str(row["note"]))
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison."""
+    """Print the comparison and its summary; one line and exit code 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m recipes.validation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs on GPUs, to be held against too")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -88,7 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    print(json.dumps(rows, indent=1)) if args.json else Console(width=180).print(shown(rows))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    Console(width=WIDTH).print(shown(rows))
+    for line in summary(rows):
+        print(one_line(line))
     return 0
 
 

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [Path(word) for word in args.given if "=" not in word or Path(word).exists()]
     overrides = [word for word in args.given if "=" in word and not Path(word).exists()]
     try:
+        if args.out.suffix == ".html":
+            raise InputError(
+                f"{args.out}: --out names a folder, in which the page is written as {figure}.html; give one, as in --out {args.out.with_suffix('')}"
+            )
         page = make(figure, overrides, folders)
         _write(page, figure, args.out)
     except InputError as error:

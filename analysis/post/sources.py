@@ -25,6 +25,7 @@ from recipes.plan import Plan
 from recipes.rules import check
 
 PARTS: Label = "measured parts, put together"
+ON = "on "  # begins the series of what was measured on another GPU
 
 
 def of_the_post(figure: int) -> list[dict[str, str]]:
@@ -66,14 +67,21 @@ def serves(plan: Plan, gpu: str) -> bool:
 
 def measured_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
     """Return the speedups over their own BF16 of the whole models that ran, of a plan's cell."""
+    of_cell = [run for run in whole_runs(runs) if (run.plan.model.name, run.plan.precision.name) == _cell(plan) and serves(run.plan, plan.gpu.name)]
+    pairs = [(base, run) for run in of_cell if (base := own_base(run, runs))]
+    several = len({run.plan.mapping.global_batch for _, run in pairs}) > 1
     found = []
-    for run in whole_runs(runs):
-        base = own_base(run, runs)
-        if (run.plan.model.name, run.plan.precision.name) != _cell(plan) or not serves(run.plan, plan.gpu.name) or base is None:
-            continue
-        series = "" if run.plan.gpu.name == plan.gpu.name else f"on {run.plan.gpu.name}"
-        found.append(_value(plan, "measured", series, faster(base, run), f"{layout(run.plan)}; {device(run)}, runs {base.name} and {run.name}"))
+    for base, run in pairs:
+        batch = f"{run.plan.mapping.global_batch} sequences a step"
+        series = ", ".join(part for part in (_elsewhere(plan, run.plan.gpu.name), batch if several else "") if part)
+        what = f"{layout(run.plan)}, {batch}; {device(run)}, runs {base.name} and {run.name}"
+        found.append(_value(plan, "measured", series, faster(base, run), what))
     return found
+
+
+def _elsewhere(plan: Plan, gpu: str) -> str:
+    """Return on which GPU a plan's cell was measured, where that is another one."""
+    return "" if gpu == plan.gpu.name else f"{ON}{gpu.upper()}"
 
 
 def assembled_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
@@ -88,7 +96,7 @@ def assembled_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
         if row["precision"] == plan.precision.name and row["speedup_whole"]:
             spread = Spread(row["speedup_whole"], row["speedup_whole_low"], row["speedup_whole_high"])
             what = f"{row['layout']}, compute alone; parts measured on {row['device']}, depths {', '.join(map(str, row['layers']))}"
-            found.append(_value(plan, PARTS, "", spread, what))
+            found.append(_value(plan, PARTS, _elsewhere(plan, row["gpu"]), spread, what))
     return found
 
 

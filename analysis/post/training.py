@@ -43,16 +43,23 @@ class Page:
 
 def page(number: int, overrides: Sequence[str], runs: Sequence[Run]) -> Page:
     """Return the page of figure 3, 4 or 5 for the cells of its experiment; InputError where none of them can be shown."""
-    made = Page(TITLES[number])
-    values = [value for cell in cells(number, overrides) for value in _values(number, cell, runs, made.left_out)]
+    left_out: list[str] = []
+    values = [value for cell in cells(number, overrides) for value in _values(number, cell, runs, left_out)]
+    made = Page(_title(number, values), left_out=left_out)
     if not values:
         raise InputError(f"experiment=fig{number} has no cell to show; the first: {made.left_out[0] if made.left_out else 'it names no FP8 recipe'}")
     colours = {precision: COLOURS.get(precision, "#777777") for precision in dict.fromkeys(value.precision for value in values)}
     made.tables += [table("Times as fast", values, _notes(number, values)), table_of_sources(values)]
-    made.figures.append(chart(f"fig{number}_post", TITLES[number], values, colours, _caption(number), _band(number)))
+    made.figures.append(chart(f"fig{number}_post", made.title, values, colours, _caption(number), _band(number)))
     if number == 4:
         made.tables[1:1] = hypotheses.tables()
     return made
+
+
+def _title(number: int, values: Sequence[Value]) -> str:
+    """Return the figure's title, with the GPUs that measurements were made on where they are others."""
+    found = {value.series.partition(",")[0] for value in values if value.label in ("measured", sources.PARTS) and value.series.startswith(sources.ON)}
+    return "; measured ".join([TITLES[number], *([", ".join(sorted(found))] if found else [])])
 
 
 def cells(number: int, overrides: Sequence[str]) -> list[list[str]]:

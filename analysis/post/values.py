@@ -120,10 +120,10 @@ def chart(name: str, title: str, values: Sequence[Value], colours: dict[str, str
     axis.set_xticks(range(len(models)), models)
     axis.grid(axis="x", visible=False)
     axis.set_ylim(0, max(value.high or value.value for value in values) * 1.08)
-    labels = [Patch(fc=_pale(GREY, look.shade), ec=GREY, hatch=look.hatch, label=name) for name, look in looks.items()]
+    labels = [Patch(fc=_pale(GREY, look.shade), ec=_edge(GREY, look), hatch=look.hatch, label=name) for name, look in looks.items()]
     labels += [Patch(color="#CC79A7", alpha=0.3, lw=0, label=band.text)] if band else []
     recipes = [Patch(color=colour, label=precision) for precision, colour in colours.items()] if many else []
-    drawing.legend(handles=[*recipes, *labels], loc="outside lower center", fontsize=8, frameon=False, ncols=4)
+    drawing.legend(handles=[*recipes, *labels], loc="outside lower center", fontsize=8, frameon=False, ncols=3)
     return Figure(name, title, caption, drawing)
 
 
@@ -132,10 +132,15 @@ def _pale(colour: str, shade: float) -> tuple[float, ...]:
     return tuple(1 - shade * (1 - part) for part in to_rgb(colour))
 
 
+def _edge(colour: str, look: Look) -> str:
+    """Return the colour of a bar's edge, which is that of its hatch: white where the bar is as dark as its edge."""
+    return "white" if look.hatch and look.shade == 1 else colour
+
+
 def _bar(axis: Axes, x: float, width: float, found: Sequence[Value], colour: str, look: Look, numbers: bool) -> None:
     """Draw the first of the values as a bar with its interval, and others of the same name as dots on it."""
     first = found[0]
-    axis.bar(x, first.value, width, fc=_pale(colour, look.shade), ec=colour, hatch=look.hatch, zorder=2)
+    axis.bar(x, first.value, width, fc=_pale(colour, look.shade), ec=_edge(colour, look), hatch=look.hatch, zorder=2)
     if first.low is not None and first.high is not None:
         reach = np.array([[first.value - first.low], [first.high - first.value]])
         axis.errorbar(x, first.value, yerr=reach, ecolor="#444444", lw=0, elinewidth=1, capsize=2, zorder=3)

@@ -189,7 +189,7 @@ def test_the_command_prints_and_writes_the_tables(make: Maker, tmp_path: Path, c
     printed = capsys.readouterr().out
     for text in (printed, (tmp_path / "t.md").read_text(), (tmp_path / "t.html").read_text()):
         assert "1.36x met" in text and "12.27" in text and "without communication" in text and "NVIDIA H200" in text
-    assert (tmp_path / "t.csv").read_text().splitlines()[0].startswith("model,precision,device,layers")
+    assert (tmp_path / "t.csv").read_text().splitlines()[0].startswith("model,precision,gpu,device,layers")
     assert command([*runs, "--json"]) == 0
     assert [row["precision"] for row in json.loads(capsys.readouterr().out)] == ["bf16", "fp8_current"]
 

@@ -81,6 +81,8 @@ def test_diagnostics_name_layers_linears_and_roles() -> None:
     assert set(table["layer"]) == {0, 1, 2, 3} and set(table["role"]) == set(numerics.ROLES)
     found = numerics.summary(table)
     assert len(found) == 3 and (found["sqnr_db"] > 20).all()
+    by_layer = numerics.by_layer(numerics.after_first(table), "underflow")  # each layer has as many linears: their mean is that of all
+    assert by_layer.groupby("role")["underflow"].mean().tolist() == pytest.approx(found["underflow"].tolist())
 
 
 def test_runs_without_diagnostics_are_one_line_and_no_figure(make: Maker) -> None:

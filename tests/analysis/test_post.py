@@ -79,6 +79,13 @@ def test_whole_runs_are_taken_up_as_measured(make: Maker) -> None:
     assert "Measured: not yet." not in found.tables[0].notes and found.tables[0].columns[2] == "measured"
 
 
+def test_another_gpu_and_two_batches_are_named_in_title_and_columns() -> None:
+    found = make.make("fig3", ["model=llama3_8b"])
+    measured = [f"measured: on H200, {batch} sequences a step" for batch in (4, 8)]
+    assert found.title.endswith("; measured on H200") and found.figures[0].title == found.title
+    assert found.tables[0].columns[2:5] == [*measured, "measured parts, put together: on H200"]
+
+
 def test_runs_cut_in_depth_are_measured_parts_and_no_whole_model(make: Maker) -> None:
     folders = [planted(make, name, n, parts) for name, parts in (("bf16", BF16), ("fp8_current", CURRENT)) for n in (2, 4)]
     found = values_of(page(3, [], [load_run(folder) for folder in folders]))
@@ -129,6 +136,9 @@ def test_cells_are_the_experiments() -> None:
 def test_results_that_are_not_there_are_said_and_the_demo_is_called_emulated(tmp_path: Path) -> None:
     assert "not yet" in " ".join(make.make("fig1", results=tmp_path).said)
     (tmp_path / "demo").symlink_to(make.RESULTS / "demo")
+    folder = make.RESULTS / "gemm_h200"
+    once, twice = (make.make("fig1", [], given, results=tmp_path) for given in ([folder], [folder, folder / ".." / "gemm_h200"]))
+    assert len(once.figures) == len(twice.figures) > 0
     found = make.make("fig2", results=tmp_path)
     assert any("not yet" in line and "emulated" in line for line in found.said)
     assert "emulated" in found.tables[0].notes[0]
@@ -143,6 +153,8 @@ def test_shipped_folders_are_taken_up_once_they_are_there(tmp_path: Path, make: 
         run.rename(tmp_path / "fig3_h200" / run.name)
     found = page_of("fig3", ["model=llama3_8b"], results=tmp_path)
     assert [row["value"] for row in values_of(found) if row["label"] == "measured"] == [pytest.approx(4 / 3, rel=0.01)]
+    again = page_of("fig3", ["model=llama3_8b"], [tmp_path / "fig3_h200" / ".." / "fig3_h200"], results=tmp_path)
+    assert values_of(again) == values_of(found)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,7 @@ def test_shipped_folders_are_taken_up_once_they_are_there(tmp_path: Path, make: 
         (["fig1", "model=llama3_8b"], "takes no overrides"),
         (["fig1", "nowhere"], "no gemm.jsonl"),
         (["fig4", "--out", "/dev/null/x"], "cannot be written"),
+        (["fig4", "--out", "deep/x.html"], "--out names a folder, in which the page is written as fig4.html; give one, as in --out deep/x\n"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -139,7 +139,8 @@ def test_the_shipped_runs_make_a_table_in_every_form(tmp_path: Path, capsys: pyt
     for row in rows:
         if row["precision"] != "bf16":
             assert float(row["speedup_over_bf16"]) == pytest.approx(speedup(runs[row["base"]], runs[row["run"]]).value)
-            assert row["pair"] == "best-mapping (settings.precision_aware_optimizer True → False)"
+            assert row["pair"] == "iso-mapping" and "settings.precision_aware_optimizer True → False" in row["also_differs"]
+    assert "iso-mapping, other settings" in (tmp_path / "t.md").read_text()
     for text in (printed, (tmp_path / "t.md").read_text(), (tmp_path / "t.html").read_text()):
         assert "(2 of" in text and "full attention" in text and "989" in text and "1979" in text
     assert command([str(SHIPPED[0]), "--out", str(tmp_path / "t.txt")]) == 2

@@ -8,7 +8,7 @@ import pytest
 
 from analysis.runs import Array, load_run
 from analysis.statistics import mean_with_interval, spikes
-from analysis.table import notes
+from analysis.table import headline, notes, row
 from analysis.verdict import decide, gaps_of, judge, luck
 from recipes.plan import Bar
 from tests.analysis.conftest import STEPS, Maker, curve, own_noise
@@ -119,6 +119,18 @@ def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:
     runs = [load_run(make(f"bf16.{s}", curve() + s * 0.5, "bf16", (f"seed={s}",))) for s in (1, 2)]
     found = judge(runs[0], load_run(make("fp8", curve() + 0.5 + 0.00575 + own_noise(3), overrides=("seed=1",))), runs[1:])
     assert found.verdict == "undecided" and not found.within_noise
+
+
+def test_another_stack_is_named_and_is_no_other_layout(make: Maker) -> None:
+    one = ("gpu=h200", "mapping=single", "num_gpus=1", "cluster.container_runtime=none")
+    base = load_run(make("bf16", curve(), "bf16", (*one, "stack=nemo_25_04_te_2_11")))
+    verdict = judge(base, load_run(make("mxfp8", curve(), "mxfp8", (*one, "stack=emulated"))))
+    named = "stack nemo_25_04_te_2_11 → emulated"
+    assert verdict.layout == "iso-mapping" and verdict.platform == [named] and any(named in note for note in notes(verdict))
+    assert row(verdict)["differs"][-1] == named and "on h200, iso-mapping: " in headline([row(verdict)])
+    wider = judge(base, load_run(make("wider", curve(), "fp8_current", (*one, "num_gpus=2", "stack=nemo_25_04_te_2_11"))))
+    assert wider.layout == "best-mapping (num_gpus 1 → 2)" and not wider.platform
+    assert "iso-mapping: mxfp8; best-mapping: fp8_current" in headline([row(verdict), row(wider)])
 
 
 def test_spikes_are_counted_once_each() -> None:

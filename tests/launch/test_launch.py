@@ -14,6 +14,7 @@ from launch import status
 from launch.__main__ import main
 from launch.job import PROJECT, code, snapshot, write_job
 from launch.matrix import main as matrix
+from launch.matrix import options
 from launch.slurm import JobState, refusal
 from recipes.compose import compose_plan
 from recipes.run_folder import SESSION, append_line, event, set_status
@@ -90,16 +91,23 @@ def test_a_folder_with_another_plan_is_refused_before_anything_is_written(tmp_pa
     assert "seed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stack", ["nemo_25_04", "nemo_25_07"])
-def test_the_matrix_answers_for_all_75_cells_of_a_stack(stack: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert matrix(["--stack", stack, "--json", "experiment=throughput"]) == 0
+@pytest.mark.parametrize(("asked", "stack"), [([], "nemo_25_04"), (["--stack", "nemo_25_07"], "nemo_25_07")])
+def test_the_matrix_answers_for_all_75_cells_of_a_stack(asked: list[str], stack: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix([*asked, "--json", "experiment=throughput"]) == 0
     cells = json.loads(capsys.readouterr().out)
-    assert len(cells) == 75
+    assert len(cells) == 75 and {c["stack"] for c in cells} == {stack}
     refused = {(c["precision"], c["gpu"]) for c in cells if not c["runs"]}
     expected = {("mxfp8", "h100")}
     expected |= {("fp8_subchannel", gpu) for gpu in (("h100", "b200", "gb200") if stack == "nemo_25_04" else ("b200", "gb200"))}
     assert refused == expected
     assert all(c["why"] and c["instead"] for c in cells if not c["runs"])
+
+
+def test_the_matrix_shows_the_stacks_that_are_named_or_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("launch.matrix.MODELS", ["llama3_8b"])
+    for asked, stacks in ((["nemo_25_07", "emulated"], ["nemo_25_07", "emulated"]), (["all"], options("stack"))):
+        assert matrix(["--json", *(word for stack in asked for word in ("--stack", stack))]) == 0
+        assert list(dict.fromkeys(c["stack"] for c in json.loads(capsys.readouterr().out))) == stacks
 
 
 # The job folder

@@ -15,7 +15,8 @@ from recipes.defaults import fill, recommended
 from recipes.fit import does_not_fit, fits
 from recipes.memory import estimate
 from recipes.plan import Plan
-from recipes.validation import PEAKS, validation
+from recipes.validation import PEAKS, summary, validation
+from recipes.validation import main as command
 
 TINY = [
     *("model=llama3_tiny", "gpu=h100", "mapping=single", "num_gpus=2", "data=mock", "mapping.micro_batch=1", "mapping.global_batch=2"),
@@ -164,6 +165,15 @@ def test_every_reference_row_says_where_it_comes_from() -> None:
         rows = list(csv.DictReader(file))
     assert all(row["kind"] in ("published", "measured", "measured without step") and row["source"] and row["note"] for row in rows)
     assert len(validation()) == len(rows)
+
+
+def test_the_validation_ends_with_a_summary_and_cuts_no_note(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([]) == 0
+    printed, rows = capsys.readouterr().out, validation()
+    assert all(word in printed for row in rows for word in str(row["note"]).split())
+    assert printed.splitlines()[-3:] == summary(rows)
+    planted = [{"kind": "measured", "error": error} for error in (0.01, -0.06, 0.02)]
+    assert summary(planted) == ["measured: mean size of the error 3.0%, largest -6.0%, 2 of 3 within 5%"]
 
 
 # ---------------------------------------------------------------------------------------------------------- properties

@@ -6,6 +6,7 @@ from recipes import rules
 from recipes.compose import compose_plan
 from recipes.defaults import recommended
 from recipes.errors import InputError
+from recipes.run_folder import comparable, differences
 
 H100_8B = ["model=llama3_8b", "gpu=h100"]
 H100_70B = ["model=llama3_70b", "gpu=h100"]
@@ -153,6 +154,17 @@ def test_iso_mapping_is_that_of_bf16_in_every_precision() -> None:
 def test_what_the_user_gives_is_kept_and_the_rest_filled() -> None:
     plan = compose_plan([*H100_70B, "mapping.tp=8", "mapping.cp=1"])
     assert (plan.mapping.tp, plan.mapping.cp, plan.mapping.pp, plan.mapping.vp, plan.num_gpus) == (8, 1, 4, 5, 64)
+    assert plan.mapping.source.endswith("h100.csv@v2.3.0; changed: tp, cp")
+
+
+def test_what_was_changed_of_a_recommended_mapping_is_named() -> None:
+    whole = compose_plan(H100_70B)
+    same = compose_plan([*H100_70B, f"mapping.tp={whole.mapping.tp}", f"num_gpus={whole.num_gpus}"])
+    assert same.mapping.source == whole.mapping.source and "changed" not in whole.mapping.source
+    every = [f"mapping.{key}={value}" for key, value in whole.mapping.model_dump().items() if key not in ("source", "global_batch")]
+    plan = compose_plan([*H100_70B, *every, "mapping.global_batch=256"])
+    assert plan.num_gpus == 32 and plan.mapping.source == f"{whole.mapping.source}; changed: global_batch, num_gpus"
+    assert not differences(comparable(same), comparable(whole)) and "mapping.source" not in comparable(plan)
 
 
 def test_a_cell_without_a_recommended_mapping_has_no_model_parallelism_and_says_so() -> None:

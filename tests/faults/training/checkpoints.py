@@ -10,7 +10,7 @@ from recipes.run_folder import rows_of, status_of
 from tests.faults.commands import REFUSED
 from tests.faults.registry import Outcome, fault
 from tests.faults.training.process import run_to_end
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, finish, numbers, prepared, saved, unpause
+from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, copied, finish, numbers, paused, saved
 
 
 def _file(draw: random.Random, checkpoint: Path) -> Path:
@@ -52,14 +52,12 @@ BROKEN = (_flipped, _cut, _missing, _emptied, _record_cut, _gone)
 @fault(AREA, "the newest checkpoint cut, changed in a bit, without a file, empty or gone", small=3, full=48, nemo=True)
 def broken_checkpoint(count: int, folder: Path) -> Outcome:
     """The one before it is used and the folder says so; a checkpoint that is gone leaves nothing to say."""
-    outcome, paused = Outcome(), {}
+    outcome, stopped = Outcome(), {}
     for n in range(count):
         draw, precision, change = random.Random(n), PRECISIONS[n % len(PRECISIONS)], BROKEN[n % len(BROKEN)]
-        if precision not in paused:
-            paused[precision] = prepared(folder / precision, precision, "train.stop_after=10")
-            run_to_end(paused[precision])
-        run = Path(shutil.copytree(paused[precision], folder / f"run{n}"))
-        unpause(run)
+        if precision not in stopped:
+            stopped[precision] = paused(folder / precision, precision, 10)
+        run = copied(stopped[precision], folder / f"run{n}")
         newest = saved(run)[-1]
         change(draw, newest)
         wrong = finish(run, precision)
@@ -74,12 +72,9 @@ def broken_checkpoint(count: int, folder: Path) -> Outcome:
 @fault(AREA, "every checkpoint broken", small=1, full=10, nemo=True)
 def all_checkpoints_broken(count: int, folder: Path) -> Outcome:
     """Whether to train from the first step again is for the user to say."""
-    outcome = Outcome()
-    paused = prepared(folder / "paused", "fp8_delayed", "train.stop_after=7")
-    run_to_end(paused)
+    outcome, stopped = Outcome(), paused(folder / "paused", "fp8_delayed", 7)
     for n in range(count):
-        draw, run = random.Random(n), Path(shutil.copytree(paused, folder / f"run{n}"))
-        unpause(run)
+        draw, run = random.Random(n), copied(stopped, folder / f"run{n}")
         before = numbers(run / "metrics.jsonl")
         for checkpoint in saved(run):
             draw.choice(BROKEN[:-1])(draw, checkpoint)

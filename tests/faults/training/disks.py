@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from launch.__main__ import main as launch
 from recipes.run_folder import append_line, status_of
 from tests.faults.commands import REFUSED, call
 from tests.faults.registry import Outcome, Unavailable, fault
-from tests.faults.training.process import Ranks, run_to_end
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, finish, prepared, short, step_of, unpause
+from tests.faults.training.process import Ranks
+from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, copied, finish, paused, prepared, short, step_of
 
 
 @contextmanager
@@ -91,12 +90,9 @@ def read_only_folder(count: int, folder: Path) -> Outcome:
     nemo=True,
 )
 def torn_metrics(count: int, folder: Path) -> Outcome:
-    outcome = Outcome()
-    paused = prepared(folder / "paused", "fp8_delayed", "train.stop_after=7")
-    run_to_end(paused)
+    outcome, stopped = Outcome(), paused(folder / "paused", "fp8_delayed", 7)
     for n in range(count):
-        draw, run = random.Random(n), Path(shutil.copytree(paused, folder / f"run{n}"))
-        unpause(run)
+        draw, run = random.Random(n), copied(stopped, folder / f"run{n}")
         path = run / "metrics.jsonl"
         for step in range(8, 8 + draw.randrange(4)):
             append_line(path, {"step": step, "loss": 1.0})

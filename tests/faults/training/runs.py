@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,16 @@ def finish(folder: Path, precision: str, processes: int = 1) -> str | None:
     return unlike(folder, precision, processes)
 
 
-def unpause(run: Path) -> None:
-    """Let a run go on to its last step."""
+def paused(folder: Path, precision: str, step: int) -> Path:
+    """Return the folder of a run that paused after a step."""
+    run = prepared(folder, precision, f"train.stop_after={step}")
+    run_to_end(run)
+    return run
+
+
+def copied(stopped: Path, run: Path) -> Path:
+    """Copy a paused run to `run`, where it may go on to its last step, and return that folder."""
+    shutil.copytree(stopped, run)
     plan = read_plan(run)
     (run / "plan.json").write_text(plan.model_copy(update={"train": plan.train.model_copy(update={"stop_after": None})}).model_dump_json())
+    return run
