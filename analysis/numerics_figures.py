@@ -27,7 +27,7 @@ def _lines(title: str, x: str, y: str, values: pd.DataFrame, column: str, scale:
             axis.plot(rows[x], rows[column] * scale, label=precision, **look)
         axis.set_title(NAMES[role], fontsize=9)
     panels[0].set_ylabel(y)
-    panels[0].legend(fontsize=8, frameon=False)
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=4)
     return drawing, panels
 
 

@@ -133,12 +133,18 @@ def identical_bits(results: Sequence[Path]) -> str:
 
 
 def identical_gemms(results: Sequence[Path]) -> str:
-    """The same of the largest linear layer's outputs, with the errors of both over the exact product in BF16 steps."""
+    """The same of the largest linear layer's outputs, with both errors over the exact product in BF16 steps, and both biases in millionths."""
     return _bits(results, _largest, "Outputs of a linear layer compared with Transformer Engine's")
 
 
 def _largest(rows: pd.DataFrame) -> pd.DataFrame:
-    return bits.gemms(rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()]).round(3)
+    found = bits.gemms(rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()])
+    biases = {name: f"{name}, 1e-6" for name in ("te_bias", "our_bias")}
+    return (
+        found.assign(**{name: found[name] * 1e6 for name in biases})
+        .round({name: 1 for name in biases} | {name: 3 for name in found if name not in biases})
+        .rename(columns=biases)
+    )
 
 
 def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame], what: str) -> str:

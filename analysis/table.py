@@ -194,7 +194,7 @@ def _why_open(verdict: Verdict) -> str:
     gap = verdict.gaps["tail"].nats
     if verdict.within_noise:
         luck = (verdict.luck or 0.0) / verdict.gaps["tail"].base_loss
-        return f"the gap is outside the bar, but so could be that of BF16 with another seed (up to {luck:.2%}): train longer or more steadily, or more seeds"
+        return f"the gap is outside the bar, but so could be BF16's with another seed (up to {luck:.2%}): train longer, more steadily, or more seeds"
     if not math.isfinite(gap.half_width):
         return "the gap's neighbouring steps resemble each other over too much of the tail for an interval: run longer"
     limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]

@@ -95,6 +95,7 @@ def _precision(tree: Tree) -> None:
     fp8 = precision["fp8"] = dict(precision["fp8"])
     if fp8.get("param_gather", False) is None:
         stack = tree["stack"]  # one that emulates FP8 has no FP8 parameters
-        fp8["param_gather"] = not stack.get("emulates_fp8") and (stack["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"])
+        possible = not stack.get("emulates_fp8") and not tree["settings"]["precision_aware_optimizer"]
+        fp8["param_gather"] = possible and (stack["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"])
     if tree["settings"]["bf16_layers"] is False:
         fp8["first_layers_bf16"] = fp8["last_layers_bf16"] = 0

@@ -165,7 +165,11 @@ def cuda_graphs_are_possible(plan: Plan) -> str | None:
 
 
 def fp8_parameters_are_possible(plan: Plan) -> str | None:
-    """transformer_config.py: no FP8 parameters with MXFP8; and not every stack can shard them under FSDP (conf/stack)."""
+    """transformer_config.py: no FP8 parameters with MXFP8; and not every stack can shard them under FSDP (conf/stack).
+
+    megatron/core/optimizer/__init__.py:350 has the precision-aware optimizer keep what BF16 parameters lack to FP32, 16 bits each; given FP8
+    parameters, Transformer Engine 2.11's FusedAdam raises at the first update (measured on an H200).
+    """
     fp8 = plan.precision.fp8
     if fp8 is None or not fp8.param_gather:
         return None
@@ -174,6 +178,8 @@ def fp8_parameters_are_possible(plan: Plan) -> str | None:
         return f"precision.fp8.param_gather: no parameters are kept in FP8 under {fp8.scaling} scaling with {plan.stack.name}; {off}"
     if plan.mapping.fsdp and not plan.stack.fp8_parameters_with_fsdp:
         return f"precision.fp8.param_gather: {plan.stack.name} cannot shard FP8 parameters with mapping.fsdp; {off}"
+    if plan.settings.precision_aware_optimizer:
+        return f"precision.fp8.param_gather: settings.precision_aware_optimizer keeps the rest of BF16 parameters, FP8 ones have none; {off}"
     return None
 
 

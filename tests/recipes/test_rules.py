@@ -67,6 +67,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "precision.fp8.param_gather=true"], "param_gather=false"),
         ([*H100_8B, "precision=fp8_subchannel", "stack=nemo_25_07", "precision.fp8.param_gather=true"], "param_gather=false"),
         ([*EMULATED, "precision=fp8_delayed", "precision.fp8.param_gather=true"], "param_gather=false"),
+        ([*H100_8B, "settings=tuned", "precision=fp8_current", "precision.fp8.param_gather=true"], "param_gather=false"),
         (
             [*H100_8B, "precision=fp8_current", "mapping.fsdp=true", "precision.fp8.param_gather=true", "stack.fp8_parameters_with_fsdp=false"],
             "gather=false",
