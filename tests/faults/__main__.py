@@ -43,8 +43,8 @@ def _quiet() -> Iterator[None]:
         os.close(nothing)
 
 
-def table(found: Found) -> str:
-    """Return the outcomes as Markdown, a table an area, with what was measured below it."""
+def table(found: Found, absent: Sequence[str] = ()) -> str:
+    """Return the outcomes as Markdown, a table an area, with what was measured below it, and at the end which faults this machine could not have."""
     parts = []
     for area in dict.fromkeys(fault.area for fault, _ in found):
         mine = [(fault, outcome) for fault, outcome in found if fault.area == area]
@@ -53,7 +53,7 @@ def table(found: Found) -> str:
         head = [f"### {area}", "", "| injected | inputs | what came out | lost |", "| --- | ---: | --- | --- |"]
         parts.append("\n".join([*head, *rows, *(["", *measured] if measured else [])]))
     inputs, lost = sum(outcome.inputs for _, outcome in found), sum(len(outcome.lost) for _, outcome in found)
-    return "\n\n".join([*parts, f"In all: {inputs:,} inputs, {lost or 'nothing'} lost."])
+    return "\n\n".join([*parts, f"In all: {inputs:,} inputs, {lost or 'nothing'} lost.", *(f"Not injected: {each}." for each in absent)])
 
 
 def _came_out(outcome: Outcome) -> str:
@@ -64,11 +64,11 @@ def _lost(outcome: Outcome) -> str:
     return f"**{len(outcome.lost):,}**" if outcome.lost else "nothing"
 
 
-def write(found: Found) -> None:
+def write(text_of_table: str) -> None:
     """Put the table between the page's markers."""
     text = PAGE.read_text(encoding="utf-8")
     assert len(BLOCK.findall(text)) == 1, f"{PAGE} has no <!-- faults --> … <!-- end -->"
-    block = f"<!-- faults -->\n\n{table(found)}\n\n<!-- end -->"
+    block = f"<!-- faults -->\n\n{text_of_table}\n\n<!-- end -->"
     PAGE.write_text(BLOCK.sub(lambda _: block, text), encoding="utf-8")
 
 
@@ -80,21 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="inject as often as CI does")
     args = parser.parse_args(argv)
     found: Found = []
+    absent = list[str]()
     for fault in [fault for fault in faults if args.only is None or fault.name in args.only]:
         start = time.monotonic()
         try:
             outcome = inject(fault, fault.small if args.small else fault.full)
         except Unavailable as reason:
             print(f"{fault.area}: {fault.name}: not injected: {reason}", flush=True)
+            absent.append(f"{fault.what} ({reason})")
             continue
         found.append((fault, outcome))
         print(f"{fault.area}: {fault.name}: {outcome.inputs:,} inputs, {_lost(outcome)} lost, {time.monotonic() - start:.0f} s", flush=True)
         for line in outcome.lost[:20]:
             print(f"  lost: {line}", flush=True)
     if args.only or args.small:
-        print(f"\n{table(found)}")
+        print(f"\n{table(found, absent)}")
     else:
-        write(found)
+        write(table(found, absent))
         print(f"written: {PAGE}")
     return 1 if any(outcome.lost for _, outcome in found) else 0
 

@@ -43,7 +43,7 @@ class Outcome:
 
 
 class Unavailable(Exception):
-    """What a fault needs is not on this machine; it says what.  The table leaves the fault out, a test skips it."""
+    """What a fault needs is not on this machine; it says what.  The table names the fault below itself, a test skips it."""
 
 
 Injection = Callable[[int, Path], Outcome]
