@@ -122,6 +122,17 @@ def test_the_job_folder_holds_the_code_its_commit_and_its_changes(tmp_path: Path
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "one", job, script)} == {0o700}
 
 
+def test_a_local_job_finds_what_the_shell_that_launched_it_found(tmp_path: Path) -> None:
+    folder, seen = tmp_path / "one", tmp_path / "seen"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH" >> {seen}\n')
+    python.chmod(0o700)
+    script = write_job(compose_plan([f"runs_dir={tmp_path}", "run_name=one"]))
+    script.write_text(script.read_text().replace(sys.executable, str(python)))
+    subprocess.run(["bash", script], env={**os.environ, "PYTHONPATH": "/stack"}, check=True)
+    assert set(seen.read_text().split()) == {f"{folder}/job/code:/stack"}
+
+
 def test_code_outside_a_checkout_is_copied_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot(tmp_path / "first")
     monkeypatch.setattr("launch.job.PROJECT", tmp_path / "first")
