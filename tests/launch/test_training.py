@@ -19,6 +19,7 @@ SHORT = [
     "executor.max_parallel=2",
 ]
 PRECISIONS = ["bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8"]
+TWICE = ["bf16", "fp8_delayed"]  # are paused; the one without and the one with state of its own
 FP8_LINEARS = {"bf16": 0, "fp8_current": 2 * 4}  # the rest: 4 layers of 4 linear layers; current keeps the outer two in BF16
 
 pytestmark = pytest.mark.nemo
@@ -26,14 +27,17 @@ pytestmark = pytest.mark.nemo
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every precision, once unbroken and once paused after two steps, where an evaluation is due, and after five."""
+    """Every precision, once unbroken and once paused after two steps, where an evaluation is due; some paused again after five."""
     root = tmp_path_factory.mktemp("runs")
-    sweep = ["-m", *SHORT, f"precision={','.join(PRECISIONS)}"]
-    assert main([*sweep, f"runs_dir={root}/whole"]) == 0
-    for step in (2, 5):
-        assert main([*sweep, f"runs_dir={root}/cut", f"train.stop_after={step}"]) == 0
+
+    def sweep(precisions: list[str], kind: str, *more: str) -> None:
+        assert main(["-m", *SHORT, f"precision={','.join(precisions)}", f"runs_dir={root}/{kind}", *more]) == 0
+
+    sweep(PRECISIONS, "whole")
+    for precisions, step in ((PRECISIONS, 2), (TWICE, 5)):
+        sweep(precisions, "cut", f"train.stop_after={step}")
         assert {status_of(folder) for folder in (root / "cut").iterdir()} == {"paused"}
-    assert main([*sweep, f"runs_dir={root}/cut"]) == 0
+    sweep(PRECISIONS, "cut")
     return root
 
 
@@ -50,7 +54,11 @@ def test_a_paused_run_continues_to_the_numbers_of_an_unbroken_one(precision: str
     whole, cut = (numbers(folder(runs, kind, precision)) for kind in ("whole", "cut"))
     assert [step for step, loss, *_ in cut if loss is not None] == [1, 2, 3, 4, 5, 6]
     assert whole == cut
-    assert [e["event"] for e in rows_of(folder(runs, "cut", precision) / "events.jsonl")] == ["start", "pause", "resume", "pause", "resume", "end"]
+    assert [e["event"] for e in rows_of(folder(runs, "cut", precision) / "events.jsonl")] == [
+        "start",
+        *["pause", "resume"] * (2 if precision in TWICE else 1),
+        "end",
+    ]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -93,10 +101,9 @@ def test_wandb_and_tensorboard_hold_the_numbers_of_the_run_folder(runs: Path) ->
     assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
-def test_two_processes_give_the_loss_of_one(tmp_path: Path) -> None:
-    for processes in (1, 2):
-        assert main([*SHORT, "precision=fp8_subchannel", f"num_gpus={processes}", f"runs_dir={tmp_path}/{processes}"]) == 0
-    one, two = (numbers(next((tmp_path / n).iterdir())) for n in ("1", "2"))
+def test_two_processes_give_the_loss_of_one(runs: Path, tmp_path: Path) -> None:
+    assert main([*SHORT, "precision=fp8_subchannel", "num_gpus=2", f"runs_dir={tmp_path}"]) == 0
+    one, two = (numbers(run) for run in (folder(runs, "whole", "fp8_subchannel"), next(tmp_path.iterdir())))
     assert [r[0] for r in one] == [r[0] for r in two]
     # the gradients of the two micro-batches are added in another order: FP32 rounding, and what BF16 makes of it
     for a, b in zip(one, two, strict=True):
