@@ -1,7 +1,8 @@
 """A plan's forecast: step time with its interval, where the time goes, memory, and the speedup over BF16 in two senses.
 
 iso-mapping: over BF16 in the plan's own layout, so that only precision differs; best-mapping: over BF16 in the layout that NVIDIA
-recommends for it, so that the layout may differ too.  Everything here is predicted, and says so.
+recommends for it, so that the layout may differ too: at NVIDIA's scale where the plan is at its own, else on as many GPUs with the
+same global batch.  Everything here is predicted, and says so.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def forecast(plan: Plan, overrides: Sequence[str] | None = None) -> Forecast:
     base = bf16_twin(plan)
     if base is None:
         return _forecast(plan)
-    return _forecast(plan, _forecast(base), _recommended(overrides) if overrides is not None else None)
+    return _forecast(plan, _forecast(base), _recommended(plan, overrides) if overrides is not None else None)
 
 
 def _forecast(plan: Plan, iso: Forecast | None = None, best: Forecast | None = None) -> Forecast:
@@ -109,11 +110,13 @@ def bf16_twin(plan: Plan) -> Plan | None:
     return plan.model_copy(update={"precision": plan.precision.model_copy(update={"name": "bf16", "fp8": None}), "settings": settings})
 
 
-def _recommended(overrides: Sequence[str]) -> Forecast | None:
-    """Return the forecast of BF16 in the layout recommended for it; None where that plan is refused."""
+def _recommended(plan: Plan, overrides: Sequence[str]) -> Forecast | None:
+    """Return the forecast of BF16 in the layout recommended for it, at the plan's scale where that was chosen; None where that plan is refused."""
     kept = [o for o in overrides if not o.lstrip("+~").startswith(("mapping", "precision", "num_gpus"))]
+    chosen = any(o.lstrip("+~").startswith(("mapping", "num_gpus")) for o in overrides)
+    scale = [f"num_gpus={plan.num_gpus}", f"mapping.global_batch={plan.mapping.global_batch}"] if chosen else []
     try:
-        return _forecast(compose([*kept, "precision=bf16", "mapping=recommended"]))
+        return _forecast(compose([*kept, "precision=bf16", "mapping=recommended", *scale]))
     except InputError:
         return None
 

@@ -50,6 +50,15 @@ def test_both_speedups_are_named_and_differ_where_layouts_do() -> None:
     assert base.iso is base.best is base.speedup_iso is None
 
 
+@pytest.mark.parametrize("scale", ["num_gpus=256", "mapping.global_batch=1024"])
+def test_the_best_mapping_is_at_the_scale_that_was_chosen(scale: str) -> None:
+    overrides = ["model=nemotron4_340b", "precision=mxfp8", "gpu=b200", scale]
+    found = forecast(compose(overrides), overrides)
+    assert found.best and found.best.plan.num_gpus == found.plan.num_gpus
+    assert found.best.plan.mapping.global_batch == found.plan.mapping.global_batch
+    assert found.speedup_best and found.speedup_best.value > 1
+
+
 def test_text_names_error_memory_and_terms(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(CELL) == 0
     text = capsys.readouterr().out
