@@ -106,6 +106,6 @@ def test_bad_text_is_one_line_that_names_the_file(name: str, content: bytes, say
 
 @pytest.mark.parametrize("wrong", ["data.sources=[nowhere]", "data=mock", "data.tokenizer=nowhere", "data.kind=parquet"])
 def test_the_command_refuses_with_code_2(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read at import, which may be long ago
     assert data.main([wrong, f"data.root={tmp_path}/out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
