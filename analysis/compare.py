@@ -6,7 +6,6 @@ pass, 1 if one fails, 3 if one is undecided and none fails, 2 for a run or an in
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.runs import load_run
+from analysis.runs import load_run, once
 from analysis.table import all_notes, compare, row, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -31,7 +31,7 @@ def exit_code(verdicts: Sequence[str]) -> int:
 
 def run(folders: Sequence[Path], as_json: bool) -> int:
     """Compare the runs and print what was found; return the exit code."""
-    comparison = compare([load_run(folder) for folder in folders])
+    comparison = compare([load_run(folder) for folder in once(folders)])
     rows = [row(verdict) for verdict in comparison.verdicts]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -45,7 +45,7 @@ def run(folders: Sequence[Path], as_json: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.compare", description=__doc__)
+    parser = ArgumentParser(prog="python -m analysis.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, at least one BF16 and one FP8")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)

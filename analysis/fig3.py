@@ -8,7 +8,6 @@ set before the measurement, were met.  The notes name what differs from the publ
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -26,8 +25,9 @@ from analysis.figures import COLOURS, Figure, axes
 from analysis.published import post_speedups
 from analysis.soundness import sound
 from analysis.speed import Interval
-from analysis.tabular import Table, number, write
+from analysis.tabular import Table, number, print_json, write
 from analysis.whole import Whole, assemble, published_base, published_step, reference_of
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -258,7 +258,7 @@ def _value(value: float | None) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.fig3", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m analysis.fig3", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders at two depths or more, BF16 and FP8")
     parser.add_argument("--out", type=Path, help="write the table there: .csv, .md or .html")
     parser.add_argument("--png", type=Path, metavar="DIR", help="write the figure there as PNG")
@@ -268,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, left_out = sound(args.runs)
         lines = depth.fit(runs)
         if not lines:
-            raise InputError(f"no precision was measured at two depths or more: no line to draw{f'; left out: {left_out[0]}' if left_out else ''}")
+            why = f"; left out: {'; '.join(left_out)}" if left_out else ""
+            raise InputError(f"no precision was measured at two depths or more: no line to draw{why}")
         found = rows(lines)
         tables = [layers_table(found, left_out), *([whole_table(found)] if any(row["whole_step_time_s"] for row in found) else [])]
         if args.out:
@@ -279,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     if args.json:
-        print(json.dumps(found, indent=1))
+        print_json(found, *tables)
     for table in [] if args.json else tables:
         table.print()
     return 0

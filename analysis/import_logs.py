@@ -20,6 +20,7 @@ from pathlib import Path
 from analysis.importers.detect import FORMATS, read
 from analysis.importers.folder import NAME, Vouched, plan_of, write
 from analysis.importers.log import Log, settle
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
@@ -57,10 +58,10 @@ def _summary(out: Path, log: Log, plan: Plan, vouched: Vouched, reason: str) -> 
     return lines
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """Return the command's arguments."""
     said = __doc__ or ""
-    found = argparse.ArgumentParser(prog="python -m analysis.import_logs", description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = ArgumentParser(prog="python -m analysis.import_logs", description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="log, event file, .wandb file, CSV table, or a folder of one run")
     found.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run folder to write; must not exist")
     found.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="the plan, as overrides of `python -m launch`")

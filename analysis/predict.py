@@ -14,7 +14,6 @@ name others.  Nothing is run: work is counted from the plan, priced with constan
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,8 +27,9 @@ from analysis.predictor.search import search
 from analysis.predictor.step import TERMS
 from analysis.predictor.stored import COVERAGE, write
 from analysis.predictor.validation import percent, tables, validate
-from analysis.tabular import PAGE, Table, number
+from analysis.tabular import PAGE, Table, number, print_json
 from analysis.tabular import write as write_tables
+from recipes.cli import ArgumentParser
 from recipes.compose import sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     if args.json:
-        print(json.dumps([table.rows for table in made] if args.validate or args.refit else made[0].rows, indent=1))
+        print_json([table.rows for table in made] if args.validate or args.refit else made[0].rows, *made)
     else:
         for table in made:
             table.print()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m analysis.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the plan, as in every command: model=… precision=… gpu=… mapping.tp=…")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a row for each value (repeat it for a product)")
@@ -82,6 +82,9 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
         if args.refit:
             write(found)
         return list(tables(found)), None
+    several = next((o for o in args.overrides if len(sweep([o])) > 1), None)
+    if several:
+        raise InputError(f"{several}: several values make a sweep; write --sweep {several}")
     if args.sweep:
         return _swept(args)
     if args.search is not None:
@@ -105,7 +108,10 @@ def _one(found: Forecast, causal: bool) -> tuple[list[Table], Figure]:
         for name, value in sorted(row["terms_s"].items(), key=lambda item: -item[1])
         if value
     ]
-    return [Table(f"{title} (predicted)", shown, [row], _notes([row]), TEXT), Table("", spent, [row], (), TEXT)], stacked(title, bars)
+    return [
+        Table(f"{title} (predicted)", shown, [row], _notes([row]), TEXT),
+        Table("Where the time goes (predicted)", spent, [row], (), TEXT),
+    ], stacked(title, bars)
 
 
 def _facts(row: Row) -> list[tuple[str, str]]:

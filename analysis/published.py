@@ -1,7 +1,8 @@
 """Published figures to hold measurements against, in one form: NVIDIA's step times and throughput tables, and the post's speedups.
 
 `reference/` holds them as they were published, with their source: `dgxc_step_times.csv` (NVIDIA's dgxc-benchmarking, step
-times with layouts), `nemo_performance_summary.csv` (NeMo's and Megatron-Bridge's performance pages, tokens/s/GPU) and
+times with layouts), `nemo_performance_summary.csv` (NeMo's and Megatron-Bridge's performance pages, tokens/s/GPU),
+`further_rows.csv` (rows of both that were found later) and
 `post_figures.csv` (the speedups that NVIDIA's post "Faster Training Throughput in FP8 Precision with NVIDIA NeMo" prints).
 Tables say "FP8" and mean a recipe: delayed scaling where they do not say (the scripts' default), current scaling where they
 say cs.  A row that does not tell its recipe at all, one that was withdrawn, and one of a model with fewer layers are left out.
@@ -19,6 +20,7 @@ from recipes.plan import Plan
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 TABLES = ("dgxc_step_times.csv", "nemo_performance_summary.csv")
+FURTHER = "further_rows.csv"  # beside TABLES, for the predictor holds it apart
 RECIPES = {"delayed": "fp8_delayed", "cs": "fp8_current", "mxfp8": "mxfp8"}  # what a published fp8_recipe begins with
 RELEASE_OF = {"v2.3.0": "25.04", "v2.4.0": "25.07"}  # the NeMo container of a stack's tag
 
@@ -72,7 +74,7 @@ class Published:
 def rows() -> tuple[Published, ...]:
     """Return every published row that names its recipe and is of a whole model."""
     found = []
-    for table in TABLES:
+    for table in (*TABLES, FURTHER):
         with (REFERENCE / table).open(newline="") as file:
             found += [row for raw in csv.DictReader(file) if (row := _row(raw))]
     return tuple(found)
@@ -90,7 +92,7 @@ def _row(raw: dict[str, str]) -> Published | None:
     fsdp = (_whole(raw.get("fsdp", "")) or 0) > 0
     layout = Layout(n["num_gpus"], n["tp"], n["pp"], n["cp"], _whole(raw["vp"]), fsdp, n["mbs"], n["gbs"])
     name, seconds = raw["model"].replace("3.1", "31"), raw.get("step_time_s")
-    where = raw["nemo_container"].split(" ")[0] if "nemo_container" in raw else raw["release"]
+    where = (raw.get("nemo_container") or raw["release"]).split(" ")[0]
     numbers = float(raw["tokens_per_sec_per_gpu"]), float(seconds) if seconds else None
     return Published(name, raw["gpu"].lower(), precision, int(raw["seqlen"]), layout, *numbers, where, raw["source"])
 

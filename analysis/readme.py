@@ -26,6 +26,7 @@ from matplotlib.image import imread
 from analysis.figures import Figure
 from analysis.output import write_file
 from analysis.readme_parts import PARTS, Maker
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -113,7 +114,7 @@ def _image(figure: Figure, document: Path, root: Path, images: dict[Path, bytes]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 where --check finds a difference, 2 with one line for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m analysis.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name the files that would change")
     check = parser.parse_args(argv).check
     try:

@@ -6,7 +6,6 @@ are left out and listed with the reason.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,16 +19,17 @@ from analysis.evaluation import section
 from analysis.figures import Figure, figures
 from analysis.output import write_file
 from analysis.pages import render
-from analysis.runs import Run, load_run
+from analysis.runs import Run, load_run, once
 from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Return the sound runs, and for each of the others one line that says why it is left out."""
+    """Return the sound runs, each folder once, and for each of the others one line that says why it is left out."""
     runs, left_out = [], []
-    for folder in folders:
+    for folder in once(folders):
         try:
             runs.append(load_run(folder))
         except InputError as error:
@@ -76,7 +76,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
     """Write the report on the runs to `out`, and its figures as PNG to the folder `png`."""
     runs, left_out = load_all(folders)
     if not runs:
-        raise InputError(f"none of the runs can be used; the first: {left_out[0]}")
+        raise InputError(f"none of the runs can be used: {'; '.join(left_out)}")
     found = compare(runs)
     drawn = [*figures(found), *numerics_figures.figures(found.runs)]
     write_file(out, page(found, drawn, left_out))
@@ -92,7 +92,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.report", description=__doc__)
+    parser = ArgumentParser(prog="python -m analysis.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, at least one BF16 and one FP8")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page is written (default: report.html)")
     parser.add_argument("--png", type=Path, metavar="DIR", help="write the figures there as PNG too")

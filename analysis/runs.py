@@ -7,6 +7,7 @@ or calls itself FP8 without a single FP8 GEMM in some step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,6 +94,14 @@ class Run:
     def label(self, what: str) -> str:
         """Return where a number of this run comes from: "measured" or "emulated"; `what` is loss or step_time."""
         return str(self.manifest.get("labels", {}).get(what, "unlabelled"))
+
+
+def once(folders: Sequence[Path]) -> list[Path]:
+    """Return folders without those that are named a second time, in whatever way."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        found.setdefault(folder.resolve(), folder)
+    return list(found.values())
 
 
 def load_run(folder: Path) -> Run:

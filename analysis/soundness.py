@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from analysis.report import load_all
 from analysis.runs import Run
 from analysis.speed import step_time, timed
 
 MIN_TIMED = 8  # steps after the warm-up; fewer are no distribution
-MAX_SPREAD = 0.05  # quartiles apart, as a share of the median: beyond it clocks, neighbours or data were not stable
+# Quartiles apart, as a share of the median, and the last third's median from the first's: beyond it clocks, neighbours or data were not stable.
+MAX_SPREAD = 0.05
 
 
 def unsound(run: Run) -> str | None:
     """Return why a run's step times cannot be used; None if they can."""
+    if run.plan.on_cpu:
+        return f"{run.folder}: it ran on a CPU; its times say nothing about a GPU"
     if run.emulated:
         return f"{run.folder}: its numerics are emulated; its times say nothing about a GPU's FP8"
     if run.label("step_time") != "measured":
@@ -32,7 +37,20 @@ def unsound(run: Run) -> str | None:
         return (
             f"{run.folder}: unstable, the quartiles of its step time lie {spread:.1%} apart (limit {MAX_SPREAD:.0%}); run it again on a quiet machine"
         )
+    change = drift(run)
+    if abs(change) > MAX_SPREAD:
+        return (
+            f"{run.folder}: unstable, the last third of its timed steps takes {change:+.1%} against the first (limit {MAX_SPREAD:.0%}); "
+            "run it again on a quiet machine, longer where it was still warming up"
+        )
     return None
+
+
+def drift(run: Run) -> float:
+    """Return by how much the median of the last third of the timed steps differs from that of the first, as a share of it."""
+    times = timed(run)
+    third = len(times) // 3
+    return float(np.median(times[-third:]) / np.median(times[:third]) - 1)
 
 
 def sound(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:

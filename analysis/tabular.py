@@ -1,13 +1,16 @@
 """A table for people and for programs: the cells that are read, the plain values behind them, and the notes that a reader needs.
 
-One table is printed on the terminal, written as Markdown, HTML or CSV (by the suffix of the file), and stands in the README:
-whatever its form, its notes go with it, for they say where the numbers come from.  CSV and JSON hold the plain values.
+One table is printed on the terminal, written as Markdown, HTML or CSV (by the suffix of the file), and stands in the README.
+Its notes say where the numbers come from and what was left out: they stand below the table for people.  CSV and JSON hold the
+plain values alone; a command that writes them prints the notes on the terminal, beside JSON on standard error.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape as html_escape
@@ -94,6 +97,13 @@ class Table:
         console.print(drawn)
         for note in self.notes:
             console.print(note, markup=False, highlight=False)
+
+
+def print_json(values: Any, *tables: Table) -> None:
+    """Print values as JSON, and the tables' notes on standard error, so that the output can be piped."""
+    print(json.dumps(values, indent=1))
+    for note in dict.fromkeys(note for table in tables for note in table.notes):
+        print(note, file=sys.stderr)
 
 
 def number(value: float | None, digits: int) -> str:

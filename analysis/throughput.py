@@ -9,7 +9,6 @@ published figure of the same cell beside ours.  Runs that cannot carry a number 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ from analysis.published import Published, layout_of
 from analysis.runs import Run
 from analysis.soundness import MAX_SPREAD, sound
 from analysis.speed import Interval, speedup, step_time, window
-from analysis.tabular import Table, number, write
+from analysis.tabular import Table, number, print_json, write
 from analysis.whole import reference_of
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.flops import flops_per_token, mfu, peak_tflops
@@ -198,7 +198,8 @@ def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
         )
     )
     said = [
-        f"Step time {labels} on {devices}: median with quartiles over the steps named; quartiles more than {MAX_SPREAD:.0%} apart are refused. "
+        f"Step time {labels} on {devices}: median with quartiles over the steps named; runs whose quartiles, or whose first and last third, lie "
+        f"more than {MAX_SPREAD:.0%} apart are refused. "
         "Speedup: tokens/s/GPU over the BF16 run of the same model, depth, GPU, stack and settings, with its 95 % interval.",
         f"TFLOP/s of the model's FLOPs with {conventions}; MFU against {peaks}. Peak memory in GB of 10⁹ bytes, as PyTorch's allocator saw it.",
     ]
@@ -223,14 +224,14 @@ def table(folders: Sequence[Path], causal: bool = False) -> Table:
     """Return the table of runs; InputError where none can be used."""
     runs, left_out = sound(folders)
     if not runs:
-        raise InputError(f"none of the runs can stand in the table; the first: {left_out[0]}")
+        raise InputError(f"none of the runs can stand in the table: {'; '.join(left_out)}")
     found = rows(runs, causal)
     return Table("Throughput", [cells(row) for row in found], found, notes(found, left_out), TEXT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m analysis.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, BF16 ones among them")
     parser.add_argument("--out", type=Path, help="write the table there: .csv, .md or .html")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -244,9 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     if args.json:
-        print(json.dumps(made.rows, indent=1))
-        for line in made.notes:
-            print(line, file=sys.stderr)
+        print_json(made.rows, made)
     else:
         made.print()
     return 0

@@ -9,7 +9,6 @@ step is shown apart, because it weighs less in a real job, where a step has more
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from analysis.pairing import plan_differences
 from analysis.runs import Run
 from analysis.soundness import sound
 from analysis.speed import Interval, speedup, step_time, timed
-from analysis.tabular import Table, number, write
+from analysis.tabular import Table, number, print_json, write
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import differences, flatten
@@ -84,7 +84,7 @@ def table(folders: Sequence[Path]) -> Table:
     for run in runs:
         bases.setdefault(_work(run), run)
     if len(runs) == len(bases):
-        why = f"; left out: {left_out[0]}" if left_out else ""
+        why = f"; left out: {'; '.join(left_out)}" if left_out else ""
         raise InputError(f"no two runs of one precision and the same work a step: nothing to compare; name a base and changed runs of it{why}")
     ordered = sorted(runs, key=lambda run: list(bases).index(_work(run)))
     rows = [row(bases[_work(run)], run) for run in ordered]
@@ -96,7 +96,7 @@ def table(folders: Sequence[Path]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m analysis.tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first of each precision is its base")
     parser.add_argument("--out", type=Path, help="write the table there: .csv, .md or .html")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     if args.json:
-        print(json.dumps(made.rows, indent=1))
+        print_json(made.rows, made)
     else:
         made.print()
     return 0

@@ -18,6 +18,7 @@ from launch.script import render
 from launch.submit import submit_all
 from launch.summary import summary, table
 from recipes.axes import with_axes
+from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -27,7 +28,7 @@ from recipes.run_folder import check_folder, folder_of, status_of
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; what is no flag is a Hydra override."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. precision=mxfp8 train.max_steps=50")
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of comma-separated values")
     parser.add_argument("--json", action="store_true", help="print plan, summary and script as JSON, and start nothing")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from recipes.cli import ArgumentParser
 from recipes.compose import CONF, compose_plan, compose_tree
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -73,7 +74,7 @@ def _refusals(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m launch.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further overrides for every cell, e.g. experiment=throughput")
     every = options("stack")
     parser.add_argument("--stack", action="append", choices=[*every, "all"], help="a stack; may be given again (default: nemo_25_04, or stack=…)")

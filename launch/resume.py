@@ -6,12 +6,12 @@ goes into the job folder, the manifest and the events again.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.__main__ import launch
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.rules import check
@@ -29,7 +29,7 @@ def resume(folders: Sequence[Path]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m launch.resume", description=__doc__)
+    parser = ArgumentParser(prog="python -m launch.resume", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     args = parser.parse_args(argv)
     try:

@@ -20,13 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.bits_rows import Row
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.bits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m recipes.bits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="leave out tensors and layers of 4096 x 4096")
     parser.add_argument("--out", type=Path, help="folder for bits.jsonl and manifest.json; without it the rows are printed only")
     args = parser.parse_args(argv)

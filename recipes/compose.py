@@ -57,6 +57,8 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     except UNUSABLE as error:
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
+    if "made_with" in tree:
+        raise InputError(f"this experiment trains nothing; make its figure with {tree['made_with']}")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -104,7 +106,7 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         return "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
     swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
     if swept:
-        return f"{swept}: several values make a sweep; add -m to the command"
+        return f"{swept}: several values make a sweep, and one is wanted here; give one, or python -m launch -m for a run of each"
     wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
     key, _, value = wrong.partition("=")
     key = key.lstrip("+~")

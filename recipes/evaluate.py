@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
@@ -82,7 +83,7 @@ def is_indexed(path: Path) -> bool:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m recipes.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders with a checkpoint")
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="text files, or .bin/.idx prefixes, beside the held-out split")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="the first N tokens of each set (default: all)")

@@ -21,6 +21,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -67,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recipes.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m recipes.gemm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=lambda text: text.split(","), default=[], help="models whose linear layers are measured; all: the five")
     parser.add_argument("--tp", type=int, default=1, help="measure one rank's share of the models' layers (default: 1)")
     parser.add_argument("--k", type=_depths, default=list(KS), help="depths of the sweep (multiples of 128); none: no sweep")

@@ -19,15 +19,18 @@ from analysis.output import write_file
 from analysis.pages import render
 from analysis.post.make import make
 from analysis.post.training import Page
+from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.post", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m analysis.post", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", help="fig1 … fig5, or experiment=fig3")
-    parser.add_argument("given", nargs="*", metavar="RUN or KEY=VALUE", help="folders of runs beside the shipped ones; overrides of the experiment")
+    parser.add_argument(
+        "given", nargs="*", default=[], metavar="RUN or KEY=VALUE", help="folders of runs beside the shipped ones; overrides of the experiment"
+    )
     parser.add_argument("--out", type=Path, default=Path("local/post"), metavar="DIR", help="where the page is written (default: local/post)")
     args = parser.parse_intermixed_args(argv)
     figure = args.figure.removeprefix("experiment=")

@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.post import single, training
 from analysis.post.training import Page
 from analysis.readme_parts import folders_of
+from analysis.runs import once
 from analysis.soundness import sound
 from recipes.errors import InputError
 
@@ -25,19 +26,14 @@ def make(figure: str, overrides: Sequence[str] = (), given: Sequence[Path] = (),
         raise InputError(f"{overrides[0]}: {figure} is made of what was measured and takes no overrides; leave it out")
     shipped = [results / name for name in SHIPPED[number] if (results / name).is_dir()]
     if number == 1:
-        return single.gemms(_once([*shipped, *given]))
-    folders = _once([run for folder in (*shipped, *given) for run in _runs_below(folder)])
+        return single.gemms(once([*shipped, *given]))
+    folders = [run for folder in (*shipped, *given) for run in _runs_below(folder)]
     if number == 2:
         return single.losses(folders, folders_of([results / STAND_IN]))
     runs, left_out = sound(folders)
     page = training.page(number, overrides, runs)
     page.left_out += left_out
     return page
-
-
-def _once(folders: Sequence[Path]) -> list[Path]:
-    """Return folders without those that are named a second time, a shipped one for instance."""
-    return list({folder.resolve(): folder for folder in folders}.values())
 
 
 def _runs_below(folder: Path) -> list[Path]:

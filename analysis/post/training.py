@@ -14,10 +14,12 @@ from analysis.predictor.stored import COVERAGE
 from analysis.runs import Run
 from analysis.tabular import Table
 from recipes.axes import with_axes
-from recipes.compose import sweep
+from recipes.compose import CONF, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.plan import Plan
 
+FIXED = ("gpu", "experiment")  # what makes a figure that figure: no override changes it
+RECIPE = {3: "fp8_current", 4: "mxfp8"}  # the post's, in whose name the titles stand
 TITLES = {
     3: "Figure 3: step-time speedup of FP8 over BF16 on H100, current scaling",
     4: "Figure 4: step-time speedup of MXFP8 over BF16 on B200",
@@ -27,6 +29,7 @@ OF_PRECISIONS = (
     "iso-mapping: BF16 in the FP8 layout, so that only precision differs; best-mapping, where that is another layout: BF16 in NVIDIA's own for it."
 )
 OF_GPUS = "own layouts: each GPU in NVIDIA's layout for it; one layout, where those differ: both in the B200's, so that only the GPU differs."
+GPUS = {3: "H100", 4: "B200"}
 OLDER, NEWER = "b200", "gb200"  # of figure 5
 
 
@@ -43,23 +46,47 @@ class Page:
 
 def page(number: int, overrides: Sequence[str], runs: Sequence[Run]) -> Page:
     """Return the page of figure 3, 4 or 5 for the cells of its experiment; InputError where none of them can be shown."""
-    left_out: list[str] = []
-    values = [value for cell in cells(number, overrides) for value in _values(number, cell, runs, left_out)]
+    _refuse(number, overrides)
+    asked, left_out = cells(number, overrides), list[str]()
+    _options_exist(asked)
+    values = [value for cell in asked for value in _values(number, cell, runs, left_out)]
     made = Page(_title(number, values), left_out=left_out)
     if not values:
-        raise InputError(f"experiment=fig{number} has no cell to show; the first: {made.left_out[0] if made.left_out else 'it names no FP8 recipe'}")
+        raise InputError(f"experiment=fig{number} has no cell to show: {'; '.join(dict.fromkeys(made.left_out)) or 'it names no FP8 recipe'}")
     colours = {precision: COLOURS.get(precision, "#777777") for precision in dict.fromkeys(value.precision for value in values)}
     made.tables += [table("Times as fast", values, _notes(number, values)), table_of_sources(values)]
     made.figures.append(chart(f"fig{number}_post", made.title, values, colours, _caption(number), _band(number)))
-    if number == 4:
+    if number == 4 and RECIPE[4] in colours:
         made.tables[1:1] = hypotheses.tables()
     return made
 
 
+def _refuse(number: int, overrides: Sequence[str]) -> None:
+    """InputError for an override that would make another figure under this one's title."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in FIXED:
+            raise InputError(
+                f"{override}: the {key} of figure {number} is fixed, for its title and the post's numbers are of it; "
+                "leave it out, and predict other cells with python -m analysis.predict"
+            )
+
+
+def _options_exist(asked: Sequence[Sequence[str]]) -> None:
+    """InputError for a name that no file of conf/ has; a cell that is refused for what it is stands under "left out" instead."""
+    for part in dict.fromkeys(part for cell in asked for part in cell):
+        group, _, option = part.partition("=")
+        if (CONF / group).is_dir() and not (CONF / group / f"{option}.yaml").exists():
+            compose_tree([part])  # says which there are
+
+
 def _title(number: int, values: Sequence[Value]) -> str:
-    """Return the figure's title, with the GPUs that measurements were made on where they are others."""
+    """Return the figure's title, with the recipes where they are not the post's, and the GPUs of measurements where they are others."""
+    recipes = list(dict.fromkeys(value.precision for value in values))
+    own = number not in RECIPE or recipes == [RECIPE[number]]
+    title = TITLES[number] if own else f"After figure {number}: step-time speedup of {', '.join(recipes)} over BF16 on {GPUS[number]}"
     found = {value.series.partition(",")[0] for value in values if value.label in ("measured", sources.PARTS) and value.series.startswith(sources.ON)}
-    return "; measured ".join([TITLES[number], *([", ".join(sorted(found))] if found else [])])
+    return "; measured ".join([title, *([", ".join(sorted(found))] if found else [])])
 
 
 def cells(number: int, overrides: Sequence[str]) -> list[list[str]]:

@@ -25,20 +25,19 @@ COLOURS = {
     "fixed": "#666666",
     "stragglers": "#444444",
 }
-SMALL = 0.005  # share of the longest bar below which a term is not named in the legend
 
 
 def stacked(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> Figure:
     """Return one bar for each name, its terms (seconds) stacked from left to right."""
+    title = f"{title} (predicted)"
     drawing, (axis,) = axes(title, "seconds a step, predicted", "")
-    longest = max(sum(terms.values()) for _, terms in bars)
     for place, (_, terms) in enumerate(reversed(bars)):
         left = 0.0
         for term, colour in COLOURS.items():
             axis.barh(place, terms[term], left=left, color=colour, height=0.6)
             left += terms[term]
         axis.annotate(f" {left:.3g} s", (left, place), va="center", fontsize=9)
-    named = [term for term in COLOURS if max(terms[term] for _, terms in bars) > SMALL * longest]
+    named = [term for term in COLOURS if any(terms[term] for _, terms in bars)]
     handles = [axis.barh(0, 0, color=COLOURS[term], label=TERMS[term]) for term in named]
     axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
     axis.grid(axis="y", visible=False)

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from recipes.cli import ArgumentParser
 from recipes.compose import CONF, compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -118,7 +119,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.training.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(prog="python -m recipes.training.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the plan")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each precision (default: 30)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

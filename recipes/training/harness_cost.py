@@ -46,6 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
+from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -194,9 +195,7 @@ def shown(cost: dict[str, Any]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.training.harness_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m recipes.training.harness_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the plan; the number of steps is set by --rounds")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of steps, after two that are not counted (default: 12)")
     parser.add_argument("--json", action="store_true", help="print the cost as JSON")

@@ -128,6 +128,11 @@ def test_a_cell_that_is_refused_is_left_out_with_the_reason() -> None:
         page(3, ["precision=bf16"], [])
 
 
+def test_the_title_names_the_recipes_that_are_shown() -> None:
+    found = page(4, ["model=llama3_8b", "precision=fp8_current"], [])
+    assert found.title == "After figure 4: step-time speedup of fp8_current over BF16 on B200" and len(found.tables) == 2
+
+
 def test_cells_are_the_experiments() -> None:
     assert len(cells(3, [])) == 5 and len(cells(5, [])) == 20
     assert cells(4, ["model=llama3_8b"]) == [["precision=mxfp8", "experiment=fig4", "model=llama3_8b"]]
@@ -164,6 +169,9 @@ def test_shipped_folders_are_taken_up_once_they_are_there(tmp_path: Path, make: 
         (["fig3", "nowhere"], "nowhere holds no run folder"),
         (["fig3", "model=nothing"], "model=nothing: conf/model has no such option"),
         (["fig3", "precision=nothing"], "conf/precision has no such option"),
+        (["fig3", "model=llama3_8b,foo"], "model=foo: conf/model has no such option"),
+        (["fig4", "gpu=gb300"], "gpu=gb300: the gpu of figure 4 is fixed"),
+        (["fig3", "experiment=fig4"], "experiment=fig4: the experiment of figure 3 is fixed"),
         (["fig1", "model=llama3_8b"], "takes no overrides"),
         (["fig1", "nowhere"], "no gemm.jsonl"),
         (["fig4", "--out", "/dev/null/x"], "cannot be written"),

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from analysis.predict import main
+from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import compose, compose_any_layout, forecast
 from analysis.predictor.search import candidates, search
+from analysis.predictor.step import TERMS
 from recipes.fit import fits
 from recipes.mapping_rules import MAPPING_RULES
 from recipes.rules import check
@@ -102,7 +104,16 @@ def test_written_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "made" / f"prediction.{suffix}"
     assert main([*CELL, "--out", str(path)]) == 0
     content = path.read_bytes()
+    assert b"<h2></h2>" not in content and b"## \n" not in content
     assert {"html": b"<svg", "png": b"PNG", "csv": b"terms_s.gemm", "md": b"| step time |"}[suffix] in content
+
+
+def test_the_figure_says_that_it_is_predicted_and_names_every_term_that_it_draws() -> None:
+    terms = dict.fromkeys(TERMS, 0.0) | {"gemm": 1.0, "stragglers": 0.0001}
+    figure = stacked("Llama", [("bf16", terms)])
+    legend = figure.drawing.axes[0].get_legend()
+    assert figure.title == "Llama (predicted)" and legend
+    assert [text.get_text() for text in legend.get_texts()] == [TERMS["gemm"], TERMS["stragglers"]]
 
 
 WRONG = [
@@ -115,6 +126,7 @@ WRONG = [
     ([*CELL, "--sweep", "mapping.tp=3,5"], "no point of the sweep can run"),
     ([*CELL, "--sweep", "num_gpus=a,b", "--weak"], "no whole number"),
     ([*CELL, "--weak"], "--weak"),
+    (["gpu=h100", "model=llama3_8b,llama3_70b"], "several values make a sweep; write --sweep model=llama3_8b,llama3_70b\n"),
     ([*CELL, "--search", "0"], "1 or more"),
     ([*CELL, "--validate"], "no overrides"),
     ([*CELL, "--out", "made.gif"], ".csv, .md, .html"),

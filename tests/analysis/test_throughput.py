@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from recipes.flops import flops_per_token
 from tests.analysis.conftest import Maker, curve
 from tests.analysis.test_depth import MEASURED, ON_H200, edit, named
 
-SHIPPED = sorted((Path(__file__).parents[2] / "analysis" / "results" / "llama3_8b_h100").iterdir())
+RESULTS = Path(__file__).parents[2] / "analysis" / "results"
+SHIPPED = sorted((RESULTS / "llama3_8b_h100").iterdir())
 STEPS = 20
 ON_H100 = ("gpu=h100", "experiment=throughput", "mapping=recommended", "model=llama3_8b", "settings.precision_aware_optimizer=false")
 
@@ -68,6 +70,17 @@ def test_the_published_figure_of_the_same_cell_and_of_no_other(make: Maker) -> N
         assert row["published_source"] is None, name
 
 
+def test_rows_that_were_found_later_are_published_too(make: Maker) -> None:
+    """dgxc-benchmarking v25.05.05: Nemotron-4 340B on 128 GB200s in BF16, 2.189 s a step; 8B on B200s with MXFP8, Megatron-Bridge 25.09."""
+    layout = ("mapping.tp=8", "mapping.pp=4", "mapping.cp=1", "mapping.vp=12", "mapping.micro_batch=1", "mapping.fsdp=false")
+    nemotron = ("gpu=gb200", "model=nemotron4_340b", "experiment=throughput", "num_gpus=128", "mapping.global_batch=32", *layout)
+    (row,) = throughput.rows([load_run(run_of(make, "bf16", 2.189, nemotron, device="NVIDIA GB200"))])
+    assert row["share_of_published"] == pytest.approx(1, abs=0.005) and "nemotron/README.md@v25.05.05" in row["published_source"]
+    llama = ("gpu=b200", "model=llama3_8b", "experiment=throughput", "num_gpus=8", "mapping.global_batch=128", "mapping.micro_batch=2")
+    (row,) = throughput.rows([load_run(run_of(make, "mxfp8", 4.46, llama, device="NVIDIA B200"))])
+    assert throughput.cells(row)["of published"] == "100%" and row["published_source"].endswith("NeMo 25.09")
+
+
 def test_a_pair_that_differs_in_more_than_precision_is_best_mapping_and_says_in_what(make: Maker) -> None:
     base = run_of(make, "bf16", 12.0)
     aware = run_of(make, "fp8_current", 9.0, (*ON_H100[:-1], "mapping.cp=1", "gpu.memory_gb=2000"))
@@ -96,6 +109,7 @@ def unsound(make: Maker) -> dict[str, Path]:
     emulated = {"labels": {"loss": "emulated", "step_time": "measured"}}
     found = {
         "unstable": run_of(named(make, "1"), "bf16", 12.0, noise=0.06),
+        "it ran on a CPU": make("cpu", curve(STEPS), "bf16"),
         "emulated": run_of(named(make, "2"), "fp8_subchannel", 12.0, (*ON_H200, "mapping=single"), **emulated),
         "no FP8 GEMM": edit(run_of(named(make, "3"), "fp8_current", 9.0), lambda i: {"fp8_gemms": 0}),
         "diverged": edit(run_of(named(make, "4"), "fp8_current", 9.0), lambda i: {"loss": float("nan") if i == 9 else 2.0}),
@@ -115,7 +129,26 @@ def test_what_is_not_sound_is_left_out_with_the_reason(make: Maker, capsys: pyte
     assert [row["run"] for row in json.loads(said.out)] == ["bf16"]
     assert said.err.count("Left out: ") == len(bad)
     assert command([str(path) for path in bad.values()]) == 2
-    assert capsys.readouterr().err.startswith("error: none of the runs")
+    error = capsys.readouterr().err
+    assert error.startswith("error: none of the runs") and error.count("\n") == 1 and all(reason in error for reason in bad)
+
+
+@pytest.mark.parametrize("pace", [lambda i: 1.6 if i > 6 else 1.0, lambda i: 1 + 0.08 * i / 8, lambda i: 1 - 0.08 * i / 8])
+def test_a_run_whose_pace_changes_is_left_out(pace: Any, tmp_path: Path) -> None:
+    """The last two of nine timed steps slower, and a steady change of 8 %: the quartiles of both lie close enough."""
+    folder = tmp_path / "run"
+    shutil.copytree(next(RESULTS.glob("llama3_8b_h200/*bf16*gbs8")), folder)
+    assert len(timed(load_run(folder))) == 9 and soundness.unsound(load_run(folder)) is None
+    edit(folder, lambda i: {"step_time_s": pace(i - 3)})
+    low, median, high = np.percentile(timed(load_run(folder)), [25, 50, 75])
+    assert (high - low) / median <= soundness.MAX_SPREAD
+    assert "the last third of its timed steps" in str(soundness.unsound(load_run(folder)))
+
+
+def test_a_folder_named_twice_is_one_run(make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_of(make, "bf16", 12.0)
+    assert command([str(folder), str(folder / ".." / folder.name), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
 
 
 def test_the_spread_that_is_allowed_is_stated_and_holds(make: Maker) -> None:
@@ -133,6 +166,7 @@ def test_the_shipped_runs_make_a_table_in_every_form(tmp_path: Path, capsys: pyt
     for suffix in ("csv", "md", "html"):
         assert command([*map(str, SHIPPED), "--out", str(tmp_path / f"t.{suffix}")]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("Step time measured") == 3  # CSV holds values alone, so its notes are printed
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert len(rows) == len(SHIPPED) and {row["label"] for row in rows} == {"measured"} and all(row["commit"] for row in rows)
     runs = {run.name: run for run in map(load_run, SHIPPED)}

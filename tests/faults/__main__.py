@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from recipes.cli import ArgumentParser
 from tests.faults.registry import Fault, Outcome, Unavailable, load
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
@@ -75,7 +76,7 @@ def write(text_of_table: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 1 if anything was lost."""
     faults = load()
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[fault.name for fault in faults], help="inject these alone")
     parser.add_argument("--small", action="store_true", help="inject as often as CI does")
     args = parser.parse_args(argv)

@@ -35,7 +35,7 @@ class Ended:
         if self.code == EXIT_WRONG_INPUT:
             lines = self.err.splitlines()
             one = len(lines) == 1 and lines[0].startswith("error: ")
-            return None if one or self.err.startswith("usage: ") else f"refused with {len(lines)} lines: {self.err[-300:]!r}"
+            return None if one else f"refused with {len(lines)} lines: {self.err[-300:]!r}"
         return None if self.code in codes else f"exit code {self.code}"
 
 

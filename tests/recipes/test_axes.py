@@ -25,7 +25,7 @@ def test_every_cell_of_a_figure_can_be_launched(figure: str, cells: int) -> None
 
 
 def test_figure_1_trains_nothing_and_says_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"figure 1 trains nothing: python -m recipes\.gemm"):
+    with pytest.raises(InputError, match=r"^this experiment trains nothing; make its figure with python -m recipes\.gemm --models all --out DIR$"):
         compose_plan(["experiment=fig1", "model=llama3_8b"])
 
 

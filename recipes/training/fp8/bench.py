@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -152,7 +153,7 @@ def shown(found: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: exit code 0, 1 where bits differ from the CPU's, 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.training.fp8.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(prog="python -m recipes.training.fp8.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
