@@ -25,8 +25,9 @@ from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
 from analysis.predictor.search import search
 from analysis.predictor.step import TERMS
-from analysis.predictor.stored import COVERAGE, write
-from analysis.predictor.validation import percent, tables, validate
+from analysis.predictor.stored import borrowed, write
+from analysis.predictor.validation import validate
+from analysis.predictor.validation_tables import percent, tables
 from analysis.tabular import PAGE, Table, number, print_json
 from analysis.tabular import write as write_tables
 from recipes.cli import ArgumentParser
@@ -143,14 +144,19 @@ def _speedup(row: Row, name: str) -> str:
     if row[name] is None:
         return "–"
     beyond = "" if row[f"{name}_base_fits"] else ", which does not fit in memory"
-    return f"{row[name]:.2f}x ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f}){beyond}"
+    of_another = borrowed(row["precision"])
+    whose = f", interval of {of_another}'s pairs" if of_another else ""
+    return f"{row[name]:.2f}x ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f}{whose}){beyond}"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     settings = ", ".join(sorted({row["settings"] for row in rows}))
+    intervals = dict.fromkeys(row["interval"] for row in rows)
+    speedups = dict.fromkeys(row["speedup_interval"] for row in rows if row["speedup_interval"])
     return [
-        f"Predicted, not measured, under settings={settings}; in brackets the range that held {COVERAGE:.0%} of published rows which the "
-        "constants did not know (python -m analysis.predict --validate).",
+        f"Predicted, not measured, under settings={settings}; errors: python -m analysis.predict --validate.",
+        *(f"In brackets: {text}." for text in intervals),
+        *(f"Speedups, in brackets: {text}." for text in speedups),
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.predictor.step import Prediction, predict
-from analysis.predictor.stored import Interval, constants, speedup_interval, step_time_interval
+from analysis.predictor.stored import Interval, basis, constants, speedup_basis, speedup_interval, step_time_interval
 from recipes.compose import COMMAND_KEYS, compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill
 from recipes.errors import InputError
@@ -140,6 +140,7 @@ def values(found: Forecast, causal: bool) -> dict[str, Any]:
         "step_time_s": time.value,
         "step_time_low_s": time.low,
         "step_time_high_s": time.high,
+        "interval": basis(plan.gpu),
         "tokens_per_s_per_gpu": rate,
         "tokens_per_s_per_gpu_low": rate * time.value / time.high,
         "tokens_per_s_per_gpu_high": rate * time.value / time.low,
@@ -153,6 +154,7 @@ def values(found: Forecast, causal: bool) -> dict[str, Any]:
         "memory_terms_gb": {name: value / 1e9 for name, value in found.memory.terms.items()},
         "memory_usable_gb": have,
         "memory_fits": "fits" if fits(plan) else "tight" if is_tight(plan) else "does not fit",
+        "speedup_interval": speedup_basis(plan.precision.name) if plan.precision.fp8 else None,
         **_speedup("speedup_over_bf16", found.speedup_iso, found.iso),
         **_speedup("speedup_over_bf16_best_mapping", found.speedup_best, found.best),
     }

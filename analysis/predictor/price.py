@@ -1,4 +1,4 @@
-"""From counts to seconds: twelve constants, each with a meaning and a unit, fitted once on published step times.
+"""From counts to seconds: twelve constants that are fitted on published step times, each with a meaning and a unit.
 
 A constant starts from what is known of it before any fit (`KNOWN`, with how sure that is) and is moved by the published rows only as
 far as they insist; where a fit has no row that tells (no Blackwell row, no MXFP8 row), it stays there.
@@ -16,21 +16,7 @@ SHARPNESS = 4  # how sharply the slower of host and GPU decides: the norm in whi
 
 @dataclass(frozen=True)
 class Constants:
-    """What the counts are priced with.
-
-    sustained: speed of GEMMs in training over that of a GEMM measured alone (clocks under load, other streams).
-    attention: share of the dense BF16 peak that attention reaches on Hopper, forward and backward together.
-    memory: share of the memory bandwidth that element-wise kernels, casts and the optimizer reach.
-    blackwell: share of its peak that Blackwell reaches in GEMMs, over Hopper's share.
-    mxfp8: speed of an MXFP8 GEMM over a per-tensor one.
-    tp_exposed: share of tensor-parallel communication, at NVLink's peak, that is waited for.
-    net_exposed: the same of data-parallel, FSDP, context- and pipeline-parallel communication.
-    scale: growth of data-parallel communication with each doubling of the NVLink domains that it spans.
-    stragglers: growth of a step with each doubling of the GPUs beyond a node: all wait for the slowest.
-    launch: microseconds of the host a kernel, where CUDA graphs do not launch them.
-    gap: microseconds between one kernel's end and the next one's full speed, on the GPU.
-    fixed: seconds a step that depend on nothing: data, scalars, clipping, logging.
-    """
+    """What the counts are priced with; `KNOWN` says what each means, its unit and what is known of it."""
 
     sustained: float
     attention: float
@@ -48,8 +34,9 @@ class Constants:
 
 @dataclass(frozen=True)
 class Prior:
-    """A constant before the fit: its value, the factor by which it may well be off (one standard deviation), bounds, unit, and why."""
+    """A constant before the fit: what it means, its value, the factor by which it may well be off (one standard deviation), bounds, unit, why."""
 
+    meaning: str
     value: float
     factor: float
     low: float
@@ -60,11 +47,34 @@ class Prior:
 
 KNOWN = {
     "sustained": Prior(
-        1.0, 1.1, 0.6, 1.2, "1", "the shapes of training were measured, most of them at the GPU's power limit (analysis/results/gemm_h200)"
+        "speed of GEMMs in training over that of a GEMM measured alone (clocks under load, other streams)",
+        1.0,
+        1.1,
+        0.6,
+        1.2,
+        "1",
+        "the shapes of training were measured, most of them at the GPU's power limit (analysis/results/gemm_h200)",
     ),
-    "attention": Prior(0.5, 1.2, 0.2, 0.8, "1", "FlashAttention-3, arXiv 2407.08608: 600 TFLOP/s forward, 500 backward, causal, head 128"),
-    "memory": Prior(0.75, 1.15, 0.4, 1.0, "1", "copies on an H100 reach nine tenths, fused kernels less"),
+    "attention": Prior(
+        "share of the dense BF16 peak that attention reaches on Hopper, forward and backward together",
+        0.5,
+        1.2,
+        0.2,
+        0.8,
+        "1",
+        "FlashAttention-3, arXiv 2407.08608: 600 TFLOP/s forward, 500 backward, causal, head 128",
+    ),
+    "memory": Prior(
+        "share of the memory bandwidth that element-wise kernels, casts and the optimizer reach",
+        0.75,
+        1.15,
+        0.4,
+        1.0,
+        "1",
+        "copies on an H100 reach nine tenths, fused kernels less",
+    ),
     "blackwell": Prior(
+        "share of its peak that Blackwell reaches in GEMMs, over Hopper's share",
         0.94,
         1.1,
         0.6,
@@ -72,14 +82,70 @@ KNOWN = {
         "1",
         "BF16 GEMMs of 4096 cubed: 1670 of 2250 TFLOP/s on Blackwell, 783 of 989 on Hopper (OpenXLA matmul_interpolator_data.h)",
     ),
-    "mxfp8": Prior(0.95, 1.1, 0.6, 1.1, "1", "the same peak; block scales are loaded too"),
-    "tp_exposed": Prior(0.5, 1.5, 0.0, 3.0, "1", "half of the collectives overlap with a GEMM in chunks (Transformer Engine's userbuffers)"),
-    "net_exposed": Prior(0.5, 1.5, 0.0, 3.0, "1", "overlapped with computation, but for the ends"),
-    "scale": Prior(0.2, 2.0, 0.0, 2.0, "a doubling", "latency and stragglers of larger groups"),
-    "stragglers": Prior(0.003, 2.0, 0.0, 0.02, "a doubling", "rows of NeMo 24.09 at several scales grow 0.3 to 0.7 % a doubling"),
-    "launch": Prior(20.0, 1.5, 2.0, 80.0, "microseconds a kernel", "PyTorch and Transformer Engine in Python, forward and backward"),
-    "gap": Prior(2.0, 1.5, 0.2, 10.0, "microseconds a kernel", "start and last wave of a kernel that waits for the one before"),
-    "fixed": Prior(0.03, 2.0, 0.0, 0.3, "s a step", "global reductions and the scheduler"),
+    "mxfp8": Prior("speed of an MXFP8 GEMM over a per-tensor one", 0.95, 1.1, 0.6, 1.1, "1", "the same peak; block scales are loaded too"),
+    "tp_exposed": Prior(
+        "share of tensor-parallel communication, at NVLink's peak, that is waited for",
+        0.5,
+        1.5,
+        0.0,
+        3.0,
+        "1",
+        "half of the collectives overlap with a GEMM in chunks (Transformer Engine's userbuffers)",
+    ),
+    "net_exposed": Prior(
+        "the same of data-parallel, FSDP, context- and pipeline-parallel communication",
+        0.5,
+        1.5,
+        0.0,
+        3.0,
+        "1",
+        "overlapped with computation, but for the ends",
+    ),
+    "scale": Prior(
+        "growth of data-parallel communication with each doubling of the NVLink domains that it spans",
+        0.2,
+        2.0,
+        0.0,
+        2.0,
+        "a doubling",
+        "latency and stragglers of larger groups",
+    ),
+    "stragglers": Prior(
+        "growth of a step with each doubling of the GPUs beyond a node: all wait for the slowest",
+        0.003,
+        2.0,
+        0.0,
+        0.02,
+        "a doubling",
+        "rows of NeMo 24.09 at several scales grow 0.3 to 0.7 % a doubling",
+    ),
+    "launch": Prior(
+        "time of the host a kernel, where CUDA graphs do not launch them",
+        20.0,
+        1.5,
+        2.0,
+        80.0,
+        "microseconds a kernel",
+        "PyTorch and Transformer Engine in Python, forward and backward",
+    ),
+    "gap": Prior(
+        "time between one kernel's end and the next one's full speed, on the GPU",
+        2.0,
+        1.5,
+        0.2,
+        10.0,
+        "microseconds a kernel",
+        "start and last wave of a kernel that waits for the one before",
+    ),
+    "fixed": Prior(
+        "time of a step that depends on nothing: data, scalars, clipping, logging",
+        0.03,
+        2.0,
+        0.0,
+        0.3,
+        "s a step",
+        "global reductions and the scheduler",
+    ),
 }
 PRIOR = Constants(**{name: prior.value for name, prior in KNOWN.items()})
 NAMES = tuple(field.name for field in fields(Constants))

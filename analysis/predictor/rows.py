@@ -1,9 +1,10 @@
 """Published steps as plans: what NVIDIA ran, by its own tables, in the form that the predictor takes.
 
-Traps of the tables, and what is done about them: models cut in depth are plans with fewer layers and are never fitted; rows that do not
-name their FP8 recipe are taken as delayed scaling, the scripts' default, and never fitted; rows that were withdrawn, rows without a
-micro-batch, and tables repeated from an earlier release are left out; CUDA graphs, recomputation and offloading, which the tables do not
-state, are those of NVIDIA's recommended layout where a row has it.
+Traps of the tables, and what is done about them: models cut in depth are plans with fewer layers and are never fitted.  Where a table
+says FP8 and no more, the reference data note what the scripts that made it use by default ("delayed (inferred: …)", or cs); such rows are
+fitted, and so are most FP8 rows of the fit.  Rows with no such note ("not stated") are taken as delayed scaling and never fitted.  Rows
+that were withdrawn, rows without a micro-batch, and tables repeated from an earlier release are left out; CUDA graphs, recomputation and
+offloading, which the tables do not state, are those of NVIDIA's recommended layout where a row has it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from recipes.plan import Plan
 Raw = dict[str, str]
 FITTED_RELEASES = ("25.02", "25.04", "25.07")  # NeMo containers whose rows may be fitted: the stack of this project and its neighbours
 UNSTATED = "fp8_delayed"
-SET_ASIDE = "further_rows.csv"  # found late: neither fitted nor used to choose what the model counts
+FURTHER = "further_rows.csv"  # not fitted; which rows the model's form was chosen with cannot be told from the history
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MEASURED = ("fig3_h200", "llama3_8b_h200")
 
@@ -66,9 +67,9 @@ class Row:
 def rows() -> tuple[Row, ...]:
     """Return every published row that makes a plan."""
     found = []
-    for table in (*TABLES, SET_ASIDE):
+    for table in (*TABLES, FURTHER):
         with (REFERENCE / table).open(newline="") as file:
-            found += [row for raw in csv.DictReader(file) if (row := row_of(raw, set_aside=table == SET_ASIDE))]
+            found += [row for raw in csv.DictReader(file) if (row := row_of(raw, further=table == FURTHER))]
     return tuple(found)
 
 
@@ -79,7 +80,7 @@ def own_rows() -> tuple[Row, ...]:
     return tuple(Row(run.plan, step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in sound(folders)[0])
 
 
-def row_of(raw: Raw, set_aside: bool = False) -> Row | None:
+def row_of(raw: Raw, further: bool = False) -> Row | None:
     """Return the row of a line of a published table; None where it is withdrawn, repeated or incomplete."""
     sizes = {key: _whole(raw[key]) for key in ("num_gpus", "tp", "pp", "cp", "mbs", "gbs")}
     unusable = "superseded" in raw["note"] or "identical" in raw.get("nemo_container", "") or not raw["tokens_per_sec_per_gpu"]
@@ -90,7 +91,8 @@ def row_of(raw: Raw, set_aside: bool = False) -> Row | None:
     plan = _plan(raw, precision, n)
     seconds = float(raw["step_time_s"]) if raw.get("step_time_s") else plan.tokens_per_step / plan.num_gpus / float(raw["tokens_per_sec_per_gpu"])
     release = (raw.get("nemo_container") or raw["release"]).split(" ")[0]
-    return Row(plan, seconds, release, raw["source"], "set aside" if set_aside else _set(raw, release, stated))
+    held = "further rows" if further else _set(raw, release, stated)
+    return Row(plan, seconds, release, raw["source"], "other GPU" if plan.gpu.mapped_like else held)
 
 
 def _whole(text: str) -> int | None:
@@ -98,7 +100,7 @@ def _whole(text: str) -> int | None:
 
 
 def _precision(raw: Raw) -> tuple[str, bool]:
-    """Return a row's precision, and whether its table names the recipe (or the scripts' default is known)."""
+    """Return a row's precision, and whether its recipe is stated, or inferred from the scripts' default; taken as UNSTATED where neither."""
     if raw["precision"] == "bf16":
         return "bf16", True
     name = next((name for begin, name in RECIPES.items() if raw["fp8_recipe"].startswith(begin)), None)
@@ -124,7 +126,7 @@ def _plan(raw: Raw, precision: str, n: dict[str, int]) -> Plan:
     model, gpu = raw["model"].replace("3.1", "31"), raw["gpu"].lower()
     base = _base(model, precision, gpu)
     fsdp = (_whole(raw.get("fsdp", "")) or 0) > 0
-    known = _recommended(model, gpu, precision, n, fsdp)
+    known = _recommended(model, base.gpu.mapped_like or gpu, precision, n, fsdp)
     stated = _whole(raw["vp"])
     vp = stated or (int(known.get("vp") or 1) if n["pp"] > 1 else 1)
     mapping = base.mapping.model_copy(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,20 @@ import numpy as np
 
 from analysis.predictor.fitting import Fit
 from analysis.predictor.gemm import RESULTS
-from analysis.predictor.hardware import generation
 from analysis.predictor.price import KNOWN, NAMES, Constants
-from analysis.predictor.validation import Fits, Validation, residuals
+from analysis.predictor.validation import LEFT_OUT, Fits, Validation, families, residuals
+from analysis.statistics import Array
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
 STORED = Path(__file__).resolve().parent / "constants.json"
-COVERAGE = 0.9  # share of the residuals that an interval holds
+COVERAGE = 0.9  # share of the rows, or pairs, that an interval holds at least
 OVERHEAD_FACTOR = 2.0  # by which launching and the fixed part of a step may be off (price.KNOWN) where no published step shows them
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A predicted value and the ends between which nine of ten published ones lay, by how far off predictions were; wider where none was like it."""
+    """A predicted value and the ends between which nine of ten published ones lay at least, by how far off predictions were (`basis`)."""
 
     value: float
     low: float
@@ -49,6 +50,11 @@ def _stored() -> dict[str, Any]:
 def constants() -> Constants:
     """Return the constants of the last fit."""
     return Constants(**{name: float(_stored()["constants"][name]["value"]) for name in NAMES})
+
+
+def fitted_to() -> int:
+    """Return the number of rows that the constants were fitted to."""
+    return int(_stored()["fitted_to"]["rows"])
 
 
 def fits() -> Fits:
@@ -78,6 +84,8 @@ def write(found: Validation, path: Path = STORED) -> None:
         "fitted_to": {"rows": len(rows), "nemo": sorted({row.release for row in rows}), "gpus": sorted({row.gpu for row in rows})},
         "gemms": RESULTS.name,
         "overhead": round(max(line.overhead for line in found.lines), 4),
+        "families": families(found),
+        "pairs": dict(Counter(f"{pair.fp8.row.plan.precision.name} {pair.fp8.row.gpu}" for pair in found.pairs)),
         "residuals": residuals(found),
         "without_model": {name: _rounded(each) for name, each in found.fits.without_model.items()},
         "without_gpu": {name: _rounded(each) for name, each in found.fits.without_gpu.items()},
@@ -90,16 +98,50 @@ def _rounded(found: Constants) -> dict[str, float]:
 
 
 def step_time_interval(seconds: float, gpu: Gpu, overhead: float = 0.0) -> Interval:
-    """Return a predicted step time with its interval: residuals of the GPU's generation, or of GPUs left out where it has no fitted row.
+    """Return a predicted step time with its interval (`basis` says of which rows).
 
     `overhead`: the prediction's; beyond what any published row has, it is known within a factor of OVERHEAD_FACTOR alone.
     """
-    return _widened(_interval(seconds, _stored()["residuals"][generation(gpu)]), overhead)
+    return _widened(_interval(seconds, _errors(gpu)), overhead)
+
+
+def _errors(gpu: Gpu) -> list[Array]:
+    """Return the residuals of all rows of the GPU's family; where it has none, those of each GPU by constants fitted without it."""
+    found, family = _stored()["residuals"], _stored()["families"].get(gpu.name)
+    return [np.asarray(errors) for name, errors in found.items() if (name == family if family else name.startswith(LEFT_OUT))]
+
+
+def basis(gpu: Gpu) -> str:
+    """Return in words of which rows a step time's interval on this GPU is made."""
+    families, found = _stored()["families"], _stored()["residuals"]
+    share, family = f"{COVERAGE:.0%}", families.get(gpu.name)
+    if family:
+        members = ", ".join(name for name, each in families.items() if each == family)
+        return f"the range that held {share} of the {len(found[family])} published rows of {members}, by constants that did not know the row"
+    others = ", ".join(f"{name.removeprefix(LEFT_OUT)} ({len(errors)})" for name, errors in found.items() if name.startswith(LEFT_OUT))
+    return (
+        f"{gpu.name} is in no family of GPUs whose rows are held against the fit ({', '.join(families)}), so the range is the one that held "
+        f"{share} of each GPU's rows by constants fitted without that GPU: {others}"
+    )
+
+
+def borrowed(precision: str) -> str:
+    """Return the recipes whose pairs make a precision's speedup interval; nothing where its own are among them."""
+    recipes = sorted({name.split()[0] for name in _stored()["pairs"]})
+    return "" if precision in recipes else ", ".join(recipes)
+
+
+def speedup_basis(precision: str) -> str:
+    """Return in words of which pairs a speedup's interval is made, and that they are of another recipe where that is so."""
+    counts, others = _stored()["pairs"], borrowed(precision)
+    none = f"; none is of {precision}, so the interval is that of {others}" if others else ""
+    pairs = ", ".join(f"{n} of {name.replace(' ', ' on ')}" for name, n in counts.items())
+    return f"the range that held {COVERAGE:.0%} of {sum(counts.values())} published pairs ({pairs}){none}"
 
 
 def speedup_interval(value: float, overhead: float = 0.0) -> Interval:
     """Return a predicted speedup with its interval; `overhead` the larger of the two steps'."""
-    return _widened(_interval(value, _stored()["residuals"]["speedup"]), overhead)
+    return _widened(_interval(value, [np.asarray(_stored()["residuals"]["speedup"])]), overhead)
 
 
 def _widened(found: Interval, overhead: float) -> Interval:
@@ -109,11 +151,12 @@ def _widened(found: Interval, overhead: float) -> Interval:
 
 def ratio_interval(value: float, gpu: Gpu, base: Gpu) -> Interval:
     """Return the predicted ratio of two GPUs' speeds with its interval: the errors of both, taken as independent of each other."""
-    ours, theirs = (np.asarray(_stored()["residuals"][generation(each)]) for each in (gpu, base))
-    return _interval(value, list(np.subtract.outer(ours, theirs).ravel()))
+    return _interval(value, [np.subtract.outer(ours, theirs).ravel() for ours in _errors(gpu) for theirs in _errors(base)])
 
 
-def _interval(value: float, errors: list[float]) -> Interval:
+def _interval(value: float, groups: list[Array]) -> Interval:
+    """Return a value with the ends that hold, of each group of residuals, no less than COVERAGE."""
     tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(np.asarray(errors), (tail, 1 - tail))
-    return Interval(value, value * math.exp(-max(float(high), 0.0)), value * math.exp(-min(float(low), 0.0)))
+    low = min(0.0, *(float(np.quantile(errors, tail, method="lower")) for errors in groups))
+    high = max(0.0, *(float(np.quantile(errors, 1 - tail, method="higher")) for errors in groups))
+    return Interval(value, value * math.exp(-high), value * math.exp(-low))

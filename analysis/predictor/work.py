@@ -30,7 +30,7 @@ FUSED_CAST = 1 + 1 - 2 + 1  # delayed scaling casts inside the norm, which then 
 WRITTEN_FP8 = {"2.11": 190}
 # Kernels that the host launches, forward and backward: of a layer in BF16, and what FP8, tp > 1 and each further rank of a cp ring add.
 # Estimated from what the modules do, not taken from a profile; `launch` and `gap` are fitted with these.
-KERNELS, KERNELS_TP, KERNELS_CP = (14, 24), (4, 6), (20, 36)
+KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (14, 24), (4, 6), (20, 36), (6, 6)
 KERNELS_FP8 = {"delayed": (4, 4), "current": (16, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
 # Bytes of an activation function in values of width f: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py), squared
 # ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four backward (PyTorch's pow_backward).
@@ -179,8 +179,8 @@ def vocabulary(plan: Plan, hw: Hardware, gemms: Efficiency) -> Layer:
     passes = 3 * BF16 if plan.settings.cross_entropy_fusion == "te" else 2 * BF16 + 6 * FP32
     gather = t * h * BF16 * (m.tp - 1) / m.tp / ring_bandwidth(hw, m.tp, 1)
     return Layer(
-        Work(gemm=forward[0], gemm_bytes=forward[1], bytes=passes * t * v, tp=gather, kernels=6),
-        Work(gemm=sum(x for x, _ in back), gemm_bytes=sum(y for _, y in back), tp=2 * gather, kernels=6),
+        Work(gemm=forward[0], gemm_bytes=forward[1], bytes=passes * t * v, tp=gather, kernels=KERNELS_VOCABULARY[0]),
+        Work(gemm=sum(x for x, _ in back), gemm_bytes=sum(y for _, y in back), tp=2 * gather, kernels=KERNELS_VOCABULARY[1]),
     )
 
 

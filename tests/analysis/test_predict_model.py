@@ -180,7 +180,7 @@ def test_an_unknown_gpu_is_one_line() -> None:
 
 def test_constants_are_few_and_all_documented() -> None:
     assert len(NAMES) <= 12 and set(KNOWN) == set(NAMES) == {field.name for field in fields(Constants)}
-    assert all(f"{name}: " in (Constants.__doc__ or "") and KNOWN[name].unit and KNOWN[name].why for name in NAMES)
+    assert all(KNOWN[name].meaning and KNOWN[name].unit and KNOWN[name].why for name in NAMES)
     assert all(prior.low <= prior.value <= prior.high for prior in KNOWN.values()) and asdict(PRIOR)["launch"] == KNOWN["launch"].value
 
 

@@ -1,0 +1,151 @@
+"""What the documentation says of the predictor's own numbers, as tables: every constant that it is made of, and what its intervals hold."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from analysis.predictor import work
+from analysis.predictor.fitting import PAIR_ERROR, ROW_ERROR
+from analysis.predictor.gemm import measured
+from analysis.predictor.price import KNOWN, SHARPNESS, Prior
+from analysis.predictor.stored import OVERHEAD_FACTOR, fits, fitted_to, speedup_interval, step_time_interval
+from analysis.predictor.validation import Fits, Line, validate
+from analysis.tabular import Table
+
+PUBLISHED, BY_HAND, GEMMS = "fitted to published steps", "by hand", "fitted to measured GEMMs"
+WEIGHTS = (ROW_ERROR, PAIR_ERROR)
+BOUND = 1e-3  # relative distance at which a constant counts as at its bound
+
+
+def constants_table() -> Table:
+    """Return every constant with its meaning, value, unit, standard error or prior, and where it comes from; the counts as notes."""
+    found = fits()
+    rows = [*_fitted(found), *_gemms(), *_by_hand()]
+    counts = {where: sum(row["numbers"] for row in rows if row["where"] == where) for where in (PUBLISHED, GEMMS, BY_HAND)}
+    shown = [{key: row[key] for key in ("constant", "meaning", "value", "unit", "error or prior", "where")} for row in rows]
+    notes = [
+        f"{'; '.join(f'{n} numbers {where}' for where, n in counts.items())}. Published steps: the {fitted_to()} rows of the set fit.",
+        "Error: the fit's standard error, what was known before included. Prior: the value before the fit; one standard deviation as a factor.",
+        "Peaks and bandwidths are the GPU's (conf/gpu), sizes the plan's; other counts follow from the model (analysis/predictor/work.py).",
+        _gap(found),
+    ]
+    return Table("", shown, rows, notes, frozenset(["constant", "meaning", "unit", "error or prior", "where"]))
+
+
+def _fitted(found: Fits) -> list[dict[str, Any]]:
+    values, errors = found.everything.constants, found.everything.errors
+    return [
+        {
+            **_row(name, prior.meaning, [getattr(values, name)], prior.unit, PUBLISHED),
+            "error or prior": f"±{errors[name]:.2g}; prior {prior.value:g}, factor {prior.factor:g}",
+        }
+        for name, prior in KNOWN.items()
+    ]
+
+
+def _gemms() -> list[dict[str, Any]]:
+    found = measured()
+    error = f"mean error of a GEMM {found.error:.1%}, on {found.device}"
+    shares = _row(f"share ({', '.join(found.share)})", "share of the peak that deep GEMMs of a kind reach", list(found.share.values()), "1", GEMMS)
+    traffic = _row("traffic", "share of writing a GEMM's result that is not hidden", [found.traffic], "1", GEMMS)
+    return [{**row, "error or prior": error} for row in (shares, traffic)]
+
+
+def _by_hand() -> list[dict[str, Any]]:
+    kernels = "kernels, forward and backward"
+    rows = [
+        _row("SHARPNESS", "norm in which the times of host and GPU are joined", [SHARPNESS], "1", BY_HAND),
+        _row("KERNELS", "of a layer in BF16", work.KERNELS, kernels, BY_HAND),
+        _row("KERNELS_TP", "added where tp > 1", work.KERNELS_TP, kernels, BY_HAND),
+        _row("KERNELS_CP", "added by each further rank of a context-parallel ring", work.KERNELS_CP, kernels, BY_HAND),
+        *(_row(f"KERNELS_FP8, {name}", "added by FP8", each, kernels, BY_HAND) for name, each in work.KERNELS_FP8.items()),
+        _row("KERNELS_VOCABULARY", "of the output layer and the loss", work.KERNELS_VOCABULARY, kernels, BY_HAND),
+        _row("SLOWER_CAST", "time of a sub-channel cast over a per-tensor one, a byte", list(work.SLOWER_CAST.values()), "1", BY_HAND),
+        *(
+            _row(
+                f"WRITTEN_FP8, Transformer Engine {version}", "writing FP8 parameters, beyond what is counted", [value], "bytes a parameter", BY_HAND
+            )
+            for version, value in work.WRITTEN_FP8.items()
+        ),
+        _row("ROW_ERROR, PAIR_ERROR", "how well a published step time, and a ratio of two, can be known (weights of the fit)", WEIGHTS, "1", BY_HAND),
+        _row("OVERHEAD_FACTOR", "by which launches may be off where no published row shows them (intervals)", [OVERHEAD_FACTOR], "1", BY_HAND),
+    ]
+    return [{**row, "error or prior": _reason(row["constant"])} for row in rows]
+
+
+def _reason(name: str) -> str:
+    reasons = {
+        "KERNELS": "none: estimated from what the modules do, not profiled",
+        "SHARPNESS": "none: chosen",
+        "ROW_ERROR": "none: releases of one layout differ by as much",
+        "OVERHEAD_FACTOR": "none: chosen",
+        "SLOWER_CAST": "read off casts measured on one H200",
+        "WRITTEN_FP8": "read off this project's steps on one H100",
+    }
+    return next(text for key, text in reasons.items() if name.startswith(key))
+
+
+def _row(name: str, meaning: str, values: Any, unit: str, where: str) -> dict[str, Any]:
+    return {
+        "constant": name,
+        "meaning": meaning,
+        "value": ", ".join(f"{float(value):.4g}" for value in values),
+        "unit": unit,
+        "where": where,
+        "numbers": len(values),
+    }
+
+
+def _gap(found: Fits) -> str:
+    """Return how far the gap between kernels lies from its prior, and in which fits it reaches its bound."""
+    prior, value = KNOWN["gap"], found.everything.constants.gap
+    left_out = {**found.without_model, **found.without_gpu}
+    at_bound = [name for name, each in left_out.items() if each.gap > prior.high * (1 - BOUND)]
+    return (
+        f"gap lies {_away(prior, value):.1f} standard deviations above its prior, near its upper bound ({value:.1f} of {prior.high:g} {prior.unit}), "
+        f"and at it in {len(at_bound)} of {len(left_out)} fits that leave a model or a GPU out ({', '.join(at_bound) or 'none'})."
+    )
+
+
+def _away(prior: Prior, value: float) -> float:
+    return math.log(value / prior.value) / math.log(prior.factor)
+
+
+def intervals_table() -> Table:
+    """Return the ends of each interval and the share of rows that they hold, recounted: by GPU, by precision, and each layout once."""
+    found = validate(fits=fits())
+    held: dict[str, list[tuple[object, bool]]] = defaultdict(list)
+    ends: dict[str, str] = {}
+    for line in found.lines:
+        interval = step_time_interval(_known(line), line.row.plan.gpu)
+        ends[f"step time, {line.row.gpu}"] = f"{interval.low / interval.value - 1:+.1%} to {interval.high / interval.value - 1:+.1%}"
+        inside = interval.low <= line.row.step_time_s <= interval.high
+        held[f"step time, {line.row.gpu}"].append((line.row.cell, inside))
+        held[f"step time, {line.row.gpu} {line.row.plan.precision.name}"].append((line.row.cell, inside))
+    for pair in found.pairs:
+        interval = speedup_interval(pair.bf16.out_of_sample / pair.fp8.out_of_sample)
+        ends["speedup"] = f"{interval.low / interval.value - 1:+.1%} to {interval.high / interval.value - 1:+.1%}"
+        held["speedup"].append((pair.fp8.row.cell, interval.low <= pair.published <= interval.high))
+    rows = [_held(what, each, ends.get(what, "")) for what, each in sorted(held.items())]
+    notes = [
+        "Interval: published over predicted. Held: the share of published rows (pairs) in it, by constants that did not know the row.",
+        "Nine in ten are held of the rows of a family (h100; b200 and gb200 together) and of all pairs; of a single precision it may be fewer.",
+        "Each layout once: rows that differ in scale, batch or release alone are averaged first; they err alike, and over rows they weigh more.",
+    ]
+    return Table("", [{key: str(value) for key, value in row.items()} for row in rows], rows, notes, frozenset(["what"]))
+
+
+def _known(line: Line) -> float:
+    """Return a row's seconds by the constants that its interval is made with."""
+    return line.without_gpu if line.row.held == "other GPU" else line.out_of_sample
+
+
+def _held(what: str, each: list[tuple[object, bool]], ends: str) -> dict[str, Any]:
+    layouts: dict[object, list[bool]] = defaultdict(list)
+    for cell, inside in each:
+        layouts[cell].append(inside)
+    once = sum(sum(inside) / len(inside) for inside in layouts.values()) / len(layouts)
+    share = sum(inside for _, inside in each) / len(each)
+    return {"what": what, "interval": ends, "rows": len(each), "held": f"{share:.0%}", "layouts": len(layouts), "each layout once": f"{once:.0%}"}
