@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from analysis.post.training import Page
 
 Maker = Callable[[Sequence[Path]], str | Figure]
+RELEASE = "25.04"  # of NeMo: what this project is for
 PEAKS = {
     "measured": "measured: whole steps of NeMo with Transformer Engine",
     "measured without step": "measured: forward and backward pass with Megatron-Core, no optimizer step",
@@ -304,6 +305,12 @@ def validations(place: int) -> Maker:
     return maker
 
 
+def steps_of_this_release(_: Sequence[Path]) -> str:
+    """Published step times of the NeMo release that this project is for beside what the predictor says."""
+    every = validation_tables()[0]
+    return replace(every, shown=[line for line in every.shown if line["NeMo"].startswith(RELEASE)]).markdown()
+
+
 def constants(_: Sequence[Path]) -> str:
     """Every constant of the predictor, with its value, error and origin."""
     return constants_table().markdown()
@@ -388,6 +395,7 @@ TABLES: dict[str, Maker] = {
     "harness-cost": harness_cost,
     "validation": validations(2),
     "validation-steps": validations(0),
+    "validation-steps-of-this-release": steps_of_this_release,
     "validation-speedups": validations(1),
     "validation-own": own_steps,
     "constants": constants,
