@@ -10,7 +10,7 @@ from analysis.post import hypotheses, sources
 from analysis.post.values import Band, Value, chart, table
 from analysis.post.values import sources as table_of_sources
 from analysis.predictor.forecast import compose
-from analysis.predictor.stored import COVERAGE
+from analysis.predictor.stored import COVERAGE, speedup_basis
 from analysis.runs import Run
 from analysis.tabular import Table
 from recipes.axes import with_axes
@@ -118,11 +118,9 @@ def _gain(plan: Plan, base: Plan, runs: Sequence[Run]) -> list[Value]:
 
 def _notes(number: int, values: Sequence[Value]) -> list[str]:
     labels = {value.label for value in values}
-    said = [
-        f"Predicted, with the range that held {COVERAGE:.0%} of published rows which the constants did not know"
-        + (" (here of both GPUs, taken as independent)" if number == 5 else "")
-        + f". {OF_GPUS if number == 5 else OF_PRECISIONS}",
-    ]
+    of_both = f"the range that held {COVERAGE:.0%} of published rows which the constants did not know (here of both GPUs, taken as independent)"
+    bases = [of_both] if number == 5 else [speedup_basis(name) for name in dict.fromkeys(v.precision for v in values if v.label == "predicted")]
+    said = [*(f"Predicted, with {base}." for base in bases), OF_GPUS if number == 5 else OF_PRECISIONS]
     if not labels & {"measured", sources.PARTS}:
         said.append("Measured: not yet.")
     if "published" in labels:
