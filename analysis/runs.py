@@ -96,6 +96,11 @@ class Run:
         return str(self.manifest.get("labels", {}).get(what, "unlabelled"))
 
 
+def folders_of(results: Sequence[Path]) -> list[Path]:
+    """Return the run folders below folders of results."""
+    return sorted(path.parent for folder in results for path in folder.rglob("plan.json"))
+
+
 def once(folders: Sequence[Path]) -> list[Path]:
     """Return folders without those that are named a second time, in whatever way."""
     found: dict[Path, Path] = {}

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from analysis.post import single, training
 from analysis.post.training import Page
-from analysis.readme_parts import folders_of
-from analysis.runs import once
+from analysis.runs import folders_of, once
 from analysis.soundness import sound
 from recipes.errors import InputError
 

@@ -1,0 +1,152 @@
+"""The documentation's tables of what is predicted beside what was published or measured: the predictor's, and the memory estimate's.
+
+`analysis.readme_parts` offers them under their names; each maker takes folders of analysis/results and returns Markdown.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.predictor.documents import constants_table, intervals_table
+from analysis.predictor.rows import Row
+from analysis.predictor.rows import rows as published_rows
+from analysis.predictor.stored import fits
+from analysis.predictor.validation import validate
+from analysis.predictor.validation_tables import own_table, tables
+from analysis.runs import folders_of
+from analysis.tabular import Table
+from recipes.compose import compose_plan
+from recipes.defaults import recommended
+from recipes.errors import InputError
+from recipes.fit import fits as fits_in_memory
+from recipes.fit import is_tight
+from recipes.memory import estimate, usable_gb
+from recipes.validation import validation
+
+Maker = Callable[[Sequence[Path]], str]
+RELEASE = "25.04"  # of NeMo: what this project is for
+PEAKS = {
+    "measured": "measured: whole steps of NeMo with Transformer Engine",
+    "measured without step": "measured: forward and backward pass with Megatron-Core, no optimizer step",
+    "published": "published: another stack's peaks (torchtitan, FP8 with FSDP)",
+}
+
+
+def memory(results: Sequence[Path]) -> str:
+    """The memory estimate held against peaks, by kind of peak and number format (`recipes.validation`), and against NVIDIA's layouts."""
+    found = pd.DataFrame(validation(folders_of(results)))
+    found["format"] = np.where(found["precision"] == "bf16", "BF16", "FP8")
+    shown = [_peaks(str(kind), str(format), rows) for (kind, format), rows in found.groupby(["kind", "format"])]
+    fit, layouts = nvidias_layouts()
+    verdict = "all fit" if fit == layouts else f"{layouts - fit} do not fit"
+    nvidia = "published: what NVIDIA ran, its layouts for NeMo 25.04 and 25.07, under throughput settings"
+    shown.append({"held against": nvidia, "rows": str(layouts), "median size of the error": verdict, "range": "–"})
+    tables = published_rows()
+    other = "published: the rows of NVIDIA's tables that the predictor is held to (docs/throughput.md names those that do not fit)"
+    refused = f"{sum(map(_refused, tables))} do not fit"
+    shown.append({"held against": other, "rows": str(len(tables)), "median size of the error": refused, "range": "–"})
+    return Table("", shown, found.to_dict("records"), text=frozenset(["held against"])).markdown()
+
+
+def _refused(each: Row) -> bool:
+    return not fits_in_memory(each.plan) and not is_tight(each.plan)
+
+
+def _peaks(kind: str, format: str, rows: pd.DataFrame) -> dict[str, str]:
+    error, models, gpus = rows["error"], ", ".join(sorted(set(rows["model"]))), sorted(set(rows["num_gpus"].astype(int)))
+    on = f"{gpus[0]} GPU{'s' if gpus[0] > 1 else ''}" if len(gpus) == 1 else f"{gpus[0]} to {gpus[-1]} GPUs"
+    return {
+        "held against": f"{PEAKS.get(kind, kind)}; {format}, {models}, {on}",
+        "rows": str(len(rows)),
+        "median size of the error": f"{error.abs().median():.1%}",
+        "range": f"{error.min():+.1%} to {error.max():+.1%}",
+    }
+
+
+def refused_rows(_: Sequence[Path]) -> str:
+    """The published rows that the predictor is held to and the memory rule refuses, a line a layout."""
+    refused: dict[tuple[str, ...], list[str]] = {}
+    for each in published_rows():
+        if _refused(each):
+            m, plan = each.plan.mapping, each.plan
+            layout = f"tp{m.tp} pp{m.pp} cp{m.cp} vp{m.vp} mbs{m.micro_batch} gbs{m.global_batch}{' fsdp' if m.fsdp else ''}"
+            needs = f"{estimate(plan).total_gb:.0f} of {usable_gb(plan) or 0:.0f}"
+            refused.setdefault((each.held, each.model, plan.precision.name, f"{plan.num_gpus} {each.gpu}", layout, needs), []).append(each.release)
+    columns = ("set", "model", "precision", "GPUs", "layout", "GB needed")
+    shown = [{**dict(zip(columns, key, strict=True)), "NeMo": ", ".join(releases)} for key, releases in refused.items()]
+    note = f"{sum(map(len, refused.values()))} of {len(published_rows())} published rows. Recomputation and offloading are not in the tables."
+    return Table("", shown, [{"rows": 0}], [note], frozenset([*columns[:3], "layout", "NeMo"])).markdown()
+
+
+@functools.cache
+def nvidias_layouts() -> tuple[int, int]:
+    """Return how many of NVIDIA's recommended layouts, as their scripts run them, the memory rule lets pass, and how many there are."""
+    stacks, precisions = {"v2.3.0": "nemo_25_04", "v2.4.0": "nemo_25_07"}, {"bf16": ("bf16",), "fp8": ("fp8_delayed", "fp8_current")}
+    layouts = [each for each in recommended() if each["nemo_ref"] in stacks and each["dtype"] in precisions]
+    passes = [all(_runs(each, stacks[each["nemo_ref"]], precision) for precision in precisions[each["dtype"]]) for each in layouts]
+    return sum(passes), len(layouts)
+
+
+def _runs(layout: dict[str, str], stack: str, precision: str) -> bool:
+    axes = [f"model={layout['model']}", f"gpu={layout['gpu']}", f"precision={precision}", f"stack={stack}"]
+    try:
+        compose_plan([*axes, "experiment=throughput", "mapping=recommended"])
+    except InputError:
+        return False
+    return True
+
+
+def validations(place: int) -> Maker:
+    """Return a maker of a table of the predictor's validation: 0 step times, 1 speedups, 2 the summary."""
+
+    def maker(_: Sequence[Path]) -> str:
+        return validation_tables()[place].markdown()
+
+    maker.__doc__ = ("Published step times", "Published speedups", "The mean errors")[place] + " beside what the predictor says."
+    return maker
+
+
+def steps_of_this_release(_: Sequence[Path]) -> str:
+    """Published step times of the NeMo release that this project is for beside what the predictor says."""
+    every = validation_tables()[0]
+    return replace(every, shown=[line for line in every.shown if line["NeMo"].startswith(RELEASE)]).markdown()
+
+
+def constants(_: Sequence[Path]) -> str:
+    """Every constant of the predictor, with its value, error and origin."""
+    return constants_table().markdown()
+
+
+def intervals(_: Sequence[Path]) -> str:
+    """What share of published rows the predictor's intervals hold."""
+    return intervals_table().markdown()
+
+
+def own_steps(_: Sequence[Path]) -> str:
+    """The steps that this project measured beside what the predictor says."""
+    return own_table(fits()).markdown()
+
+
+@functools.cache
+def validation_tables() -> tuple[Table, ...]:
+    """Return the tables of the predictor's validation."""
+    return tables(validate(fits=fits()))
+
+
+TABLES: dict[str, Maker] = {
+    "memory": memory,
+    "refused-rows": refused_rows,
+    "validation": validations(2),
+    "validation-steps": validations(0),
+    "validation-steps-of-this-release": steps_of_this_release,
+    "validation-speedups": validations(1),
+    "validation-own": own_steps,
+    "constants": constants,
+    "intervals": intervals,
+}
