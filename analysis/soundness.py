@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from analysis.report import load_all
 from analysis.runs import Run
-from analysis.speed import step_time, timed
+from analysis.speed import timed, unsteady
 
 MIN_TIMED = 8  # steps after the warm-up; fewer are no distribution
-# Quartiles apart, as a share of the median, and the last third's median from the first's: beyond it clocks, neighbours or data were not stable.
-MAX_SPREAD = 0.05
 
 
 def unsound(run: Run) -> str | None:
@@ -31,26 +27,8 @@ def unsound(run: Run) -> str | None:
     count = len(timed(run))
     if count < MIN_TIMED:
         return f"{run.folder}: {count} steps after the warm-up, {MIN_TIMED} are wanted; run it longer"
-    time = step_time(run)
-    spread = (time.high - time.low) / time.value
-    if spread > MAX_SPREAD:
-        return (
-            f"{run.folder}: unstable, the quartiles of its step time lie {spread:.1%} apart (limit {MAX_SPREAD:.0%}); run it again on a quiet machine"
-        )
-    change = drift(run)
-    if abs(change) > MAX_SPREAD:
-        return (
-            f"{run.folder}: unstable, the last third of its timed steps takes {change:+.1%} against the first (limit {MAX_SPREAD:.0%}); "
-            "run it again on a quiet machine, longer where it was still warming up"
-        )
-    return None
-
-
-def drift(run: Run) -> float:
-    """Return by how much the median of the last third of the timed steps differs from that of the first, as a share of it."""
-    times = timed(run)
-    third = len(times) // 3
-    return float(np.median(times[-third:]) / np.median(times[:third]) - 1)
+    moved = unsteady(run)
+    return f"{run.folder}: unstable, {moved}; run it again on a quiet machine, longer where it was still warming up" if moved else None
 
 
 def sound(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:

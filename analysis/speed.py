@@ -17,6 +17,8 @@ WARM_UP = 0.1  # first part of the run whose steps are not timed: caches, autotu
 WARM_UP_STEPS = 3  # and at least so many, but never more than half of the run
 RESAMPLES = 1000
 MAX_TIMED = 4096
+# Quartiles apart, as a share of the median, and the last third's median from the first's: beyond it clocks, neighbours or data were not stable.
+MAX_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ def step_time(run: Run) -> Interval:
     """Return the median step time in seconds, between its quartiles."""
     low, median, high = np.percentile(timed(run), [25, 50, 75])
     return Interval(float(median), float(low), float(high))
+
+
+def unsteady(run: Run) -> str | None:
+    """Return why a run's step times are no measure of speed: they lie too far apart, or their pace changes; None if they are one."""
+    times, time = timed(run), step_time(run)
+    spread, third = (time.high - time.low) / time.value, len(times) // 3
+    if spread > MAX_SPREAD:
+        return f"the quartiles of its step time lie {spread:.1%} apart (limit {MAX_SPREAD:.0%})"
+    change = float(np.median(times[-third:]) / np.median(times[:third]) - 1) if third else 0.0
+    return f"the last third of its timed steps takes {change:+.1%} against the first (limit {MAX_SPREAD:.0%})" if abs(change) > MAX_SPREAD else None
 
 
 def speedup(base: Run, candidate: Run) -> Interval:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
-from analysis.speed import Interval, loss_matched, speedup, step_time
+from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
 from analysis.verdict import Verdict, judge, limits_in_nats
 
@@ -43,10 +43,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
 def row(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as plain values; infinite ends of intervals become None, for JSON has no infinity.
 
-    Emulated FP8 has no speedup: its step time is that of the emulation.
+    Emulated FP8 has no speedup, for its step time is that of the emulation, and unsteady step times are none.
     """
     base, candidate, tail = verdict.base, verdict.candidate, verdict.gaps["tail"]
-    faster = None if candidate.emulated else speedup(base, candidate)
+    faster = None if candidate.emulated or unsteady(base) or unsteady(candidate) else speedup(base, candidate)
     matched = faster and loss_matched(base, faster, tail.nats, tail.nats.count)
     bar = candidate.plan.bar
     return {
@@ -162,6 +162,9 @@ def notes(verdict: Verdict) -> list[str]:
         said.append(f"{name}: undecided; about {verdict.tokens_to_decide:,.0f} more tokens would decide it if the gap stays as it is")
     elif verdict.verdict == "undecided":
         said.append(f"{name}: undecided; {_why_open(verdict)}")
+    moved = not verdict.candidate.emulated and [f"of {run.name} {why}" for run in (verdict.candidate, verdict.base) if (why := unsteady(run))]
+    if moved:
+        said.append(f"{name}: no speedup, since {moved[0]}")
     if verdict.spikes > verdict.base_spikes:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
     if verdict.platform:

@@ -19,8 +19,8 @@ from analysis.depth import beside_precision, device, experiment, order
 from analysis.pairing import LAYOUT, asserted, mapping_label
 from analysis.published import Published, layout_of
 from analysis.runs import Run
-from analysis.soundness import MAX_SPREAD, sound
-from analysis.speed import Interval, speedup, step_time, window
+from analysis.soundness import sound
+from analysis.speed import MAX_SPREAD, Interval, speedup, step_time, window
 from analysis.tabular import Table, number, print_json, write
 from analysis.whole import reference_of
 from recipes.cli import ArgumentParser

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from analysis.compare import main as compare
 from analysis.runs import load_run
 from analysis.speed import loss_matched, speedup
+from analysis.table import notes, row
 from analysis.verdict import judge
 from recipes.errors import InputError
 from recipes.run_folder import set_status
@@ -105,6 +106,15 @@ def test_compare_says_pass_fail_and_undecided_by_exit_code(make: Maker, capsys: 
     assert compare(["--json", str(base), str(bad)]) == 1
     (row,) = json.loads(capsys.readouterr().out)
     assert row["verdict"] == "fail" and row["labels"] == {"loss": "emulated", "step_time": "measured", "device": "cpu"}
+
+
+def test_unsteady_step_times_give_no_speedup(make: Maker) -> None:
+    base, run = (load_run(make(name, curve(), name, **MEASURED)) for name in ("bf16", "fp8_subchannel"))
+    assert row(judge(base, run))["speedup_over_bf16"]
+    times = run.steps["step_time_s"]
+    times[-len(times) // 5 :] *= 1.2
+    assert row(judge(base, run))["speedup_over_bf16"] is None
+    assert "no speedup, since of fp8_subchannel the last third" in " ".join(notes(judge(base, run)))
 
 
 MEASURED = {"labels": {"loss": "measured", "step_time": "measured"}, "overrides": ("gpu=h200", "stack=nemo_25_04_te_2_11", "executor=local")}

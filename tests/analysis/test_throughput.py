@@ -11,7 +11,7 @@ import pytest
 
 from analysis import soundness, throughput
 from analysis.runs import load_run
-from analysis.speed import speedup, step_time, timed
+from analysis.speed import MAX_SPREAD, speedup, step_time, timed
 from analysis.throughput import main as command
 from recipes.flops import flops_per_token
 from tests.analysis.conftest import Maker, curve
@@ -141,7 +141,7 @@ def test_a_run_whose_pace_changes_is_left_out(pace: Any, tmp_path: Path) -> None
     assert len(timed(load_run(folder))) == 9 and soundness.unsound(load_run(folder)) is None
     edit(folder, lambda i: {"step_time_s": pace(i - 3)})
     low, median, high = np.percentile(timed(load_run(folder)), [25, 50, 75])
-    assert (high - low) / median <= soundness.MAX_SPREAD
+    assert (high - low) / median <= MAX_SPREAD
     assert "the last third of its timed steps" in str(soundness.unsound(load_run(folder)))
 
 
@@ -158,7 +158,7 @@ def test_the_spread_that_is_allowed_is_stated_and_holds(make: Maker) -> None:
         path = edit(run_of(named(folder, str(share)), "bf16", 12.0), lambda i, share=share: {"step_time_s": 1 + share * ((i % 4) - 1.5) / 2})
         run = load_run(path)
         low, median, high = np.percentile(timed(run), [25, 50, 75])
-        assert (soundness.unsound(run) is None) == kept == ((high - low) / median <= soundness.MAX_SPREAD)
+        assert (soundness.unsound(run) is None) == kept == ((high - low) / median <= MAX_SPREAD)
     assert "5%" in throughput.notes(throughput.rows([steps]), [])[0]
 
 
