@@ -15,6 +15,7 @@ GPU.  What the kernels do not keep, the statistics of diagnosed steps, is comput
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,7 +101,7 @@ def in_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and on_gpu(x)
 
 
-class Stateless:
+class Stateless(ABC):
     """A recipe that looks at the present tensor only: `in_torch` on any device, `in_kernels` on a GPU, to the same bits."""
 
     def __init__(self, fp8: Fp8) -> None:
@@ -119,13 +120,13 @@ class Stateless:
         """Whether BF16 holds every value of the copies exactly."""
         return True
 
+    @abstractmethod
     def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
         """Return the operand of FP32 `x`, and keep what was seen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
         """Return the operand of BF16 `x` on a GPU."""
-        raise NotImplementedError
 
     def blocks(self, x: Tensor, role: str, row: Quantised, col: Quantised) -> Operand:
         """Return the operand of two copies that are divided by their scales already, and keep what was seen."""
