@@ -27,7 +27,7 @@ from analysis.verdict import Verdict, heldout_gaps
 
 COLOURS = {"bf16": "#222222", "fp8_delayed": "#E69F00", "fp8_current": "#0072B2", "fp8_subchannel": "#009E73", "mxfp8": "#D55E00"}
 OTHER = ("#CC79A7", "#56B4E9", "#999933", "#882255")
-BROKEN = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # lines of further BF16 seeds
+BROKEN = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # lines of further seeds
 SMOOTHING = 0.05  # share of the run in the moving average
 SIZE = (8.0, 4.2)  # inches
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "figures", "font.size": 10}
@@ -98,9 +98,10 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
     return run.plan.precision.name + (f", seed {run.plan.seed}" if len(same) > 1 else "")
 
 
-def _style(run: Run, bases: Sequence[Run]) -> Any:
-    """Return a solid line, or a broken one for each further BF16 run."""
-    return BROKEN[(bases.index(run) - 1) % len(BROKEN)] if run in bases[1:] else "-"
+def _style(run: Run, runs: Sequence[Run]) -> Any:
+    """Return a solid line, or a broken one for each further run of a precision."""
+    place = [other for other in runs if other.plan.precision.name == run.plan.precision.name].index(run)
+    return BROKEN[(place - 1) % len(BROKEN)] if place else "-"
 
 
 def loss_curves(found: Comparison) -> Figure:
@@ -110,7 +111,7 @@ def loss_curves(found: Comparison) -> Figure:
     for run in found.runs:
         x, y = _millions(run), smooth(run.steps["loss"], _window(run))
         start = len(x) * 3 // 4
-        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.4, "label": _name(run, found.runs)}
+        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "lw": 1.4, "label": _name(run, found.runs)}
         whole.plot(x, y, **style)
         close.plot(x[start:], y[start:], **style)
     entropy = (found.bases[0].manifest.get("data") or {}).get("unigram_entropy_nats")
@@ -138,7 +139,7 @@ def gap(found: Comparison) -> Figure:
             continue
         y = smooth(run.steps["loss"] - pair.steps["loss"], _window(run)) / reference * 100
         faint = run in found.bases
-        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.bases), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
+        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
         axis.plot(_millions(run), y, label=_name(run, found.runs), **style)
     limit = first.candidate.plan.bar.relative * 100
     axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"bar ±{limit:g} %")

@@ -21,7 +21,7 @@ from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
 from analysis.runs import Run, folders_of
 from analysis.soundness import unsound
-from analysis.table import all_notes, cells, compare, headline, row
+from analysis.table import all_notes, compare, headline, row, shown
 from analysis.tabular import Table
 from recipes.errors import InputError
 
@@ -149,7 +149,7 @@ def throughputs(results: Sequence[Path]) -> str:
 def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
     rows = [row(verdict) for verdict in compare(runs_of(results)).verdicts]
-    return Table("", [cells(values) for values in rows], rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
+    return Table("", shown(rows), rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
 
 
 def notes(results: Sequence[Path]) -> str:
@@ -203,6 +203,7 @@ def _cost(cost: dict[str, Any]) -> dict[str, str]:
         "added, ms": f"{cost['added_ms']:.1f}",
         **{f"{name}, ms": f"{cost[key]:.1f}" for name, key in parts.items()},
         "cost": f"{cost['cost']:.2%} ({low:.2%} to {high:.2%})",
+        "with garbage collection": f"{cost['with_garbage']:.2%}",
         f"goal {cost['goal']:.1%}": "met" if cost["met"] else "missed",
     }
 

@@ -20,7 +20,7 @@ from analysis.figures import Figure, figures
 from analysis.output import write_file
 from analysis.pages import render
 from analysis.runs import Run, load_run, once
-from analysis.table import Comparison, all_notes, cells, compare, headline, row, terminal_table
+from analysis.table import Comparison, all_notes, compare, headline, row, shown, terminal_table
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -46,7 +46,7 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
         "report.html.j2",
         base=found.bases[0],
         rows=rows,
-        shown=[cells(values) for values in rows],
+        shown=shown(rows),
         notes=all_notes(found),
         headline=headline(rows),
         evaluation=section(found.bases, found.verdicts),

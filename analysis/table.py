@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
-from analysis.verdict import Verdict, judge, limits_in_nats
+from analysis.verdict import Verdict, judge, limits_in_nats, over_seeds
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "base": base.name,
         "model": candidate.plan.model.name,
         "precision": candidate.plan.precision.name,
+        "seed": candidate.plan.seed,
         "gpu": candidate.plan.gpu.name,
         "verdict": verdict.verdict,
         "verdict_by_limit": verdict.by_limit,
@@ -101,12 +103,21 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "?" if value is None else f"{value * 100:+.{digits}f}"
 
 
-def cells(values: dict[str, Any]) -> dict[str, str]:
-    """Return a row as the columns that people read."""
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return rows as the columns that people read; of a precision with several, the seed too."""
+    several = _with_several_seeds(rows)
+    return [_cells(values, f" s{values['seed']}" if values["precision"] in several else "") for values in rows]
+
+
+def _with_several_seeds(rows: Sequence[dict[str, Any]]) -> set[str]:
+    return {name for name, number in Counter(values["precision"] for values in rows).items() if number > 1}
+
+
+def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
     tail = values["gap_relative"]["tail"]
     matched, faster, heldout = values["loss_matched_speedup"], values["speedup_over_bf16"], values["heldout_gap_nats"]
     return {
-        "precision": values["precision"],
+        "precision": values["precision"] + seed,
         "verdict": values["verdict"],
         "gap %": percent(tail["value"]),
         "99.5 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
@@ -120,14 +131,15 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
 def headline(rows: Sequence[dict[str, Any]]) -> str:
     """Return what the columns mean: window, bar, noise floor and labels, which rows may differ in."""
     values = rows[0]
-    bar, floor, device = values["bar"], values["noise_floor_nats"], values["labels"]["device"]
+    bar, device = values["bar"], values["labels"]["device"]
+    floor = max((row["noise_floor_nats"] for row in rows if row["noise_floor_nats"] is not None), default=None)
     loss = values["bar_nats"]["relative"] / bar["relative"]
     seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
     window = f"loss ({_labels(rows, 'loss')}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
     return (
         f"{values['model']} on {values['gpu']}, {_grouped(rows, lambda row: row['layout'].split(' (')[0])}: {window}; "
         f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {_labels(rows, 'step_time')} on {device}; "
-        "matched: speedup to an equal loss"
+        "matched: speedup to an equal loss" + ("; s1: seed 1" if _with_several_seeds(rows) else "")
     )
 
 
@@ -140,16 +152,16 @@ def _grouped(rows: Sequence[dict[str, Any]], label_of: Callable[[dict[str, Any]]
     found: dict[str, list[str]] = {}
     for row in rows:
         found.setdefault(label_of(row), []).append(row["precision"])
-    return next(iter(found)) if len(found) == 1 else "; ".join(f"{label}: {', '.join(names)}" for label, names in found.items())
+    return next(iter(found)) if len(found) == 1 else "; ".join(f"{label}: {', '.join(dict.fromkeys(names))}" for label, names in found.items())
 
 
 def terminal_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the rows as a table for the terminal, with what they mean above it."""
     table = Table(title=escape(headline(rows)), title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    shown = [cells(values) for values in rows]
-    for column in shown[0]:
+    lines = shown(rows)
+    for column in lines[0]:
         table.add_column(column, justify="left" if column in ("precision", "verdict") else "right", no_wrap=True)
-    for line in shown:
+    for line in lines:
         colour = {"pass": "green", "fail": "red"}.get(line["verdict"], "yellow")
         table.add_row(*(f"[{colour}]{v}[/]" if k == "verdict" else escape(v) for k, v in line.items()))
     return table
@@ -213,4 +225,20 @@ def all_notes(found: Comparison) -> list[str]:
     """Return the notes on every verdict, and what holds for all."""
     emulated = [verdict.candidate.plan.precision.name for verdict in found.verdicts if verdict.candidate.emulated]
     said = [f"{', '.join(dict.fromkeys(emulated))}: {EMULATED}"] if emulated else []
-    return [*said, *(note for verdict in found.verdicts for note in notes(verdict))]
+    return [*said, *(note for verdict in found.verdicts for note in notes(verdict)), *_over_seeds(found)]
+
+
+def _over_seeds(found: Comparison) -> list[str]:
+    """Return the mean gap of each recipe that was run with several seeds, each beside BF16 of its seed."""
+    runs: dict[str, dict[int, Verdict]] = {}
+    for verdict in found.verdicts:
+        seed = verdict.candidate.plan.seed
+        if verdict.base.plan.seed == seed:
+            runs.setdefault(verdict.candidate.plan.precision.name, {})[seed] = verdict
+    said = []
+    for precision, by_seed in runs.items():
+        if len(by_seed) > 1:
+            gap, seeds = over_seeds(list(by_seed.values())), ", ".join(map(str, sorted(by_seed)))
+            between = f"{percent(gap.low)} to {percent(gap.high)} %"
+            said.append(f"{precision}: over seeds {seeds} the gap is {percent(gap.value)} % on average; 95 % interval {between}, seeds' luck in it")
+    return said

@@ -177,6 +177,16 @@ def luck(seeds: Array) -> float | None:
     return float(t.ppf((1 + LUCK) / 2, len(seeds)) * np.sqrt(np.mean(seeds**2))) if len(seeds) else None
 
 
+def over_seeds(verdicts: Sequence[Verdict]) -> Mean:
+    """Return the mean relative gap of one recipe's runs, each of another seed and beside BF16 of that seed, with its 95 % interval.
+
+    Student's t over the runs' gaps: the spread between seeds is in it, which the interval of a single run cannot know.
+    """
+    gaps = np.array([verdict.gaps["tail"].relative.value for verdict in verdicts])
+    value, reach = float(gaps.mean()), float(t.ppf((1 + LUCK) / 2, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+    return Mean(value, value - reach, value + reach, len(gaps))
+
+
 def heldout_gaps(base: Run, candidate: Run) -> tuple[Array, Array]:
     """Return the steps at which both runs were evaluated and the gaps in nats there."""
     if not base.heldout or not candidate.heldout:

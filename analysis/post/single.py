@@ -12,7 +12,7 @@ from analysis.numerics_figures import figures as numerics_figures
 from analysis.post import sources
 from analysis.post.training import Page
 from analysis.report import load_all
-from analysis.table import cells, compare, headline, row
+from analysis.table import compare, headline, row, shown
 from analysis.tabular import Table
 
 TITLES = {1: "Figure 1: GEMM speedup of FP8 over BF16 by scaling granularity and K", 2: "Figure 2: training loss of FP8 recipes beside BF16"}
@@ -49,7 +49,7 @@ def losses(folders: Sequence[Path], stand_in: Sequence[Path]) -> Page:
         by_label.setdefault(f"{run.label('loss')} on {run.manifest.get('device', 'an unknown device')}", []).append(run.plan.precision.name)
     label = "; ".join(f"{', '.join(dict.fromkeys(names))} {where}" for where, names in by_label.items())
     text = frozenset(["precision", "verdict"])
-    made.tables.append(Table("Verdicts", [cells(values) for values in rows], rows, [f"{headline(rows)}. Losses: {label}."], text))
+    made.tables.append(Table("Verdicts", shown(rows), rows, [f"{headline(rows)}. Losses: {label}."], text))
     made.figures += [*figures(found), *numerics_figures(found.runs)]
     return made
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from recipes.training.serialization import know_serialization_format
+
 CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -142,12 +144,11 @@ def _optimizer() -> None:
 
 
 def _checkpoint_writer() -> None:
-    """strategies/filesystem_async.py: _write_item lacks PyTorch's new argument (:320), and the queue of results comes
-    from a spawned process that imports NeMo again (14 s a save); a forked one need not, and ends with this one."""
+    """strategies/filesystem_async.py: the queue of results comes from a spawned process that imports NeMo again (14 s a
+    save); a forked one need not, and ends with this one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async as module
-    from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
-    module._write_item = functools.partial(_write_item, serialization_format=SerializationFormat.TORCH_SAVE)
+    know_serialization_format()
 
     @functools.cache
     def results() -> Any:

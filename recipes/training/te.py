@@ -1,8 +1,8 @@
 """Transformer Engine on GPUs: one place for what its versions name differently, and for block scaling.
 
 NeMo 25.04 was made for Transformer Engine 2.2.  Newer ones moved two names that Megatron-Core 0.12 imports, and brought
-block scaling, which Megatron-Core learned later.  `activate` mends both before NeMo is imported, stands in for the one kernel
-of APEX that NeMo's container has and other machines lack, and does nothing without a GPU.
+block scaling, which Megatron-Core learned later.  `activate` mends both before NeMo is imported, lets checkpoints be written under
+newer PyTorch, stands in for the one kernel of APEX that NeMo's container has and other machines lack, and does nothing without a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from recipes.plan import Plan
+from recipes.training.serialization import know_serialization_format
 
 PIECE = 2**28  # elements of which FusedAdam copies the moments at once, 2 GiB
 BLOCK_SCALING = "blockwise"  # the name of Megatron-Core 0.13's Fp8Recipe; 0.12 takes any string and knows three
@@ -30,6 +31,7 @@ def activate(plan: Plan) -> None:
     _moved_names()
     _fused_weight_gradient()
     _block_scaling()
+    know_serialization_format()
     if not plan.settings.count_zero_gradients:
         _no_count_of_zeros()
     if plan.settings.adam_moments != "fp32":

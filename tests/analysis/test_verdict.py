@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from analysis.runs import Array, load_run
 from analysis.statistics import mean_with_interval, spikes
-from analysis.table import headline, notes, row
-from analysis.verdict import decide, gaps_of, judge, luck
+from analysis.table import all_notes, compare, headline, notes, row, shown
+from analysis.verdict import decide, gaps_of, judge, luck, over_seeds
 from recipes.plan import Bar
 from tests.analysis.conftest import STEPS, Maker, curve, own_noise
 
@@ -113,6 +114,22 @@ def test_luck_alone_is_larger_than_luck_in_less_than_one_case_in_twenty(others: 
     beyond = [abs(row[-1] - row[0]) > luck(row[1:-1] - row[0]) for row in losses]
     assert 0.02 < np.mean(beyond) < 0.05
     assert np.mean([abs(row[-1] - row[0]) > np.abs(row[1:-1] - row[0]).max() for row in losses]) > 0.15  # the largest gap is no bound
+
+
+def test_a_recipe_with_several_seeds_gets_a_row_a_seed_and_the_mean_over_them(make: Maker) -> None:
+    luck_of = {1: 0.06, 2: -0.09, 3: 0.0}
+    runs = [load_run(make(f"bf16.{s}", curve(), "bf16", (f"seed={s}",))) for s in luck_of]
+    runs += [load_run(make(f"fp8.{s}", curve() + gap, "fp8_current", (f"seed={s}",))) for s, gap in luck_of.items()]
+    found = compare([*runs, load_run(make("mx", curve(), "mxfp8", ("seed=1",)))])
+    rows = [row(verdict) for verdict in found.verdicts]
+    assert [line["precision"] for line in shown(rows)] == ["fp8_current s1", "fp8_current s2", "fp8_current s3", "mxfp8"]
+    assert headline(rows).endswith("s1: seed 1") and "s1" not in headline(rows[-1:])
+    verdicts = [verdict for verdict in found.verdicts if verdict.candidate.plan.precision.name == "fp8_current"]
+    mean, expected = over_seeds(verdicts), np.array([verdict.gaps["tail"].relative.value for verdict in verdicts])
+    interval = ttest_1samp(expected, 0).confidence_interval(0.95)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((expected.mean(), *interval)) and mean.low < 0 < mean.high
+    said = [note for note in all_notes(found) if "over seeds" in note]
+    assert len(said) == 1 and said[0].startswith("fp8_current: over seeds 1, 2, 3 the gap is -0.")
 
 
 def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:

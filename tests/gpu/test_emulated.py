@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from recipes.training.fp8.recipe import ROLES, DelayedScaling, Quantiser, quanti
 pytestmark = pytest.mark.gpu
 RECIPES = pytest.mark.parametrize("name", list(bench.recipes()))
 SHAPES = ((512, 256, 384), (1000, 768, 3072))  # tokens, input and output features
-ON_GPU = ["gpu=h200", "stack=emulated", "executor=local", "model=llama3_tiny", "mapping=single"]
+ON_GPU = ["gpu=h200", "stack=emulated", "executor=local", "model=llama3_tiny", "mapping=single", "logger=none"]
 
 
 def made(fp8: Fp8) -> Quantiser:
@@ -169,11 +170,16 @@ def read(folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.nemo
-def test_a_run_trains_pauses_and_goes_on_with_emulated_fp8_on_the_gpu(transformer_engine: str, tmp_path: Path) -> None:
+def test_a_run_trains_pauses_and_goes_on_with_emulated_fp8_on_the_gpu(
+    transformer_engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from launch.__main__ import main
 
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join([gpu] * 4))  # four tiny runs share a GPU
+
     short = ["train.max_steps=6", "train.warmup_steps=1", "train.eval_interval=2", "train.eval_batches=1", "train.checkpoint_interval=100"]
-    sweep = ["-m", *ON_GPU, *short, "train.diagnostics_interval=3", "executor.max_parallel=1", "precision=bf16,fp8_delayed,fp8_current,mxfp8"]
+    sweep = ["-m", *ON_GPU, *short, "train.diagnostics_interval=3", "executor.max_parallel=4", "precision=bf16,fp8_delayed,fp8_current,mxfp8"]
     assert main([*sweep, f"runs_dir={tmp_path}/whole"]) == 0
     assert main([*sweep, f"runs_dir={tmp_path}/cut", "train.stop_after=2"]) == 0
     assert main([*sweep, f"runs_dir={tmp_path}/cut"]) == 0
