@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis import bits, depth, fig3, gemm, numerics, readme_predicted, throughput, tuning
+from analysis import bits, depth, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
@@ -178,6 +178,11 @@ def _operand(row: dict[str, Any]) -> dict[str, str]:
     return {**names, "SQNR, dB": f"{row['sqnr_db']:.1f}", **{name: f"{row[key] * 100:.2g}" for name, key in shares.items()}}
 
 
+def layer_time(results: Sequence[Path]) -> str:
+    """Where the time of a profiled layer goes, by pass and kind of kernel."""
+    return layer.table(layer.load(_one(results))).markdown()
+
+
 def tunings(results: Sequence[Path]) -> str:
     """What single changes of settings buy."""
     return tuning.table(folders_of(results)).markdown()
@@ -261,6 +266,7 @@ TABLES: dict[str, Maker] = {
     "gemm-models": gemm_by_model,
     "bits": identical_bits,
     "bits-gemms": identical_gemms,
+    "layer": layer_time,
     "fig3-layers": layers,
     "fig3-wholes": wholes,
     "throughput": throughputs,

@@ -85,7 +85,8 @@ class Gpu(Frozen):
     `nvlink_domain`: devices joined by NVLink beyond a node (GB200: 72); None where the node is the domain.
     `gpus_per_numa_node`: by which ranks of a node are bound to processors.  `mapped_like`: the GPU whose recommended
     mappings serve this one too.  `hbm_tb_s`, `nvlink_gb_s` (both directions together) and `nic_gbit_s` (a GPU's share of its
-    node's network adapters): bandwidths that predictions divide by; None: this GPU has no predictions.
+    node's network adapters): bandwidths that predictions divide by; `tdp_w`: the power that limits its clock, in watts.  None: this GPU has
+    no predictions.
     """
 
     name: Name
@@ -100,6 +101,7 @@ class Gpu(Frozen):
     hbm_tb_s: Rate | None = None
     nvlink_gb_s: Rate | None = None
     nic_gbit_s: Rate | None = None
+    tdp_w: Rate | None = None
     source: str
 
 

@@ -6,16 +6,19 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
+
 from analysis.predictor import work
-from analysis.predictor.fitting import PAIR_ERROR, ROW_ERROR
+from analysis.predictor.fitting import PAIR_ERROR, ROW_ERROR, from_prior
 from analysis.predictor.gemm import measured
-from analysis.predictor.price import KNOWN, SHARPNESS, Prior
+from analysis.predictor.price import KNOWN, NAMES, POWER, SHARPNESS
 from analysis.predictor.stored import OVERHEAD_FACTOR, fits, fitted_to, speedup_interval, step_time_interval
 from analysis.predictor.validation import Fits, Line, validate
 from analysis.tabular import Table
 
-PUBLISHED, BY_HAND, GEMMS = "fitted to published steps", "by hand", "fitted to measured GEMMs"
+PUBLISHED, BY_HAND, GEMMS, PROFILE = "fitted to published steps", "by hand", "fitted to measured GEMMs", "read off a profiled layer"
 WEIGHTS = (ROW_ERROR, PAIR_ERROR)
+PROFILED = {"current": PROFILE}  # recipes whose kernels are counted in a profile
 BOUND = 1e-3  # relative distance at which a constant counts as at its bound
 
 
@@ -23,13 +26,13 @@ def constants_table() -> Table:
     """Return every constant with its meaning, value, unit, standard error or prior, and where it comes from; the counts as notes."""
     found = fits()
     rows = [*_fitted(found), *_gemms(), *_by_hand()]
-    counts = {where: sum(row["numbers"] for row in rows if row["where"] == where) for where in (PUBLISHED, GEMMS, BY_HAND)}
+    counts = {where: sum(row["numbers"] for row in rows if row["where"] == where) for where in (PUBLISHED, GEMMS, PROFILE, BY_HAND)}
     shown = [{key: row[key] for key in ("constant", "meaning", "value", "unit", "error or prior", "where")} for row in rows]
     notes = [
         f"{'; '.join(f'{n} numbers {where}' for where, n in counts.items())}. Published steps: the {fitted_to()} rows of the set fit.",
         "Error: the fit's standard error, what was known before included. Prior: the value before the fit; one standard deviation as a factor.",
         "Peaks and bandwidths are the GPU's (conf/gpu), sizes the plan's; other counts follow from the model (analysis/predictor/work.py).",
-        _gap(found),
+        _furthest(found),
     ]
     return Table("", shown, rows, notes, frozenset(["constant", "meaning", "unit", "error or prior", "where"]))
 
@@ -57,10 +60,12 @@ def _by_hand() -> list[dict[str, Any]]:
     kernels = "kernels, forward and backward"
     rows = [
         _row("SHARPNESS", "norm in which the times of host and GPU are joined", [SHARPNESS], "1", BY_HAND),
-        _row("KERNELS", "of a layer in BF16", work.KERNELS, kernels, BY_HAND),
+        _row("POWER", "how much of its GEMMs' speed a GPU keeps with the power for its peak: share to this power", [POWER], "1", BY_HAND),
+        _row("BACKWARD_ATTENTION", "time of attention's backward pass over its forward pass", [work.BACKWARD_ATTENTION], "1", PROFILE),
+        _row("KERNELS", "of a layer in BF16", work.KERNELS, kernels, PROFILE),
         _row("KERNELS_TP", "added where tp > 1", work.KERNELS_TP, kernels, BY_HAND),
         _row("KERNELS_CP", "added by each further rank of a context-parallel ring", work.KERNELS_CP, kernels, BY_HAND),
-        *(_row(f"KERNELS_FP8, {name}", "added by FP8", each, kernels, BY_HAND) for name, each in work.KERNELS_FP8.items()),
+        *(_row(f"KERNELS_FP8, {name}", "added by FP8", each, kernels, PROFILED.get(name, BY_HAND)) for name, each in work.KERNELS_FP8.items()),
         _row("KERNELS_VOCABULARY", "of the output layer and the loss", work.KERNELS_VOCABULARY, kernels, BY_HAND),
         _row("SLOWER_CAST", "time of a sub-channel cast over a per-tensor one, a byte", list(work.SLOWER_CAST.values()), "1", BY_HAND),
         *(
@@ -72,13 +77,14 @@ def _by_hand() -> list[dict[str, Any]]:
         _row("ROW_ERROR, PAIR_ERROR", "how well a published step time, and a ratio of two, can be known (weights of the fit)", WEIGHTS, "1", BY_HAND),
         _row("OVERHEAD_FACTOR", "by which launches may be off where no published row shows them (intervals)", [OVERHEAD_FACTOR], "1", BY_HAND),
     ]
-    return [{**row, "error or prior": _reason(row["constant"])} for row in rows]
+    return [{**row, "error or prior": "Llama 3 8B on one H200" if row["where"] == PROFILE else _reason(row["constant"])} for row in rows]
 
 
 def _reason(name: str) -> str:
     reasons = {
         "KERNELS": "none: estimated from what the modules do, not profiled",
         "SHARPNESS": "none: chosen",
+        "POWER": "between 1/3 and 1 by physics; chosen, not fitted",
         "ROW_ERROR": "none: releases of one layout differ by as much",
         "OVERHEAD_FACTOR": "none: chosen",
         "SLOWER_CAST": "read off casts measured on one H200",
@@ -98,19 +104,21 @@ def _row(name: str, meaning: str, values: Any, unit: str, where: str) -> dict[st
     }
 
 
-def _gap(found: Fits) -> str:
-    """Return how far the gap between kernels lies from its prior, and in which fits it reaches its bound."""
-    prior, value = KNOWN["gap"], found.everything.constants.gap
-    left_out = {**found.without_model, **found.without_gpu}
-    at_bound = [name for name, each in left_out.items() if each.gap > prior.high * (1 - BOUND)]
+def _furthest(found: Fits) -> str:
+    """Return the constant that published rows pulled furthest from what was known of it, and how many reach a bound in any fit."""
+    values = found.everything.constants
+    distances = dict(zip(NAMES, from_prior(np.array([getattr(values, name) for name in NAMES])), strict=True))
+    name = max(distances, key=lambda name: abs(distances[name]))
+    every = [values, *found.without_model.values(), *found.without_gpu.values()]
+    at_bound = [
+        name
+        for name, prior in KNOWN.items()
+        if any(math.isclose(getattr(c, name), end, rel_tol=BOUND) for c in every for end in (prior.low, prior.high))
+    ]
     return (
-        f"gap lies {_away(prior, value):.1f} standard deviations above its prior, near its upper bound ({value:.1f} of {prior.high:g} {prior.unit}), "
-        f"and at it in {len(at_bound)} of {len(left_out)} fits that leave a model or a GPU out ({', '.join(at_bound) or 'none'})."
+        f"Furthest from what was known before lies {name}, {abs(distances[name]):.1f} standard deviations; at a bound, in any of the "
+        f"{len(every)} fits with everything, without a model and without a GPU: {', '.join(at_bound) or 'none'}."
     )
-
-
-def _away(prior: Prior, value: float) -> float:
-    return math.log(value / prior.value) / math.log(prior.factor)
 
 
 def intervals_table() -> Table:

@@ -55,7 +55,7 @@ def fit(found: Sequence[Row]) -> Fit:
         errors = np.array([math.log(step_time(row, constants) / row.step_time_s) for row in found])
         ratios = np.array([errors[place[id(base)]] - errors[place[id(fp8)]] for base, fp8 in both])
         share = np.array([weights[place[id(fp8)]] for _, fp8 in both])
-        return np.concatenate([errors * weights / ROW_ERROR, ratios * share / PAIR_ERROR, _from_prior(x)])
+        return np.concatenate([errors * weights / ROW_ERROR, ratios * share / PAIR_ERROR, from_prior(x)])
 
     bounds = ([prior.low for prior in KNOWN.values()], [prior.high for prior in KNOWN.values()])
     start = np.array([getattr(PRIOR, name) for name in NAMES])
@@ -64,7 +64,7 @@ def fit(found: Sequence[Row]) -> Fit:
     return Fit(Constants(**dict(zip(NAMES, map(float, solution.x), strict=True))), dict(zip(NAMES, map(float, errors), strict=True)))
 
 
-def _from_prior(x: Array) -> Array:
+def from_prior(x: Array) -> Array:
     """Return how far each constant is from what was known, in standard deviations (of its logarithm, or of its value where it may be 0)."""
     away = []
     for value, prior, logarithmic in zip(x, KNOWN.values(), LOG_SCALED, strict=True):

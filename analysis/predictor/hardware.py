@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
-PEAKS = ("bf16_dense_tflops", "fp8_dense_tflops", "hbm_tb_s", "nvlink_gb_s", "nic_gbit_s")  # fields of plan.Gpu
+PEAKS = ("bf16_dense_tflops", "fp8_dense_tflops", "hbm_tb_s", "nvlink_gb_s", "nic_gbit_s", "tdp_w")  # fields of plan.Gpu
+MEASURED = 700 / 989e12  # watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200, as the H100)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """FLOP/s of BF16 and FP8 (dense), bytes/s of memory, of NVLink and of the network a GPU (both one way), GPUs a NVLink domain."""
+    """FLOP/s of BF16 and FP8 (dense), bytes/s of memory, of NVLink and of the network a GPU (both one way), GPUs a NVLink domain.
+
+    `power`: watts that the GPU may take for each FLOP/s of its peak, over those of the GPU on which GEMMs were measured.
+    """
 
     name: str
     bf16: float
@@ -22,6 +26,7 @@ class Hardware:
     network: float
     domain: int
     blackwell: bool
+    power: float
 
 
 def generation(gpu: Gpu) -> str:
@@ -38,9 +43,19 @@ def hardware(gpu: Gpu) -> Hardware:
     if None in peaks:
         missing = ", ".join(name for name, peak in zip(PEAKS, peaks, strict=True) if peak is None)
         raise InputError(f"gpu={gpu.name} has no {missing} to predict from; add them to conf/gpu/{gpu.name}.yaml, or choose another GPU")
-    bf16, fp8, hbm, nvlink, nic = map(float, peaks)
+    bf16, fp8, hbm, nvlink, nic, watts = map(float, peaks)
     domain = gpu.nvlink_domain or gpu.devices_per_node
-    return Hardware(gpu.name, bf16 * 1e12, fp8 * 1e12, hbm * 1e12, nvlink * 1e9 / 2, nic * 1e9 / 8, domain, generation(gpu) == "blackwell")
+    return Hardware(
+        name=gpu.name,
+        bf16=bf16 * 1e12,
+        fp8=fp8 * 1e12,
+        memory=hbm * 1e12,
+        nvlink=nvlink * 1e9 / 2,
+        network=nic * 1e9 / 8,
+        domain=domain,
+        blackwell=generation(gpu) == "blackwell",
+        power=watts / (bf16 * 1e12) / MEASURED,
+    )
 
 
 def ring_bandwidth(hw: Hardware, ranks: int, stride: int) -> float:

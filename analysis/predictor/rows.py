@@ -77,7 +77,12 @@ def rows() -> tuple[Row, ...]:
 def own_rows() -> tuple[Row, ...]:
     """Return the steps that this project measured on one GPU, whole models and such cut in depth: they only test."""
     folders = [folder for name in MEASURED for folder in sorted((RESULTS / name).iterdir())]
-    return tuple(Row(run.plan, step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in sound(folders)[0])
+    return tuple(Row(_known_gpu(run.plan), step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in sound(folders)[0])
+
+
+def _known_gpu(plan: Plan) -> Plan:
+    """Return the plan of a run with what is known of its GPU today: a run folder holds what was known when it ran."""
+    return plan.model_copy(update={"gpu": _base("llama3_8b", "bf16", plan.gpu.name).gpu})
 
 
 def row_of(raw: Raw, further: bool = False) -> Row | None:

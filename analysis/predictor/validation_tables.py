@@ -64,7 +64,7 @@ def own_table(fits: Fits) -> Table:
         }
         for row in lines
     ]
-    notes = ["Measured on one H200 after the constants were fitted, to none of these rows."]
+    notes = ["Measured on one H200; no constant is fitted to any of these rows."]
     return Table("Measured step times and predictions", shown, lines, notes, frozenset(["model", "precision", "layout"]))
 
 

@@ -15,7 +15,9 @@ from recipes.plan import Fp8, Plan
 from recipes.sizes import layer_parameters, linear_layers, training_gemms
 
 BF16, FP32 = 2, 4  # bytes an element
-BACKWARD_ATTENTION = 2.5  # five products where forward has two (FlashAttention-2, arXiv 2307.08691, section 3.1)
+# Five products where forward has two (FlashAttention-2, arXiv 2307.08691, section 3.1), at a lower rate: 3.20 ms where forward takes 1.06
+# (cuDNN on an H200, analysis/results/layer_h200); FlashAttention-3's 600 and 500 TFLOP/s (arXiv 2407.08608) come to the same.
+BACKWARD_ATTENTION = 3.0
 GEMM_KINDS = {  # by role: Transformer Engine accumulates fprop fast, the others precisely (module/base.py)
     "tensor": {"fprop": "tensor_fast", "dgrad": "tensor_precise", "wgrad": "tensor_precise"},
     "subchannel": {"fprop": "blocks", "dgrad": "blocks", "wgrad": "tiles"},
@@ -27,11 +29,12 @@ SLOWER_CAST = {"subchannel": 1.3}  # 2556 GB/s where per-tensor casts reach 3319
 FUSED_CAST = 1 + 1 - 2 + 1  # delayed scaling casts inside the norm, which then writes no BF16; the copy by columns is read and written again
 # Bytes an FP8 parameter that a rank owns, as if moved: what writing it took on one H100 with Transformer Engine 2.11 beyond what is counted
 # (0.064 to 0.073 s for four layers of Llama 3 8B, analysis/results/llama3_8b_h100).  Published rows, on 2.2 to 2.5, do not show it.
-WRITTEN_FP8 = {"2.11": 190}
+WRITTEN_FP8 = {"2.11": 197}
 # Kernels that the host launches, forward and backward: of a layer in BF16, and what FP8, tp > 1 and each further rank of a cp ring add.
-# Estimated from what the modules do, not taken from a profile; `launch` and `gap` are fitted with these.
-KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (14, 24), (4, 6), (20, 36), (6, 6)
-KERNELS_FP8 = {"delayed": (4, 4), "current": (16, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
+# A layer's in BF16 and what current scaling adds are counted in a profile (analysis/results/layer_h200), the others estimated from what
+# the modules do; `launch` and `gap` are fitted with these.
+KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (20, 36), (4, 6), (20, 36), (6, 6)
+KERNELS_FP8 = {"delayed": (4, 4), "current": (14, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
 # Bytes of an activation function in values of width f: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py), squared
 # ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four backward (PyTorch's pow_backward).
 ACTIVATION = {"swiglu": (3, 5), "squared_relu": (4, 10)}

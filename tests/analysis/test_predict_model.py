@@ -7,21 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from analysis.layer import load as layer_profile
 from analysis.predictor.forecast import compose, forecast
 from analysis.predictor.gemm import measured
 from analysis.predictor.hardware import Hardware, domains, hardware, ring_bandwidth
 from analysis.predictor.price import KNOWN, NAMES, PRIOR, Constants, seconds, waiting
 from analysis.predictor.rows import rows
 from analysis.predictor.step import TERMS, Stage, count, predict, price
-from analysis.predictor.work import layer, step, vocabulary
+from analysis.predictor.work import BACKWARD_ATTENTION, KERNELS, KERNELS_FP8, layer, step, vocabulary
 from recipes.compose import CONF, compose_plan
 from recipes.errors import InputError
 from recipes.flops import attention_flops_per_token, flops_per_token
 from recipes.plan import Plan
 from recipes.run_folder import comparable, differences, read_plan
 
-MEASURED = Path(__file__).parents[2] / "analysis" / "results" / "llama3_8b_h100" / "llama3_8b.bf16.layers2"
-FASTER = ("bf16", "fp8", "memory", "nvlink", "network")
+RESULTS = Path(__file__).parents[2] / "analysis" / "results"
+MEASURED = RESULTS / "llama3_8b_h100" / "llama3_8b.bf16.layers2"
+FASTER = ("bf16", "fp8", "memory", "nvlink", "network", "power")
 CELLS = [
     ("llama3_8b", "bf16", "h100"),
     ("llama3_70b", "fp8_current", "h100"),
@@ -82,7 +84,7 @@ def test_no_pipeline_no_bubble_and_one_gpu_does_not_talk() -> None:
 
 @pytest.mark.parametrize("model", ["llama3_8b", "nemotron4_15b"])
 def test_counted_operations_are_the_model_flops(model: str) -> None:
-    """GEMMs and attention of one GPU's micro-batch, against recipes.flops; attention's backward pass is 2.5 times its forward here, 2 there."""
+    """GEMMs and attention of one GPU's micro-batch, against recipes.flops, where attention's backward pass is twice its forward."""
     plan = plan_of(model, "bf16", "b200")
     hw, gemms, tokens = hardware(plan.gpu), measured(), plan.mapping.micro_batch * plan.seq_length
     block, head = layer(plan, hw, gemms, in_fp8=False), vocabulary(plan, hw, gemms)
@@ -93,7 +95,7 @@ def test_counted_operations_are_the_model_flops(model: str) -> None:
     assert counted == pytest.approx(flops_per_token(plan.model, plan.seq_length, causal=True), rel=1e-9)
     full = counted + plan.model.num_layers * 3 * attention_flops_per_token(plan.model, plan.seq_length, causal=True)
     assert full == pytest.approx(flops_per_token(plan.model, plan.seq_length, causal=False), rel=1e-9)
-    assert block.backward.attention == pytest.approx(2.5 * block.forward.attention)
+    assert block.backward.attention == pytest.approx(BACKWARD_ATTENTION * block.forward.attention)
 
 
 def test_tensor_and_context_parallel_ranks_share_the_work() -> None:
@@ -146,10 +148,31 @@ def test_fsdp_gathers_hide_behind_computation_until_they_do_not() -> None:
     assert fast["dp_comm"] < 0.15 * sum(fast.values()) and slow["dp_comm"] > 0.5 * sum(slow.values())
 
 
+def test_what_is_read_off_a_profiled_layer_is_what_the_profile_holds() -> None:
+    kernels = layer_profile(RESULTS / "layer_h200")
+    counts = kernels.groupby(["precision", "pass"]).size()
+    assert tuple(counts["bf16"][["forward", "backward"]]) == KERNELS
+    assert tuple((counts["fp8_current"] - counts["bf16"])[["forward", "backward"]]) == KERNELS_FP8["current"]
+    attention = kernels[kernels["kind"] == "attention"].groupby(["precision", "pass"])["microseconds"].sum()
+    for precision in ("bf16", "fp8_current"):
+        assert attention[precision]["backward"] / attention[precision]["forward"] == pytest.approx(BACKWARD_ATTENTION, rel=0.02)
+    flops = 2 * 4096 * 8192 * 8192  # causal, Llama 3 8B, one sequence
+    assert flops / attention["bf16"]["forward"] * 1e6 / 989e12 == pytest.approx(KNOWN["attention"].value, rel=0.02)
+
+
+def test_power_lowers_the_speed_of_gemms_alone() -> None:
+    plan = plan_of("llama3_8b", "bf16", "gb200")
+    hw = hardware(plan.gpu)
+    full, capped = (price(count(plan, replace(hw, power=power)), PRIOR) for power in (1.0, 0.64))
+    assert full["gemm"] * 1.1 < capped["gemm"] <= full["gemm"] * 1.25 and capped["attention"] == full["attention"]
+    h100, h200 = (hardware(plan_of("llama3_8b", "bf16", gpu).gpu) for gpu in ("h100", "h200"))
+    assert h100.power == h200.power == pytest.approx(1, abs=1e-3) and hw.power < 0.75
+
+
 def test_the_slower_of_host_and_gpu_decides() -> None:
     busy = waiting(gpu=10e-3, kernels=100, graphs=False, c=PRIOR)
     starved = waiting(gpu=0.1e-3, kernels=1000, graphs=False, c=PRIOR)
-    assert busy < 0.05 * 10e-3 and starved + 0.1e-3 == pytest.approx(1000 * PRIOR.launch * 1e-6, rel=0.01)
+    assert busy - 100 * PRIOR.gap * 1e-6 < 0.001 * 10e-3 and starved + 0.1e-3 == pytest.approx(1000 * PRIOR.launch * 1e-6, rel=0.01)
     assert waiting(0.1e-3, 1000, True, PRIOR) == pytest.approx(1000 * PRIOR.gap * 1e-6)
 
 
@@ -190,7 +213,7 @@ def test_a_plan_from_before_bandwidths_loads_and_is_the_same_run() -> None:
     assert old.gpu.hbm_tb_s is None and gpu.hbm_tb_s == 3.35
     changed = differences(comparable(old), comparable(old.model_copy(update={"gpu": gpu})))
     assert changed == []
-    with pytest.raises(InputError, match="no hbm_tb_s, nvlink_gb_s, nic_gbit_s to predict from"):
+    with pytest.raises(InputError, match="no hbm_tb_s, nvlink_gb_s, nic_gbit_s, tdp_w to predict from"):
         hardware(old.gpu)
 
 
