@@ -83,7 +83,7 @@ KNOWN = {
         0.6,
         1.3,
         "1",
-        "nothing known against it: the power that each has is counted (tdp_w)",
+        "the power that each has is counted (tdp_w), and a FLOP costs about the same energy in TSMC's 4N and 4NP",
     ),
     "mxfp8": Prior("speed of an MXFP8 GEMM over a per-tensor one", 0.95, 1.1, 0.6, 1.1, "1", "the same peak; block scales are loaded too"),
     "tp_exposed": Prior(
