@@ -1,8 +1,8 @@
 """Where a layer's time goes on a GPU: the kernels of one transformer layer, forward and backward, from a profile of training.
 
-A folder of results holds `kernels.jsonl`: for each precision and pass every kernel in the order of its launch, with its median time
-over layers and micro-batches.  What is summed here by kind says why FP8 makes a layer less than twice as fast, and the predictor takes its
-count of kernels, and how much longer attention's backward pass is, from the same rows (analysis/predictor/work.py).
+`recipes.training.harness_cost --profile` writes `kernels.jsonl`, a folder a precision: every kernel of a pass in the order of its launch,
+with its median time over layers and micro-batches.  What is summed here by kind says why FP8 makes a layer less than twice as fast, and
+the predictor takes its count of kernels, and how much longer attention's backward pass is, from the same rows (analysis/predictor/work.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ BASE, FP8 = "bf16", "fp8_current"
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """Return the kernels of a folder, a row each: precision, pass, place, kernel, kind, microseconds, label, and the device."""
-    rows = rows_of(folder / "kernels.jsonl")
+    """Return the kernels below a folder, a row each: precision, pass, place, kernel, kind, microseconds, label, and the device."""
+    rows = []
+    for path in sorted(folder.rglob("kernels.jsonl")):
+        device = json.loads(path.with_name("manifest.json").read_text())["device"]
+        rows += [{**row, "device": device} for row in rows_of(path)]
     if not rows:
-        raise InputError(f"{folder} has no kernels.jsonl; name a folder with a layer's profile, e.g. analysis/results/layer_h200")
-    return pd.DataFrame(rows).assign(device=json.loads((folder / "manifest.json").read_text())["device"])
+        raise InputError(f"{folder} has no kernels.jsonl; make it with python -m recipes.training.harness_cost --profile")
+    return pd.DataFrame(rows)
 
 
 def table(kernels: pd.DataFrame) -> Table:

@@ -2,6 +2,7 @@
 
     python -m recipes.training.harness_cost                            Llama 3 8B cut to 4 layers, sequence 8192, BF16, on an H200
     python -m recipes.training.harness_cost gpu=h100 precision=fp8_current --rounds 20 --out results/harness_cost
+    python -m recipes.training.harness_cost --profile --out results/layer                  and a layer's kernels, in kernels.jsonl
     python -m recipes.training.harness_cost gpu=cpu model=llama3_tiny data=text settings=convergence     to try the command
 
 NeMo's llm.pretrain is built from the plan and started as for any run, into a folder that is thrown away (under TMPDIR: name a
@@ -52,6 +53,7 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
 from recipes.run_folder import append_line, write_json
+from recipes.training.layer_profile import kernels_of_a_layer
 from recipes.training.run import task
 
 if TYPE_CHECKING:
@@ -92,14 +94,14 @@ def plan_of(overrides: Sequence[str], rounds: int) -> Plan:
     return plan
 
 
-def measure(plan: Plan, pairs: int, folder: Path) -> Times:
-    """Train the plan into the run folder `folder`, as recipes.training.run does, with bare steps in between."""
+def measure(plan: Plan, pairs: int, folder: Path, trace: Path | None = None) -> Times:
+    """Train the plan into the run folder `folder`, as recipes.training.run does, with bare steps in between; trace one more step into `trace`."""
     training = task(plan, folder)
     from recipes.training.callback import RunFolderCallback  # after Megatron-Core was adapted
     from recipes.training.interleaved import Interleaved
 
     callbacks = training.keywords["trainer"].callbacks
-    interleaved = Interleaved(plan, pairs, next(c for c in callbacks if isinstance(c, RunFolderCallback)))
+    interleaved = Interleaved(plan, pairs, next(c for c in callbacks if isinstance(c, RunFolderCallback)), trace)
     callbacks.insert(0, interleaved)
     training()
     return interleaved.times
@@ -144,18 +146,33 @@ def rows_of_pairs(times: Times) -> list[dict[str, Any]]:
     return [{"pair": n, "harness_s": h, "bare_s": b, "hooks_s": k, "first_s": times.first[n // 2]} for n, (h, b, k) in enumerate(columns)]
 
 
-def run(overrides: Sequence[str], rounds: int, out: Path | None) -> dict[str, Any]:
-    """Measure, and return the cost; with `out`, leave there pairs.jsonl, cost.json, and the run's plan.json, manifest.json, metrics.jsonl."""
+def run(overrides: Sequence[str], rounds: int, out: Path | None, profile: bool = False) -> dict[str, Any]:
+    """Measure, and return the cost; with `out`, leave there pairs.jsonl, cost.json, and the run's plan.json, manifest.json, metrics.jsonl.
+
+    `profile`: and kernels.jsonl, the kernels of a layer (recipes/training/layer_profile.py).
+    """
     plan = plan_of(overrides, rounds)
+    if profile:
+        _can_be_profiled(plan, out)
     if out:
         _make(out)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # NeMo logs to stdout
-        times = measure(plan, WARM_UP + rounds, Path(folder))
+        trace = Path(folder) / "trace.json"
+        times = measure(plan, WARM_UP + rounds, Path(folder), trace if profile else None)
         device = json.loads((Path(folder) / "manifest.json").read_text())["device"]
         cost = {"device": device, "model": plan.model.name, "layers": plan.model.num_layers, "precision": plan.precision.name, **cost_of(times)}
         if out:
             _write(out, Path(folder), plan, cost, times)
+        if out and profile:
+            for row in kernels_of_a_layer(trace, plan.model.num_layers, plan.precision.name):
+                append_line(out / "kernels.jsonl", row)
     return cost
+
+
+def _can_be_profiled(plan: Plan, out: Path | None) -> None:
+    micro_batches = plan.mapping.global_batch // plan.mapping.micro_batch
+    if plan.on_cpu or out is None or plan.model.num_layers < 3 or micro_batches < 2:
+        raise InputError("--profile reads a layer's kernels off a CUDA GPU: it needs --out, three layers or more, and two micro-batches or more")
 
 
 def _make(out: Path) -> None:
@@ -199,12 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the plan; the number of steps is set by --rounds")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of steps, after two that are not counted (default: 12)")
     parser.add_argument("--json", action="store_true", help="print the cost as JSON")
+    parser.add_argument("--profile", action="store_true", help="profile one more step, and write a layer's kernels to kernels.jsonl in --out")
     parser.add_argument("--out", type=Path, help="new or empty folder for cost.json, the times of every pair, the plan and the manifest")
     args = parser.parse_intermixed_args(argv)
     try:
         if args.rounds < 1:
             raise InputError(f"--rounds {args.rounds}: pairs are counted from 1; give a positive number")
-        cost = run(args.overrides, args.rounds, args.out)
+        cost = run(args.overrides, args.rounds, args.out, args.profile)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT

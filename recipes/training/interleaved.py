@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,8 +143,10 @@ class HookClock:
 class Interleaved(Callback):  # type: ignore[misc]
     """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it."""
 
-    def __init__(self, plan: Plan, pairs: int, run_folder: RunFolderCallback) -> None:
-        self.plan, self.pairs, self.run_folder = plan, pairs, run_folder
+    def __init__(self, plan: Plan, pairs: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
+        """`trace`: where to write torch.profiler's trace of the step that follows the last pair and is not timed."""
+        self.plan, self.pairs, self.run_folder, self.trace = plan, pairs, run_folder, trace
+        self.profiler: torch.profiler.profile | None = None
         self.times, self.clock = Times(), HookClock(run_folder)
         self.started: Moment | None = None
 
@@ -155,8 +158,19 @@ class Interleaved(Callback):  # type: ignore[misc]
             self._bare_steps(trainer, bare_steps_after(len(self.times.harness) - 1, self.pairs))
         if len(self.times.harness) == self.pairs:
             self._collect_garbage(trainer)
+            if self.trace:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
         self.clock.taken()
         self.started = Moment()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the trace of the profiled step."""
+        if self.profiler:
+            synchronize()
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.trace))
+            self.profiler = None
 
     def _bare_steps(self, trainer: Any, number: int) -> None:
         if not number:

@@ -117,6 +117,7 @@ def test_the_clock_times_the_hooks_and_starts_anew_when_read() -> None:
         (["gpu=cpu", "settings=convergence", "model=llama3_tiny"], "use data=text"),
         ([*SMALL, "data=text", "num_gpus=2"], "asks for 2; use mapping=single num_gpus=1"),
         (["precision=nothing"], "has no such option"),
+        ([*SMALL, "data=text", "--profile"], "--profile reads a layer's kernels off a CUDA GPU"),
         pytest.param([], "needs a CUDA GPU and Transformer Engine", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     ],
 )
