@@ -18,10 +18,11 @@ from recipes.run_folder import rows_of
 
 KINDS = {"gemm": "GEMMs", "attention": "attention", "elementwise": "norms, activations, residuals", "cast": "casts", "memory": "memset, copies"}
 BASE, FP8 = "bf16", "fp8_current"
+SHORT = 0.01  # ms, below which a ratio says nothing
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """Return the kernels below a folder, a row each: precision, pass, place, kernel, kind, microseconds, label, and the device."""
+    """Return the kernels below a folder, a row each: what `layer_profile` and `harness_cost` write of one, and the device."""
     rows = []
     for path in sorted(folder.rglob("kernels.jsonl")):
         device = json.loads(path.with_name("manifest.json").read_text())["device"]
@@ -38,7 +39,8 @@ def table(kernels: pd.DataFrame) -> Table:
         of_pass = kernels[kernels["pass"] == name]
         parts = [(label, of_pass[of_pass["kind"] == kind]) for kind, label in KINDS.items()]
         rows += [_row(name, label, part) for label, part in [*parts, ("all", of_pass)]]
-    note = f"One layer of Llama 3 8B, one sequence of 8192 tokens, {', '.join(sorted(set(kernels['label'])))} on {kernels['device'].iloc[0]}."
+    said = {name: ", ".join(map(str, sorted(set(kernels[name])))) for name in ("model", "tokens", "label", "device")}
+    note = f"One layer of {said['model']}, a micro-batch of {said['tokens']} tokens, {said['label']} on {said['device']}."
     return Table("Where a layer's time goes", [_cells(row) for row in rows], rows, [note], frozenset(["pass", "what"]))
 
 
@@ -46,7 +48,7 @@ def _row(name: str, label: str, part: pd.DataFrame) -> dict[str, object]:
     sums = part.groupby("precision")["microseconds"].agg(["sum", "size"])
     ms = {precision: float(sums["sum"].get(precision, 0.0)) / 1e3 for precision in (BASE, FP8)}
     number = {precision: int(sums["size"].get(precision, 0)) for precision in (BASE, FP8)}
-    return {"pass": name, "what": label, "ms": ms, "kernels": number, "speedup": ms[BASE] / ms[FP8] if ms[BASE] else None}
+    return {"pass": name, "what": label, "ms": ms, "kernels": number, "speedup": ms[BASE] / ms[FP8] if min(ms.values()) > SHORT else None}
 
 
 def _cells(row: dict[str, object]) -> dict[str, str]:

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.figures import Figure
+from analysis.predictor.choices import otherwise
 from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
+from analysis.predictor.rows import rows
 from analysis.predictor.search import search
 from analysis.predictor.step import TERMS
 from analysis.predictor.stored import borrowed, write
@@ -81,7 +83,7 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
             raise InputError(f"{args.overrides[0]}: the validation takes every published row and no overrides; leave them out")
         found = validate()
         if args.refit:
-            write(found)
+            write(found, choices=otherwise(rows()))
         return list(tables(found)), None
     several = next((o for o in args.overrides if len(sweep([o])) > 1), None)
     if several:

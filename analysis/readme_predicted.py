@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.predictor.documents import constants_table, intervals_table
+from analysis.predictor.documents import choices_table, constants_table, intervals_table
 from analysis.predictor.rows import Row
 from analysis.predictor.rows import rows as published_rows
 from analysis.predictor.stored import fits
@@ -123,6 +123,11 @@ def constants(_: Sequence[Path]) -> str:
     return constants_table().markdown()
 
 
+def choices(results: Sequence[Path]) -> str:
+    """The predictor's errors with choices made otherwise."""
+    return choices_table().markdown()
+
+
 def intervals(_: Sequence[Path]) -> str:
     """What share of published rows the predictor's intervals hold."""
     return intervals_table().markdown()
@@ -148,5 +153,6 @@ TABLES: dict[str, Maker] = {
     "validation-speedups": validations(1),
     "validation-own": own_steps,
     "constants": constants,
+    "choices": choices,
     "intervals": intervals,
 }

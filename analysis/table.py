@@ -110,7 +110,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _with_several_seeds(rows: Sequence[dict[str, Any]]) -> set[str]:
-    return {name for name, number in Counter(values["precision"] for values in rows).items() if number > 1}
+    return {name for name, number in Counter(name for name, _ in {(row["precision"], row["seed"]) for row in rows}).items() if number > 1}
 
 
 def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
@@ -131,8 +131,7 @@ def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
 def headline(rows: Sequence[dict[str, Any]]) -> str:
     """Return what the columns mean: window, bar, noise floor and labels, which rows may differ in."""
     values = rows[0]
-    bar, device = values["bar"], values["labels"]["device"]
-    floor = max((row["noise_floor_nats"] for row in rows if row["noise_floor_nats"] is not None), default=None)
+    bar, floor, device = values["bar"], values["noise_floor_nats"], values["labels"]["device"]
     loss = values["bar_nats"]["relative"] / bar["relative"]
     seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
     window = f"loss ({_labels(rows, 'loss')}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
@@ -229,16 +228,17 @@ def all_notes(found: Comparison) -> list[str]:
 
 
 def _over_seeds(found: Comparison) -> list[str]:
-    """Return the mean gap of each recipe that was run with several seeds, each beside BF16 of its seed."""
-    runs: dict[str, dict[int, Verdict]] = {}
+    """Return the mean gap of each recipe that was run with several seeds alone, each beside BF16 of its seed."""
+    runs: dict[str, list[Verdict]] = {}
     for verdict in found.verdicts:
-        seed = verdict.candidate.plan.seed
-        if verdict.base.plan.seed == seed:
-            runs.setdefault(verdict.candidate.plan.precision.name, {})[seed] = verdict
+        if verdict.base.plan.seed == verdict.candidate.plan.seed:
+            runs.setdefault(verdict.candidate.plan.precision.name, []).append(verdict)
     said = []
-    for precision, by_seed in runs.items():
-        if len(by_seed) > 1:
-            gap, seeds = over_seeds(list(by_seed.values())), ", ".join(map(str, sorted(by_seed)))
+    for precision, verdicts in runs.items():
+        every = [verdict.candidate.plan.seed for verdict in verdicts]
+        alike = len({(verdict.layout, *verdict.platform) for verdict in verdicts}) == 1
+        if len(every) == len(set(every)) > 1 and alike:
+            gap, seeds = over_seeds(verdicts), ", ".join(map(str, sorted(every)))
             between = f"{percent(gap.low)} to {percent(gap.high)} %"
             said.append(f"{precision}: over seeds {seeds} the gap is {percent(gap.value)} % on average; 95 % interval {between}, seeds' luck in it")
     return said

@@ -61,6 +61,7 @@ class Gap:
 class Verdict:
     """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats.
 
+    `noise_floor`: the largest distance in nats of any two BF16 runs over the tail.
     `luck`: the gap in nats that BF16 with yet another seed could have; None without other seeds.  `within_noise`: the candidate's is
     outside the bar, and no larger than that.
     """
@@ -106,7 +107,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         gaps=gaps,
         heldout=float(heldout[1][-1]) if heldout[0].size else None,
         heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
-        noise_floor=max(np.abs(seeds), default=None),
+        noise_floor=float(np.ptp([0.0, *seeds])) if len(seeds) else None,
         luck=luck(seeds),
         within_noise=within_noise,
         tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED and not within_noise else None,

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from analysis.predictor import work
+from analysis.predictor.choices import ALL_ERRORS
 from analysis.predictor.fitting import PAIR_ERROR, ROW_ERROR, from_prior
 from analysis.predictor.gemm import measured
 from analysis.predictor.price import KNOWN, NAMES, POWER, SHARPNESS
-from analysis.predictor.stored import OVERHEAD_FACTOR, fits, fitted_to, speedup_interval, step_time_interval
-from analysis.predictor.validation import Fits, Line, validate
+from analysis.predictor.stored import OVERHEAD_FACTOR, choices, fits, fitted_to, speedup_interval, step_time_interval
+from analysis.predictor.validation import GOALS, Fits, Line, validate
 from analysis.tabular import Table
 
 PUBLISHED, BY_HAND, GEMMS, PROFILE = "fitted to published steps", "by hand", "fitted to measured GEMMs", "read off a profiled layer"
@@ -35,6 +36,18 @@ def constants_table() -> Table:
         _furthest(found),
     ]
     return Table("", shown, rows, notes, frozenset(["constant", "meaning", "unit", "error or prior", "where"]))
+
+
+def choices_table() -> Table:
+    """Return the errors over every row as chosen, and with single choices made otherwise."""
+    rows = choices()
+    names = {name: name.replace("_error", "").replace("_", " ") for name in ALL_ERRORS}
+    shown = [{"choice": row["choice"], **{said: f"{row[name]:.2%}" for name, said in names.items()}} for row in rows]
+    step, speedup = (f"{goal:.0%}" for goal in GOALS.values())
+    note = (
+        f"Mean absolute errors over every row, out of sample, all constants fitted anew for each choice. Goals: step time {step}, speedup {speedup}."
+    )
+    return Table("", shown, rows, [note], frozenset(["choice"]))
 
 
 def _fitted(found: Fits) -> list[dict[str, Any]]:
@@ -84,7 +97,7 @@ def _reason(name: str) -> str:
     reasons = {
         "KERNELS": "none: estimated from what the modules do, not profiled",
         "SHARPNESS": "none: chosen",
-        "POWER": "between 1/3 and 1 by physics; chosen, not fitted",
+        "POWER": "1/3 to 1 for dynamic power alone; chosen, not fitted",
         "ROW_ERROR": "none: releases of one layout differ by as much",
         "OVERHEAD_FACTOR": "none: chosen",
         "SLOWER_CAST": "read off casts measured on one H200",
@@ -105,7 +118,7 @@ def _row(name: str, meaning: str, values: Any, unit: str, where: str) -> dict[st
 
 
 def _furthest(found: Fits) -> str:
-    """Return the constant that published rows pulled furthest from what was known of it, and how many reach a bound in any fit."""
+    """Return the constant that published rows pulled furthest from what was known of it, and which reach a bound in any fit."""
     values = found.everything.constants
     distances = dict(zip(NAMES, from_prior(np.array([getattr(values, name) for name in NAMES])), strict=True))
     name = max(distances, key=lambda name: abs(distances[name]))

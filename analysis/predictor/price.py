@@ -12,7 +12,8 @@ from analysis.predictor.hardware import Hardware
 from analysis.predictor.work import Work
 
 # GEMMs of training run at the power limit, which lowers the clock: a GPU with less power for its peak sustains less of it.  Dynamic power
-# goes with f V^2, and V rises with f up there: between P (V fixed) and P^(1/3) (V with f), so about its root.  Not fitted.
+# goes with f V^2, and V rises with f up there: f goes between P (V fixed) and P^(1/3) (V with f); the root is taken, not fitted
+# (choices.py).
 POWER = 0.5
 SHARPNESS = 4  # how sharply the slower of host and GPU decides: the norm in which their times are joined
 
@@ -138,7 +139,7 @@ KNOWN = {
         0.2,
         20.0,
         "microseconds a kernel",
-        "a copy of no bytes takes 5.5, a cast 8 to 11, a GEMM 2 to 5 (analysis/results/gemm_h200, a line through the sizes)",
+        "the smallest copy that was measured, 1 MB, takes 6.0, its bytes 0.4 of that (gemm_h200/bandwidth.jsonl); idle gaps alone are 1.6",
     ),
     "fixed": Prior(
         "time of a step that depends on nothing: data, scalars, clipping, logging",

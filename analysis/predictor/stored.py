@@ -9,6 +9,7 @@ import functools
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,13 @@ def fits() -> Fits:
     return Fits(Fit(constants(), errors), *left_out)
 
 
-def write(found: Validation, path: Path = STORED) -> None:
-    """Write the constants and residuals of a validation."""
+def choices() -> list[dict[str, Any]]:
+    """Return the errors with other choices than those made by hand, of the last refit."""
+    return list(_stored()["choices"])
+
+
+def write(found: Validation, path: Path = STORED, choices: Sequence[dict[str, Any]] = ()) -> None:
+    """Write the constants and residuals of a validation, and the errors with other choices (`choices.otherwise`)."""
     fitted = asdict(found.fit.constants)
     values = {
         name: {
@@ -89,6 +95,7 @@ def write(found: Validation, path: Path = STORED) -> None:
         "residuals": residuals(found),
         "without_model": {name: _rounded(each) for name, each in found.fits.without_model.items()},
         "without_gpu": {name: _rounded(each) for name, each in found.fits.without_gpu.items()},
+        "choices": list(choices),
     }
     path.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -31,8 +31,8 @@ FUSED_CAST = 1 + 1 - 2 + 1  # delayed scaling casts inside the norm, which then 
 # (0.064 to 0.073 s for four layers of Llama 3 8B, analysis/results/llama3_8b_h100).  Published rows, on 2.2 to 2.5, do not show it.
 WRITTEN_FP8 = {"2.11": 197}
 # Kernels that the host launches, forward and backward: of a layer in BF16, and what FP8, tp > 1 and each further rank of a cp ring add.
-# A layer's in BF16 and what current scaling adds are counted in a profile (analysis/results/layer_h200), the others estimated from what
-# the modules do; `launch` and `gap` are fitted with these.
+# A layer's in BF16 and what current scaling adds are counted in a profile, fills and copies too (analysis/results/layer_h200), the others
+# estimated from what the modules do; `launch` and `gap` are fitted with these.
 KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (20, 36), (4, 6), (20, 36), (6, 6)
 KERNELS_FP8 = {"delayed": (4, 4), "current": (14, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
 # Bytes of an activation function in values of width f: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py), squared

@@ -165,14 +165,16 @@ def run(overrides: Sequence[str], rounds: int, out: Path | None, profile: bool =
             _write(out, Path(folder), plan, cost, times)
         if out and profile:
             for row in kernels_of_a_layer(trace, plan.model.num_layers, plan.precision.name):
-                append_line(out / "kernels.jsonl", row)
+                append_line(out / "kernels.jsonl", {**row, "model": plan.model.name, "tokens": plan.mapping.micro_batch * plan.seq_length})
     return cost
 
 
 def _can_be_profiled(plan: Plan, out: Path | None) -> None:
     micro_batches = plan.mapping.global_batch // plan.mapping.micro_batch
-    if plan.on_cpu or out is None or plan.model.num_layers < 3 or micro_batches < 2:
-        raise InputError("--profile reads a layer's kernels off a CUDA GPU: it needs --out, three layers or more, and two micro-batches or more")
+    if plan.on_cpu or out is None or plan.model.num_layers < 3 or micro_batches < 2 or plan.mapping.recompute_layers:
+        raise InputError(
+            "--profile reads a layer's kernels off a CUDA GPU: it needs --out, three layers or more, two micro-batches or more, and none recomputed"
+        )
 
 
 def _make(out: Path) -> None:

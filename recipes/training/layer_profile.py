@@ -3,7 +3,8 @@
 A trace of a training step on a GPU holds every kernel with the call that launched it.  In the order of their launches the norms mark the
 layers: Megatron-Core's dense layer has two, before attention and before the MLP, and one more stands after the last layer.  Layers
 do the same thing in every micro-batch, so each kernel's time is the median over all that launch the same kernels in the same order.
-The first micro-batch is left out (it casts the weights), and so are a pass's first and last layer, whose ends hold more than a layer does.
+What is cut out is a layer long, from norm to norm (backward from that before the MLP), so that it may hold the end of one layer and the
+beginning of the next.  The first micro-batch is left out (it casts the weights), and so is the outermost stretch of a pass at either end.
 """
 
 from __future__ import annotations

@@ -164,7 +164,9 @@ def test_power_lowers_the_speed_of_gemms_alone() -> None:
     plan = plan_of("llama3_8b", "bf16", "gb200")
     hw = hardware(plan.gpu)
     full, capped = (price(count(plan, replace(hw, power=power)), PRIOR) for power in (1.0, 0.64))
-    assert full["gemm"] * 1.1 < capped["gemm"] <= full["gemm"] * 1.25 and capped["attention"] == full["attention"]
+    assert full["gemm"] * 1.1 < capped["gemm"] <= full["gemm"] * 1.25
+    gemms = {"gemm", "vocabulary", "recompute", "launch", "dp_comm", "bubble", "stragglers"}  # made of GEMMs, or hidden behind them
+    assert {name: capped[name] for name in capped if name not in gemms} == {name: full[name] for name in full if name not in gemms}
     h100, h200 = (hardware(plan_of("llama3_8b", "bf16", gpu).gpu) for gpu in ("h100", "h200"))
     assert h100.power == h200.power == pytest.approx(1, abs=1e-3) and hw.power < 0.75
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.predictor import stored
+from analysis.predictor import price, stored
+from analysis.predictor.choices import ALL_ERRORS, POWERS, PRIORS, otherwise
 from analysis.predictor.documents import constants_table
 from analysis.predictor.fitting import fit, step_time
 from analysis.predictor.price import NAMES, PRIOR
@@ -134,6 +135,17 @@ def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_pat
         assert fresh[what].keys() == shipped[what].keys()
         for name, each in fresh[what].items():
             assert shipped[what][name] == pytest.approx(each, rel=2e-3, abs=1e-4)
+    last = summary(found)[-1]
+    assert shipped["choices"][0] == pytest.approx({"choice": shipped["choices"][0]["choice"], **{name: last[name] for name in ALL_ERRORS}}, abs=1e-4)
+
+
+def test_other_choices_are_fitted_anew_and_leave_the_chosen_ones_as_they_were() -> None:
+    some = [row for row in rows() if (row.held == "fit" and row.model == "llama3_8b") or (row.gpu == "gb200" and row.held == "fit")]
+    before = price.POWER, price.KNOWN["blackwell"]
+    made = otherwise(some)
+    assert (price.POWER, price.KNOWN["blackwell"]) == before and len(made) == 1 + len(POWERS) + len(PRIORS)
+    errors = [row["step_time_error_gpu_left_out"] for row in made]
+    assert len(set(errors)) == len(errors)
 
 
 def test_tables_of_the_shipped_fits_are_those_of_a_fit_now(found: Validation) -> None:

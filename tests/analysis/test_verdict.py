@@ -97,6 +97,8 @@ def test_the_noise_floor_is_the_distance_of_bf16_seeds(make: Maker) -> None:
     runs = [load_run(make(f"bf16.{s}", curve() + s * 0.003, "bf16", (f"seed={s}",))) for s in (1, 2)]
     verdict = judge(runs[0], load_run(make("fp8", curve() + 0.003, overrides=("seed=1",))), runs[1:])
     assert verdict.noise_floor == pytest.approx(0.003)
+    either_side = [load_run(make(f"bf16.{s}", curve() + apart, "bf16", (f"seed={s}",))) for s, apart in ((3, 0.005), (4, -0.003))]
+    assert judge(runs[0], load_run(make("fp8.2", curve(), overrides=("seed=1",))), either_side).noise_floor == pytest.approx(0.008)
 
 
 @pytest.mark.parametrize(("apart", "verdict"), [(0.01, "undecided"), (0.002, "fail")])
