@@ -104,6 +104,10 @@ def _style(run: Run, runs: Sequence[Run]) -> Any:
     return BROKEN[(place - 1) % len(BROKEN)] if place else "-"
 
 
+def _legend_below(drawing: Drawing, axis: Axes) -> None:
+    drawing.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=4)
+
+
 def loss_curves(found: Comparison) -> Figure:
     """Smoothed training loss of every run over tokens, the whole run and its last quarter enlarged."""
     title = f"Training loss, {found.bases[0].plan.model.name} on {found.bases[0].plan.gpu.name}"
@@ -118,7 +122,7 @@ def loss_curves(found: Comparison) -> Figure:
     if entropy:
         whole.axhline(entropy, color="#777777", lw=0.8, ls=":", label="unigram entropy of the held-out text")
     close.set_title("the last quarter", fontsize=9)
-    drawing.legend(*whole.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=4)
+    _legend_below(drawing, whole)
     caption = (
         f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the grey dotted line, the loss of a model that only "
         "knows how often each token occurs. Curves that lie on each other are the wanted result: the next figure shows their distance."
@@ -145,7 +149,7 @@ def gap(found: Comparison) -> Figure:
     axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"bar ±{limit:g} %")
     axis.axhline(0, color="#222222", lw=0.8)
     axis.axvspan(*_tail(first), color="#777777", alpha=0.07, lw=0, label="tail, which decides")
-    axis.legend(fontsize=8, frameon=False, ncols=2)
+    _legend_below(drawing, axis)
     caption = (
         "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green "
         "band a recipe passes. Black and broken: a BF16 run with another seed, which is how far luck alone moves a curve."
@@ -166,9 +170,11 @@ def heldout(found: Comparison) -> Figure | None:
     for verdict in found.verdicts:
         steps, gaps = heldout_gaps(verdict.base, verdict.candidate)
         points += len(steps)
-        axis.plot(steps, gaps, "o-", ms=4, lw=1.2, color=colour(verdict.candidate, found.runs), label=_name(verdict.candidate, found.runs))
+        run = verdict.candidate
+        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "label": _name(run, found.runs)}
+        axis.plot(steps, gaps, marker="o", ms=4, lw=1.2, **style)
     axis.axhline(0, color="#222222", lw=0.8)
-    axis.legend(fontsize=8, frameon=False)
+    _legend_below(drawing, axis)
     caption = "Loss on text that was held out, minus that of BF16 at the same step. Below zero the recipe is the better one."
     return Figure("heldout", title, caption, drawing) if points else None
 
