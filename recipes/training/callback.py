@@ -9,8 +9,8 @@ import gc
 import math
 import re
 import resource
-import time
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from recipes.errors import one_line
 from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
 from recipes.training import stop, watchdog
+from recipes.training.ahead import Moment, Number
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, manifest
 from recipes.training.te_layers import Watched, watch
@@ -30,18 +31,37 @@ from recipes.training.te_layers import Watched, watch
 NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A step that the host has launched to its end: its numbers, and points in the device's work."""
+
+    step: int
+    loss: Number
+    grad_norm: Number
+    lr: Number
+    started: Moment
+    backward_ended: Moment | None
+    ended: Moment
+    skipped: bool
+    memory_gb: float
+    fp8_gemms: int
+
+
 class RunFolderCallback(Callback):  # type: ignore[misc]
     """Lightning callback that fills the run folder, from rank 0 alone.
 
-    `plan_json` is the plan as text: NeMo's recipe objects hold plain values.
+    On a GPU a step's line is written while the next one is under way (recipes/training/ahead.py), or before what comes between them: an
+    evaluation, a checkpoint, the end.  `plan_json` is the plan as text: NeMo's recipe objects hold plain values.
     """
 
     def __init__(self, folder: str, plan_json: str) -> None:
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
         self.layers: dict[str, Fp8Mixin | Watched] = {}
         self.heldout: list[torch.Tensor] = []
-        self.started = 0.0
+        self.started = Moment()
         self.backward_ended: Moment | None = None
+        self.unwritten: Ended | None = None
+        self.ahead = torch.cuda.is_available()
         self.gemms_before = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -89,39 +109,54 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             if layer.fp8_quantiser:
                 layer.fp8_quantiser.diagnose = diagnose
         self.gemms_before = self._gemms()
-        synchronize()
-        self.started = time.perf_counter()
+        self.started = Moment()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Mark where the last backward pass ends."""
         self.backward_ended = Moment()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Append the step's metrics; a loss that is no number is an event."""
+        """Take the step's numbers; write those of the step before, and these where there is no reason to wait."""
         self._alive()
-        optimizer_time = self.backward_ended.until_now() if self.backward_ended else math.nan
-        step_time, step, logged = time.perf_counter() - self.started, trainer.global_step, trainer.callback_metrics
+        ended, step, logged = Moment(), trainer.global_step, trainer.callback_metrics
         if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
             trainer.should_stop = True
             if step < self.plan.train.max_steps:  # Lightning evaluates where it stops: it would cost the time that is left to save
                 trainer.limit_val_batches = 0
         if not trainer.is_global_zero:
             return
-        skipped = _update_was_skipped(trainer)
+        loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
+        skipped, gemms = _update_was_skipped(trainer), self._gemms() - self.gemms_before
+        before = self.unwritten
+        self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms)
+        if before:
+            self._write_step(trainer, before)
+        if not self.ahead or self._is_diagnosed(step):
+            self._catch_up(trainer)
+
+    def _catch_up(self, trainer: Any) -> None:
+        """Write the step that is not written yet."""
+        before, self.unwritten = self.unwritten, None
+        if before:
+            self._write_step(trainer, before)
+
+    def _write_step(self, trainer: Any, ended: Ended) -> None:
+        """Append a step's metrics; a loss that is no number is an event."""
+        step, step_time = ended.step, ended.started.until(ended.ended)
         row = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
-            "loss": _number(logged.get("reduced_train_loss")),
-            "grad_norm": math.nan if skipped else _number(logged.get("grad_norm")),  # else that of an earlier step
-            "lr": _number(logged.get("lr")),
+            "loss": ended.loss.read(),
+            "grad_norm": math.nan if ended.skipped else ended.grad_norm.read(),  # else that of an earlier step
+            "lr": ended.lr.read(),
             "step_time_s": step_time,
-            "optimizer_time_s": optimizer_time,
+            "optimizer_time_s": ended.backward_ended.until(ended.ended) if ended.backward_ended else math.nan,
             "tokens_per_s_per_gpu": self.plan.tokens_per_step / step_time / self.plan.num_gpus,
-            "memory_gb": _memory_gb(),
-            "fp8_gemms": self._gemms() - self.gemms_before,
+            "memory_gb": ended.memory_gb,
+            "fp8_gemms": ended.fp8_gemms,
         }
         self._write(trainer, row)
-        self._judge(row, skipped)
+        self._judge(row, ended.skipped)
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
 
@@ -135,9 +170,19 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
                 raise FloatingPointError(f"the loss of step {row['step']} is {row['loss']}")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients."""
+        """Write what is known of the step before, and record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients."""
+        with suppress(RuntimeError, FloatingPointError):  # a device that failed answers no more, and one exception is under way
+            self._catch_up(trainer)
         if NON_FINITE.search(str(exception)):
             event(self.folder, "non_finite_gradients", step=trainer.global_step + 1, rank=trainer.global_rank, why=one_line(str(exception))[:200])
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write the step before its held-out loss."""
+        self._catch_up(trainer)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the steps before the checkpoint that a run would go on from."""
+        self._catch_up(trainer)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep the loss of a global batch: Lightning's own mean (val_loss) weighs the first batch less than the others.
@@ -158,8 +203,9 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the last checkpoint its time."""
+        """Write the last step, and give the last checkpoint its time."""
         self._alive()
+        self._catch_up(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the end, or the pause, now that the last checkpoint is written."""
@@ -201,36 +247,11 @@ def _count_batches_of(trainer: Any) -> None:
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
 
 
-class Moment:
-    """A point in the device's work (on a CPU, in time)."""
-
-    def __init__(self) -> None:
-        self.time = time.perf_counter()
-        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
-        if self.event:
-            self.event.record()
-
-    def until_now(self) -> float:
-        """Wait for the device and return the seconds from this point on."""
-        if self.event is None:
-            return time.perf_counter() - self.time
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return float(self.event.elapsed_time(end)) / 1e3
-
-
 def _update_was_skipped(trainer: Any) -> bool:
     """Return whether Megatron-Core found NaN or Inf in the gradients and left the parameters as they were."""
     optimizer = getattr(trainer.optimizers[0], "mcore_optimizer", None)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return any(getattr(part, "grad_scaler", None) is not None and bool(part.found_inf) for part in parts)
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:
@@ -239,10 +260,6 @@ def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
     return float(mean)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _memory_gb() -> float:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from recipes.training.serialization import know_serialization_format
+from recipes.training.serialization import adapt_writer
 
 CPU = torch.device("cpu")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -148,7 +148,7 @@ def _checkpoint_writer() -> None:
     save); a forked one need not, and ends with this one."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async as module
 
-    know_serialization_format()
+    adapt_writer()
 
     @functools.cache
     def results() -> Any:

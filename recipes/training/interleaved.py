@@ -24,12 +24,12 @@ from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from torch import Tensor, nn
 
 from recipes.plan import Plan
-from recipes.training.callback import Moment, RunFolderCallback, synchronize
+from recipes.training.ahead import Moment
+from recipes.training.callback import RunFolderCallback
 from recipes.training.te_layers import Watched
 
 BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
-WAITING_HOOKS = ("on_train_batch_start", "on_train_batch_end")  # they begin by waiting for work that a step has anyway
 Step = Callable[[], Tensor]
 
 
@@ -37,8 +37,9 @@ Step = Callable[[], Tensor]
 class Times:
     """Seconds, an entry a pair: its harness step, the run folder's hooks in that, its bare step; and the first bare step of each block.
 
-    `collection`: one collection of Python's garbage, which NeMo does each `collection_interval` steps (None: Python does, when it likes).
-    `bare_losses`: the mean loss of each bare step, with first ones, in the order of the run.
+    `collection`: Python's garbage of `collection_steps` steps collected at once, as NeMo does each `collection_interval` steps (None: Python
+    does, when it likes); `collection_again`: the same with none.  `bare_losses`: the mean loss of each bare step, with first ones, in the
+    order of the run.
     """
 
     harness: list[float] = field(default_factory=list)
@@ -47,6 +48,8 @@ class Times:
     first: list[float] = field(default_factory=list)
     bare_losses: list[float] = field(default_factory=list)
     collection: float = 0.0
+    collection_again: float = 0.0
+    collection_steps: int = 0
     collection_interval: int | None = None
 
 
@@ -116,18 +119,16 @@ def unwatched(layers: Any) -> Iterator[None]:
 
 
 class HookClock:
-    """Times the hooks of the run folder's callback, from an idle device where they begin by waiting for it."""
+    """Times the hooks of the run folder's callback, on the host."""
 
     def __init__(self, callback: RunFolderCallback) -> None:
         self.seconds = 0.0
         for name in HOOKS:
-            setattr(callback, name, self._timed(getattr(callback, name), name in WAITING_HOOKS))
+            setattr(callback, name, self._timed(getattr(callback, name)))
 
-    def _timed(self, hook: Callable[..., None], waits: bool) -> Callable[..., None]:
+    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(hook)
         def timed(*args: Any, **kwargs: Any) -> None:
-            if waits:
-                synchronize()
             started = time.perf_counter()
             hook(*args, **kwargs)
             self.seconds += time.perf_counter() - started
@@ -141,22 +142,33 @@ class HookClock:
 
 
 class Interleaved(Callback):  # type: ignore[misc]
-    """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it."""
+    """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it.
 
-    def __init__(self, plan: Plan, pairs: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
+    Nothing is read from the device before the last pair: that would make the steps wait.
+    """
+
+    def __init__(self, plan: Plan, warm_up: int, pairs: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
         """`trace`: where to write torch.profiler's trace of the step that follows the last pair and is not timed."""
-        self.plan, self.pairs, self.run_folder, self.trace = plan, pairs, run_folder, trace
+        self.plan, self.warm_up, self.pairs, self.run_folder, self.trace = plan, warm_up, pairs, run_folder, trace
         self.profiler: torch.profiler.profile | None = None
         self.times, self.clock = Times(), HookClock(run_folder)
         self.started: Moment | None = None
+        self.harness: list[tuple[Moment, Moment]] = []
+        self.bare: list[list[Moment]] = []  # a list a block: before its first step, after each
+        self.losses: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """End the harness step before, do the bare steps that follow it, begin the next harness step; after the last, collect garbage."""
+        """End the harness step before, do the bare steps that follow it, begin the next harness step; after the last, read all times."""
         if self.started:
-            self.times.harness.append(self.started.until_now())
+            self.harness.append((self.started, Moment()))
             self.times.hooks.append(self.clock.taken())
-            self._bare_steps(trainer, bare_steps_after(len(self.times.harness) - 1, self.pairs))
-        if len(self.times.harness) == self.pairs:
+            self._bare_steps(trainer, bare_steps_after(len(self.harness) - 1, self.pairs))
+            self.times.collection_steps += 1
+            if len(self.harness) == self.warm_up - 1:  # what the first step compiled is no step's garbage
+                gc.collect()
+                self.times.collection_steps = 0
+        if len(self.harness) == self.pairs:
+            self._read()
             self._collect_garbage(trainer)
             if self.trace:
                 self.profiler = torch.profiler.profile()
@@ -167,7 +179,7 @@ class Interleaved(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the trace of the profiled step."""
         if self.profiler:
-            synchronize()
+            Moment().wait()
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.trace))
             self.profiler = None
@@ -176,25 +188,29 @@ class Interleaved(Callback):  # type: ignore[misc]
         if not number:
             return
         step = bare_step(trainer, self.plan)
-        losses, ends = [], [Moment()]
+        moments = [Moment()]
         with unwatched(self.run_folder.layers.values()):
             for _ in range(1 + number):
-                losses.append(step())
-                ends.append(Moment())
-            synchronize()
-        first, *others = (_between(a, b) for a, b in itertools.pairwise(ends))
-        self.times.first.append(first)
-        self.times.bare += others
-        self.times.bare_losses += [float(value) for value in losses]
+                self.losses.append(step())
+                moments.append(Moment())
+        self.bare.append(moments)
+        self.times.collection_steps += 1 + number
+
+    def _read(self) -> None:
+        self.times.harness = [start.until(end) for start, end in self.harness]
+        for moments in self.bare:
+            first, *others = (a.until(b) for a, b in itertools.pairwise(moments))
+            self.times.first.append(first)
+            self.times.bare += others
+        self.times.bare_losses = [float(value) for value in self.losses]
 
     def _collect_garbage(self, trainer: Any) -> None:
         theirs = [c for c in trainer.callbacks if isinstance(c, GarbageCollectionCallback)]
         self.times.collection_interval = theirs[0].gc_interval_train if theirs else None
-        started = time.perf_counter()
-        gc.collect()
-        self.times.collection = time.perf_counter() - started
+        self.times.collection, self.times.collection_again = (_collection() for _ in range(2))
 
 
-def _between(start: Moment, end: Moment) -> float:
-    """Return the seconds between two moments that the device has passed."""
-    return float(start.event.elapsed_time(end.event)) / 1e3 if start.event else end.time - start.time
+def _collection() -> float:
+    started = time.perf_counter()
+    gc.collect()
+    return time.perf_counter() - started

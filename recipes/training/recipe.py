@@ -37,6 +37,8 @@ FUSIONS = (
     "persist_layer_norm",
 )
 
+LOGGED_STEPS = 10  # NeMo's own default: a logger that gets NeMo's numbers waits for the device; the run folder's come in each step
+
 
 def build(plan: Plan, folder: Path) -> run.Partial:
     """Return the NeMo recipe (a run.Partial of llm.pretrain) for a plan; `folder` is the run folder."""
@@ -108,7 +110,8 @@ def _prepared(plan: Plan) -> tuple[list[str], list[str], str | None]:
 def _trainer(recipe: run.Partial, plan: Plan) -> None:
     trainer, t, m = recipe.trainer, plan.train, plan.mapping
     trainer.max_steps, trainer.val_check_interval = t.max_steps, min(t.eval_interval, t.max_steps)
-    trainer.limit_val_batches, trainer.limit_test_batches, trainer.log_every_n_steps = t.eval_batches, 1, 1
+    trainer.limit_val_batches, trainer.limit_test_batches = t.eval_batches, 1
+    trainer.log_every_n_steps = 1 if plan.on_cpu else LOGGED_STEPS
     if not plan.settings.evaluation:
         trainer.val_check_interval, trainer.limit_val_batches = t.max_steps, 0
     trainer.num_sanity_val_steps = 0
