@@ -58,7 +58,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.folder, self.plan = Path(folder), plan_from_json(plan_json)
         self.layers: dict[str, Fp8Mixin | Watched] = {}
         self.heldout: list[torch.Tensor] = []
-        self.started = Moment()
+        self.started: Moment | None = None
         self.backward_ended: Moment | None = None
         self.unwritten: Ended | None = None
         self.ahead = torch.cuda.is_available()
@@ -126,6 +126,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not trainer.is_global_zero:
             return
         loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
+        assert self.started
         skipped, gemms = _update_was_skipped(trainer), self._gemms() - self.gemms_before
         before = self.unwritten
         self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms)
