@@ -194,7 +194,8 @@ def harness_cost(results: Sequence[Path]) -> str:
     if not costs:
         raise InputError("there is no cost.json; measure it with python -m recipes.training.harness_cost --out")
     what = f"{', '.join(sorted({cost['labels']['step_time'] for cost in costs}))} on {', '.join(sorted({cost['device'] for cost in costs}))}"
-    note = f"Over a bare Megatron-Core step in the same run, {what}."
+    loggers = "without loggers, evaluation and checkpoints"
+    note = f"Over a bare Megatron-Core step in the same run, {what}, {loggers}; mean over blocks of steps with Student's 95 % interval."
     return Table("", [_cost(cost) for cost in costs], costs, [note], frozenset(["model", "precision"])).markdown()
 
 
@@ -205,7 +206,7 @@ def _cost(cost: dict[str, Any]) -> dict[str, str]:
         "precision": cost["precision"],
         "bare step, ms": f"{cost['bare_step_s'] * 1e3:.1f}",
         "added, ms": f"{cost['added_ms']:.1f}",
-        "run folder, on the host, ms": f"{cost['hooks_ms']:.1f}",
+        "callback's hooks, on the host, ms": f"{cost['hooks_ms']:.1f}",
         "cost": f"{cost['cost']:.2%} ({low:.2%} to {high:.2%})",
         "with garbage collection": f"{cost['with_garbage']:.2%}",
         f"goal {cost['goal']:.1%}": "met" if cost["met"] else "missed",

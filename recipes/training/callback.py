@@ -42,7 +42,7 @@ class Ended:
     started: Moment
     backward_ended: Moment | None
     ended: Moment
-    skipped: bool
+    skipped: list[Number]  # not 0 where the update was
     memory_gb: float
     fp8_gemms: int
 
@@ -116,7 +116,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.backward_ended = Moment()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the step's numbers; write those of the step before, and these where there is no reason to wait."""
+        """Take the step's numbers, and write those of the step before; on a CPU, and on a diagnosed step, these at once."""
         self._alive()
         ended, step, logged = Moment(), trainer.global_step, trainer.callback_metrics
         if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
@@ -127,12 +127,12 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             return
         loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
         assert self.started
-        skipped, gemms = _update_was_skipped(trainer), self._gemms() - self.gemms_before
+        skipped, gemms = _skipped_updates(trainer), self._gemms() - self.gemms_before
         before = self.unwritten
         self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms)
         if before:
             self._write_step(trainer, before)
-        if not self.ahead or self._is_diagnosed(step):
+        if not self.ahead or self._is_diagnosed(step):  # what the layers met is theirs until the next step begins
             self._catch_up(trainer)
 
     def _catch_up(self, trainer: Any) -> None:
@@ -143,12 +143,12 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def _write_step(self, trainer: Any, ended: Ended) -> None:
         """Append a step's metrics; a loss that is no number is an event."""
-        step, step_time = ended.step, ended.started.until(ended.ended)
+        step, step_time, skipped = ended.step, ended.started.until(ended.ended), any(found.read() for found in ended.skipped)
         row = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
             "loss": ended.loss.read(),
-            "grad_norm": math.nan if ended.skipped else ended.grad_norm.read(),  # else that of an earlier step
+            "grad_norm": math.nan if skipped else ended.grad_norm.read(),  # else that of an earlier step
             "lr": ended.lr.read(),
             "step_time_s": step_time,
             "optimizer_time_s": ended.backward_ended.until(ended.ended) if ended.backward_ended else math.nan,
@@ -157,7 +157,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             "fp8_gemms": ended.fp8_gemms,
         }
         self._write(trainer, row)
-        self._judge(row, ended.skipped)
+        self._judge(row, skipped)
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
 
@@ -171,11 +171,11 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
                 raise FloatingPointError(f"the loss of step {row['step']} is {row['loss']}")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Write what is known of the step before, and record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients."""
-        with suppress(RuntimeError, FloatingPointError):  # a device that failed answers no more, and one exception is under way
-            self._catch_up(trainer)
+        """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients; write what is known of the step before."""
         if NON_FINITE.search(str(exception)):
             event(self.folder, "non_finite_gradients", step=trainer.global_step + 1, rank=trainer.global_rank, why=one_line(str(exception))[:200])
+        with suppress(Exception):  # the disk may be full or the GPU lost, and the exception that came first is the one to tell
+            self._catch_up(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Write the step before its held-out loss."""
@@ -248,11 +248,11 @@ def _count_batches_of(trainer: Any) -> None:
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
 
 
-def _update_was_skipped(trainer: Any) -> bool:
-    """Return whether Megatron-Core found NaN or Inf in the gradients and left the parameters as they were."""
+def _skipped_updates(trainer: Any) -> list[Number]:
+    """Return, an entry an optimizer, whether Megatron-Core found NaN or Inf in the gradients and left the parameters as they were."""
     optimizer = getattr(trainer.optimizers[0], "mcore_optimizer", None)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(getattr(part, "grad_scaler", None) is not None and bool(part.found_inf) for part in parts)
+    return [Number(part.found_inf) for part in parts if getattr(part, "grad_scaler", None) is not None]
 
 
 def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:

@@ -1,7 +1,7 @@
 """What the harness costs: a training step of this project over a bare Megatron-Core step, both in one run on one device.
 
     python -m recipes.training.harness_cost                            Llama 3 8B cut to 4 layers, sequence 8192, BF16, on an H200
-    python -m recipes.training.harness_cost gpu=h100 precision=fp8_current --rounds 20 --out results/harness_cost
+    python -m recipes.training.harness_cost gpu=h100 precision=fp8_current --rounds 16 --out results/harness_cost
     python -m recipes.training.harness_cost --profile --out results/layer                  and a layer's kernels, in kernels.jsonl
     python -m recipes.training.harness_cost gpu=cpu model=llama3_tiny data=text settings=convergence     to try the command
 
@@ -18,21 +18,22 @@ and data loader, so both kinds meet the same clocks, caches and memory.  What a 
   what Megatron-LM's train_step does besides: look for NaN in each micro-batch's loss, and gather success and gradient norm over the
   ranks, which waits for the device.  A run's losses are the same bit for bit, whichever kind a step is (tests/recipes/test_harness_cost.py).
 
-Times are those of the device (CUDA events; on a CPU, of the clock), and neither kind waits for it at its ends: the host launches
-ahead, held back once a step by the optimizer, which asks for the gradients' norm.  A step that comes late to the device counts with the
-time for which the device stood idle.  Pairs alternate in order, the ratio is taken in each pair, and each block of bare steps begins
-with one that is not counted, since a harness step's end goes before it.
+Times are those of the device (CUDA events; on a CPU, of the clock), and neither kind waits for it at its ends: the host launches ahead,
+held back in each step by Megatron-Core itself (recipes/training/ahead.py).  A step that comes late to the device counts with the time for
+which the device stood idle.  Steps come in blocks, one harness step, three bare ones, one harness step, and the cost is taken in each
+block, mean over mean, so that a drift of all steps cancels; then the mean over the blocks, with Student's interval.
 
 The time of the run folder's hooks is that of the host, most of it while the device works.  On GPUs NeMo's recipe turns Python's automatic
 garbage collection off and collects each 100th step, which this command does not reach; bare steps here have none, Megatron-LM's have
-Python's own.  The garbage of all steps after the first is collected and timed at the end, and the cost is given without and with a
-collection each 100 steps, its time as that much longer as it has more to collect.
+Python's own.  The garbage of the run is collected and timed at the end, and the cost is given without and with a collection each 100
+steps, its time as that much longer as it has more to collect, and as if harness steps alone had left any.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import bootstrap
+from scipy.stats import ttest_1samp
 
 from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan
@@ -61,8 +62,9 @@ if TYPE_CHECKING:
     from recipes.training.interleaved import Times
 
 GOAL = 0.005  # of a bare step
-WARM_UP = 2  # pairs
-MOST_ROUNDS = 90  # beyond that NeMo collects garbage in between
+BARE = 3  # bare steps of a block
+WARM_UP = 1  # blocks
+MOST_ROUNDS = 48  # with more, NeMo collects garbage amid them
 DEFAULTS = (
     "model=llama3_8b",
     "model.num_layers=4",
@@ -78,17 +80,17 @@ DEFAULTS = (
 )
 
 
-def steps_of(pairs: int) -> int:
-    """Return the training steps that `pairs` take, with each block's first bare step and a last harness step that ends the run."""
-    return 2 * pairs + (pairs + 1) // 2 + 1
+def steps_of(blocks: int) -> int:
+    """Return the training steps that `blocks` take, with a last harness step that ends the run."""
+    return (2 + BARE) * blocks + 1
 
 
 def plan_of(overrides: Sequence[str], rounds: int) -> Plan:
     """Return the plan of the measurement; InputError where it needs more than one device, or one that is not here."""
-    pairs = WARM_UP + rounds
-    enough = steps_of(pairs) + 1  # one more: the data must not end
+    blocks = WARM_UP + rounds
+    enough = steps_of(blocks) + 1  # one more: the data must not end
     length = [f"train.{key}={enough}" for key in ("max_steps", "eval_interval", "checkpoint_interval")]
-    plan = compose_plan([*DEFAULTS, *overrides, *length, f"train.stop_after={pairs + 1}"])
+    plan = compose_plan([*DEFAULTS, *overrides, *length, f"train.stop_after={2 * blocks + 1}"])
     if plan.num_gpus != 1:
         raise InputError(f"the harness cost is measured on one device and the plan asks for {plan.num_gpus}; use mapping=single num_gpus=1")
     if not plan.on_cpu and not (torch.cuda.is_available() and find_spec("transformer_engine")):
@@ -96,43 +98,42 @@ def plan_of(overrides: Sequence[str], rounds: int) -> Plan:
     return plan
 
 
-def measure(plan: Plan, pairs: int, folder: Path, trace: Path | None = None) -> Times:
+def measure(plan: Plan, blocks: int, folder: Path, trace: Path | None = None) -> Times:
     """Train the plan into the run folder `folder`, as recipes.training.run does, with bare steps in between; trace one more step into `trace`."""
     training = task(plan, folder)
     from recipes.training.callback import RunFolderCallback  # after Megatron-Core was adapted
     from recipes.training.interleaved import Interleaved
 
     callbacks = training.keywords["trainer"].callbacks
-    interleaved = Interleaved(plan, WARM_UP, pairs, next(c for c in callbacks if isinstance(c, RunFolderCallback)), trace)
+    interleaved = Interleaved(plan, blocks, BARE, next(c for c in callbacks if isinstance(c, RunFolderCallback)), trace)
     callbacks.insert(0, interleaved)
     training()
     return interleaved.times
 
 
 def cost_of(times: Times, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Return the cost from the pairs after the first `warm_up`: fractions of a bare step, and medians in seconds or milliseconds.
+    """Return the cost from the blocks after the first `warm_up`: fractions of a bare step, and means in seconds or milliseconds.
 
-    `cost` is the median of the pairs' ratios less one, with its quartiles and the 95 % interval of the median (bootstrap, 10,000
-    draws); `with_garbage` adds the share of NeMo's garbage collections.  `hooks_ms` is the host's time in the run folder's hooks.
+    `cost` is the mean over the blocks, with its 95 % interval (Student's; NaN for one block); `with_garbage` adds the share of NeMo's garbage
+    collections.  `hooks_ms` is the host's time in the run folder's hooks on the steps.
     """
-    harness, bare, hooks = (np.array(values[warm_up:]) for values in (times.harness, times.bare, times.hooks))
+    harness, hooks, bare = (np.array(values[warm_up:]).mean(axis=1) for values in (times.harness, times.hooks, times.bare))
     cost = harness / bare - 1
-    low, median, high = np.percentile(cost, [25, 50, 75])
-    interval = bootstrap((cost,), np.median, n_resamples=9_999, method="percentile", rng=0).confidence_interval if len(cost) > 1 else (low, high)
-    garbage, bare_s = garbage_of_a_step(times), float(np.median(bare))
+    interval = ttest_1samp(cost, 0).confidence_interval() if len(cost) > 1 else (math.nan, math.nan)
+    garbage, bare_s = garbage_of_a_step(times), float(bare.mean())
+    with_garbage = float(cost.mean()) + garbage / bare_s
     return {
         "rounds": len(cost),
         "bare_step_s": bare_s,
-        "harness_step_s": float(np.median(harness)),
-        "cost": float(median),
-        "cost_quartiles": [float(low), float(high)],
+        "harness_step_s": float(harness.mean()),
+        "cost": float(cost.mean()),
         "cost_interval_95": [float(value) for value in interval],
-        "with_garbage": float(median) + garbage / bare_s,
-        "added_ms": 1e3 * float(np.median(harness - bare)),
-        "hooks_ms": 1e3 * float(np.median(hooks)),
+        "with_garbage": with_garbage,
+        "added_ms": 1e3 * float((harness - bare).mean()),
+        "hooks_ms": 1e3 * float(hooks.mean()),
         "garbage_ms_a_step": 1e3 * garbage,
         "goal": GOAL,
-        "met": float(median) + garbage / bare_s < GOAL,
+        "met": with_garbage < GOAL,
         "labels": {"step_time": "measured"},
     }
 
@@ -145,14 +146,14 @@ def garbage_of_a_step(times: Times) -> float:
     return times.collection_again / times.collection_interval + growing
 
 
-def rows_of_pairs(times: Times) -> list[dict[str, Any]]:
-    """Return a row a pair, warm-up included."""
+def rows_of_blocks(times: Times) -> list[dict[str, Any]]:
+    """Return a row a block, warm-up included: harness, bare, bare, bare, harness."""
     columns = zip(times.harness, times.bare, times.hooks, strict=True)
-    return [{"pair": n, "harness_s": h, "bare_s": b, "hooks_s": k, "first_s": times.first[n // 2]} for n, (h, b, k) in enumerate(columns)]
+    return [{"block": n, "harness_s": h, "bare_s": b, "hooks_s": k} for n, (h, b, k) in enumerate(columns)]
 
 
 def run(overrides: Sequence[str], rounds: int, out: Path | None, profile: bool = False) -> dict[str, Any]:
-    """Measure, and return the cost; with `out`, leave there pairs.jsonl, cost.json, and the run's plan.json, manifest.json, metrics.jsonl.
+    """Measure, and return the cost; with `out`, leave there blocks.jsonl, cost.json, and the run's plan.json, manifest.json, metrics.jsonl.
 
     `profile`: and kernels.jsonl, the kernels of a layer (recipes/training/layer_profile.py).
     """
@@ -196,8 +197,8 @@ def _write(out: Path, folder: Path, plan: Plan, cost: dict[str, Any], times: Tim
         shutil.copy(folder / name, out / name)
     (out / "plan.json").write_text(plan.model_dump_json(indent=1))
     write_json(out / "cost.json", {**cost, "bare_losses": times.bare_losses, "garbage_collection": _collections(times)})
-    for row in rows_of_pairs(times):
-        append_line(out / "pairs.jsonl", row)
+    for row in rows_of_blocks(times):
+        append_line(out / "blocks.jsonl", row)
 
 
 def _collections(times: Times) -> dict[str, Any]:
@@ -206,12 +207,12 @@ def _collections(times: Times) -> dict[str, Any]:
 
 def shown(cost: dict[str, Any]) -> Table:
     """Return the cost as a table for the terminal."""
-    title = f"Harness cost, measured: {cost['model']}, {cost['layers']} layers, {cost['precision']}, {cost['rounds']} pairs; {cost['device']}"
+    title = f"Harness cost, measured: {cost['model']}, {cost['layers']} layers, {cost['precision']}, {cost['rounds']} blocks; {cost['device']}"
     table = Table("", "", title=title, title_justify="left", show_header=False)
-    (low, high), (from_, to) = cost["cost_quartiles"], cost["cost_interval_95"]
+    low, high = cost["cost_interval_95"]
     table.add_row("bare Megatron-Core step", f"{1e3 * cost['bare_step_s']:.2f} ms")
     table.add_row("harness step", f"{1e3 * cost['harness_step_s']:.2f} ms")
-    table.add_row("cost", f"{cost['cost']:+.3%}, quartiles {low:+.3%} to {high:+.3%}, 95 % interval {from_:+.3%} to {to:+.3%}")
+    table.add_row("cost", f"{cost['cost']:+.3%}, 95 % interval {low:+.3%} to {high:+.3%}")
     table.add_row("added", f"{cost['added_ms']:.2f} ms a step")
     table.add_row("run folder's hooks, on the host", f"{cost['hooks_ms']:.2f} ms")
     table.add_row("garbage collection, its share", f"{cost['garbage_ms_a_step']:.2f} ms a step")
@@ -224,16 +225,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
     parser = ArgumentParser(prog="python -m recipes.training.harness_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the plan; the number of steps is set by --rounds")
-    parser.add_argument("--rounds", type=int, default=12, help="pairs of steps, after two that are not counted (default: 12)")
+    parser.add_argument("--rounds", type=int, default=8, help="blocks of five steps, after one that is not counted (default: 8)")
     parser.add_argument("--json", action="store_true", help="print the cost as JSON")
     parser.add_argument("--profile", action="store_true", help="profile one more step, and write a layer's kernels to kernels.jsonl in --out")
-    parser.add_argument("--out", type=Path, help="new or empty folder for cost.json, the times of every pair, the plan and the manifest")
+    parser.add_argument("--out", type=Path, help="new or empty folder for cost.json, the times of every block, the plan and the manifest")
     args = parser.parse_intermixed_args(argv)
     try:
         if args.rounds < 1:
-            raise InputError(f"--rounds {args.rounds}: pairs are counted from 1; give a positive number")
+            raise InputError(f"--rounds {args.rounds}: blocks are counted from 1; give a positive number")
         if args.rounds > MOST_ROUNDS:
-            raise InputError(f"--rounds {args.rounds}: NeMo collects garbage at step 100, amid the pairs; give at most {MOST_ROUNDS}")
+            raise InputError(f"--rounds {args.rounds}: NeMo collects garbage at step 100, amid the blocks; give at most {MOST_ROUNDS}")
         cost = run(args.overrides, args.rounds, args.out, args.profile)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

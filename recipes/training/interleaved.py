@@ -35,27 +35,21 @@ Step = Callable[[], Tensor]
 
 @dataclass
 class Times:
-    """Seconds, an entry a pair: its harness step, the run folder's hooks in that, its bare step; and the first bare step of each block.
+    """Seconds, an entry a block: its harness steps, the run folder's hooks in each, its bare steps.
 
-    `collection`: Python's garbage of `collection_steps` steps collected at once, as NeMo does each `collection_interval` steps (None: Python
-    does, when it likes); `collection_again`: the same with none.  `bare_losses`: the mean loss of each bare step, with first ones, in the
-    order of the run.
+    `collection`: Python's garbage of `collection_steps` harness steps and the bare ones between them collected at once, as NeMo does each
+    `collection_interval` steps (None: Python does, when it likes); `collection_again`: the same with none.  `bare_losses`: the mean loss of
+    each bare step, in the order of the run.
     """
 
-    harness: list[float] = field(default_factory=list)
-    hooks: list[float] = field(default_factory=list)
-    bare: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    harness: list[list[float]] = field(default_factory=list)
+    hooks: list[list[float]] = field(default_factory=list)
+    bare: list[list[float]] = field(default_factory=list)
     bare_losses: list[float] = field(default_factory=list)
     collection: float = 0.0
     collection_again: float = 0.0
     collection_steps: int = 0
     collection_interval: int | None = None
-
-
-def bare_steps_after(harness_step: int, pairs: int) -> int:
-    """Return how many timed bare steps follow a harness step (from 0): harness, bare, bare, harness, harness, bare, …"""
-    return 0 if harness_step % 2 else min(2, pairs - harness_step)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -144,30 +138,31 @@ class HookClock:
 class Interleaved(Callback):  # type: ignore[misc]
     """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it.
 
-    Nothing is read from the device before the last pair: that would make the steps wait.
+    A block is one harness step, some bare ones, one harness step: in the middle both kinds have the same moment of the run, so that steps
+    that become shorter or longer over it do so alike.  Nothing is read from the device before the last block: that would make steps wait.
     """
 
-    def __init__(self, plan: Plan, warm_up: int, pairs: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
-        """`trace`: where to write torch.profiler's trace of the step that follows the last pair and is not timed."""
-        self.plan, self.warm_up, self.pairs, self.run_folder, self.trace = plan, warm_up, pairs, run_folder, trace
+    def __init__(self, plan: Plan, blocks: int, bare_steps: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
+        """`bare_steps`: of a block.  `trace`: where to write torch.profiler's trace of the step that follows the last block and is not timed."""
+        self.plan, self.blocks, self.bare_steps, self.run_folder, self.trace = plan, blocks, bare_steps, run_folder, trace
         self.profiler: torch.profiler.profile | None = None
         self.times, self.clock = Times(), HookClock(run_folder)
         self.started: Moment | None = None
         self.harness: list[tuple[Moment, Moment]] = []
+        self.hooks: list[float] = []
         self.bare: list[list[Moment]] = []  # a list a block: before its first step, after each
         self.losses: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """End the harness step before, do the bare steps that follow it, begin the next harness step; after the last, read all times."""
+        """End the harness step before, do the bare steps of its block, begin the next harness step; after the last, read all times."""
         if self.started:
             self.harness.append((self.started, Moment()))
-            self.times.hooks.append(self.clock.taken())
-            self._bare_steps(trainer, bare_steps_after(len(self.harness) - 1, self.pairs))
-            self.times.collection_steps += 1
-            if len(self.harness) == self.warm_up - 1:  # what the first step compiled is no step's garbage
-                gc.collect()
-                self.times.collection_steps = 0
-        if len(self.harness) == self.pairs:
+            self.hooks.append(self.clock.taken())
+            if len(self.harness) % 2:
+                self._bare_steps(trainer)
+        if len(self.harness) == 1:
+            gc.collect()  # what the first step compiled is no step's garbage
+        if len(self.harness) == 2 * self.blocks:
             self._read()
             self._collect_garbage(trainer)
             if self.trace:
@@ -184,29 +179,25 @@ class Interleaved(Callback):  # type: ignore[misc]
             self.profiler.export_chrome_trace(str(self.trace))
             self.profiler = None
 
-    def _bare_steps(self, trainer: Any, number: int) -> None:
-        if not number:
-            return
+    def _bare_steps(self, trainer: Any) -> None:
         step = bare_step(trainer, self.plan)
         moments = [Moment()]
         with unwatched(self.run_folder.layers.values()):
-            for _ in range(1 + number):
+            for _ in range(self.bare_steps):
                 self.losses.append(step())
                 moments.append(Moment())
         self.bare.append(moments)
-        self.times.collection_steps += 1 + number
 
     def _read(self) -> None:
-        self.times.harness = [start.until(end) for start, end in self.harness]
-        for moments in self.bare:
-            first, *others = (a.until(b) for a, b in itertools.pairwise(moments))
-            self.times.first.append(first)
-            self.times.bare += others
+        seconds = [start.until(end) for start, end in self.harness]
+        self.times.harness, self.times.hooks = ([list(values[n : n + 2]) for n in range(0, len(values), 2)] for values in (seconds, self.hooks))
+        self.times.bare = [[a.until(b) for a, b in itertools.pairwise(moments)] for moments in self.bare]
         self.times.bare_losses = [float(value) for value in self.losses]
 
     def _collect_garbage(self, trainer: Any) -> None:
         theirs = [c for c in trainer.callbacks if isinstance(c, GarbageCollectionCallback)]
         self.times.collection_interval = theirs[0].gc_interval_train if theirs else None
+        self.times.collection_steps = len(self.harness) - 1
         self.times.collection, self.times.collection_again = (_collection() for _ in range(2))
 
 

@@ -20,6 +20,7 @@ from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
 from recipes.run_folder import SESSION, event, only_writer, read_plan, set_status
 from recipes.training import stop, watchdog
+from recipes.training.ahead import log_without_waiting
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -32,6 +33,8 @@ def task(plan: Plan, folder: Path) -> Any:
 
     te.activate(plan)
     cpu.activate()
+    if torch.cuda.is_available():
+        log_without_waiting()
     import fiddle as fdl
 
     from recipes.training.loss import set_loss

@@ -32,7 +32,10 @@ def _know_format() -> None:
 
 
 def _keep_own_metadata() -> None:
-    """Write what Megatron-Core adds to the metadata (`mcore_data`, torch.py:497) where PyTorch drops it: its optimizer cannot be loaded without."""
+    """Write what Megatron-Core adds to the metadata where PyTorch writes a copy of its own fields (2.11 does).
+
+    That is `mcore_data` (torch.py:497), without which the optimizer cannot be loaded, and `all_local_plans` (state_dict_saver.py:144).
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writer
 
     finish = Writer.finish
@@ -40,7 +43,8 @@ def _keep_own_metadata() -> None:
     @functools.wraps(finish)
     def finish_with_own(self: Any, metadata: Any, results: Any) -> None:
         finish(self, metadata, results)
-        add_lost(Path(self.path) / ".metadata", metadata)
+        if metadata.storage_data is None:  # it was set in the copy
+            add_lost(Path(self.path) / ".metadata", metadata)
 
     Writer.finish = finish_with_own
 

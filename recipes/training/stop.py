@@ -2,7 +2,8 @@
 
 A job's script makes the file before its time limit; a preemption sends a signal.  NeMo's PreemptionCallback (lightning/pytorch/callbacks/
 preemption.py) leaves the process from within the step's callbacks; here training ends as at its last step, so that the
-run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear the signal at different steps.
+run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear the signal at different steps.  On GPUs it is heard by all
+a step after it was said, so that no rank waits for its GPU to hear it (recipes/training/ahead.py).
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from recipes.training.ahead import Number
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _asked = False
+_said: Number | None = None
 
 
 def listen() -> None:
@@ -45,7 +49,17 @@ def asked_on_rank_0(folder: Path) -> bool:
         _ask_if_there(folder / "stop")
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return _asked
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    word = torch.tensor([int(_asked)], device=device)
+    if torch.cuda.is_available():
+        return _said_before(torch.device("cuda", torch.cuda.current_device()))
+    word = torch.tensor([int(_asked)])
     dist.broadcast(word, 0)
     return bool(word.item())
+
+
+def _said_before(device: torch.device) -> bool:
+    """Send rank 0's word on its way to all ranks, and return that of the step before."""
+    global _said
+    word = torch.full((1,), float(_asked), device=device)
+    dist.broadcast(word, 0)
+    before, _said = _said, Number(word)
+    return before is not None and bool(before.read())

@@ -2,8 +2,8 @@
 
 NeMo 25.04 was made for Transformer Engine 2.2.  Newer ones moved two names that Megatron-Core 0.12 imports, and brought
 block scaling, which Megatron-Core learned later.  `activate` mends both before NeMo is imported, lets checkpoints be written under
-newer PyTorch, stands in for the one kernel of APEX that NeMo's container has and other machines lack, takes out what makes the host wait
-or collect garbage for nothing, and does nothing without a GPU.
+newer PyTorch, stands in for the one kernel of APEX that NeMo's container has and other machines lack, takes out what only leaves garbage,
+and does nothing without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from recipes.plan import Plan
-from recipes.training.ahead import log_without_waiting
 from recipes.training.serialization import adapt_writer
 
 PIECE = 2**28  # elements of which FusedAdam copies the moments at once, 2 GiB
@@ -35,7 +34,6 @@ def activate(plan: Plan) -> None:
     _block_scaling()
     _no_walk_over_arguments()
     adapt_writer()
-    log_without_waiting()
     if not plan.settings.count_zero_gradients:
         _no_count_of_zeros()
     if plan.settings.adam_moments != "fp32":
@@ -82,15 +80,15 @@ def accumulate_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: t
 
 
 def _no_walk_over_arguments() -> None:
-    """TE 2.11 pytorch/quantized_tensor.py __torch_function__ walks over the arguments of every call on a quantised tensor, and changes none.
+    """Take out a walk over the arguments of every call on a quantised tensor (TE 2.10 and 2.11, pytorch/quantized_tensor.py, __torch_function__).
 
-    It asks whether the class is an instance, which is never so.  Each walk leaves a cycle of references behind: in a step of the whole
-    Llama 3 8B 30,000 objects, which only a garbage collection takes away, and in that most of its time.
+    It changes none of them, for its check asks whether a class is an instance of itself.  Each walk leaves a cycle of references, which
+    only a garbage collection takes away: 30,000 objects in a step of the whole Llama 3 8B on one GPU.
     """
     try:
         from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
     except ImportError:
-        return  # older ones have the class elsewhere and no walk
+        return  # older ones have the class in tensor/, without the walk
     code = getattr(getattr(QuantizedTensor.__torch_function__, "__func__", None), "__code__", None)
     if code and "tree_map" in code.co_names:
         QuantizedTensor.__torch_function__ = classmethod(_straight)

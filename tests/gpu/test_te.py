@@ -21,7 +21,7 @@ def test_a_quantised_tensor_leaves_no_garbage_and_keeps_its_values(transformer_e
     x = cast(torch.randn(128, 256, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0)))
     assert isinstance(x, kind)
     monkeypatch.setattr(kind, "__torch_function__", kind.__torch_function__)  # to be put back
-    seen = []
+    seen, walk = [], kind.__torch_function__
     for _ in range(2):
         values, doubled = x.dequantize(), x + x
         gc.collect()
@@ -32,7 +32,8 @@ def test_a_quantised_tensor_leaves_no_garbage_and_keeps_its_values(transformer_e
         seen.append((values, doubled, shapes, garbage))
         _no_walk_over_arguments()
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1]) and seen[0][2] == seen[1][2]
-    assert seen[1][3] == 0 <= seen[0][3]
+    assert seen[1][3] == 0
+    assert seen[0][3] > 0 or "tree_map" not in walk.__func__.__code__.co_names
 
 
 def test_a_number_comes_while_the_device_goes_on() -> None:

@@ -1,6 +1,7 @@
-"""The harness cost: the pairing and its arithmetic, what is refused, and that a bare step is the same step as the harness's."""
+"""The harness cost: the blocks and its arithmetic, what is refused, and that a bare step is the same step as the harness's."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from recipes.run_folder import rows_of
-from recipes.training.harness_cost import cost_of, main, rows_of_pairs, steps_of
-from recipes.training.interleaved import HookClock, Times, bare_steps_after, unwatched
+from recipes.training.harness_cost import cost_of, main, rows_of_blocks, steps_of
+from recipes.training.interleaved import HookClock, Times, unwatched
 from recipes.training.te_layers import Watched
 from tests.recipes.test_evaluate import write_corpus
 
-ROUNDS, PAIRS = 2, 4
+ROUNDS, BLOCKS = 1, 2
+ORDER = "hbbbh"  # a block's steps: harness, bare
 SMALL = [
     "gpu=cpu",
     "settings=convergence",
@@ -31,51 +33,46 @@ SMALL = [
 ]
 
 
-def order_of(pairs: int) -> str:
-    """Return the run's steps in order: h(arness), f(irst bare step of a block), b(are)."""
-    after = [bare_steps_after(n, pairs) for n in range(pairs)]
-    return "".join("h" + ("f" + "b" * n if n else "") for n in after) + "h"
+def test_a_block_has_both_kinds_at_the_same_moment() -> None:
+    order = ORDER * BLOCKS + "h"
+    assert len(order) == steps_of(BLOCKS)
+    places = {kind: [n for n, step in enumerate(ORDER) if step == kind] for kind in "hb"}
+    assert sum(places["h"]) / 2 == sum(places["b"]) / 3 == 2
 
 
-@pytest.mark.parametrize("pairs", range(1, 9))
-def test_every_harness_step_has_its_bare_one_beside_it(pairs: int) -> None:
-    order = order_of(pairs)
-    assert len(order) == steps_of(pairs)
-    timed = order[:-1].replace("f", "")  # the last step only ends the run
-    assert [set(timed[n : n + 2]) for n in range(0, 2 * pairs, 2)] == [{"h", "b"}] * pairs
-
-
-def test_pairs_alternate_in_order() -> None:
-    assert order_of(4) == "hfbbhhfbbhh" and order_of(5) == "hfbbhhfbbhhfbh"
-
-
-def test_the_cost_is_that_of_the_pairs_with_the_garbage_of_a_step() -> None:
+def test_the_cost_is_that_of_the_blocks_with_the_garbage_of_a_step() -> None:
     times = Times(
-        harness=[9.0, 9.0, 1.02, 2.04, 1.04], hooks=[5.0, 5.0, 0.003, 0.004, 0.005], bare=[1.0, 1.0, 1.0, 2.0, 1.0], first=[7.0, 1.01, 1.01]
+        harness=[[9.0, 9.0], [1.01, 1.03], [2.04, 2.12]], hooks=[[5.0, 5.0], [0.003, 0.004], [0.005, 0.008]], bare=[[1.0] * 3, [1.0] * 3, [2.0] * 3]
     )
     times.collection, times.collection_again, times.collection_steps, times.collection_interval = 0.14, 0.1, 10, 100
-    cost = cost_of(times, warm_up=2)
-    assert cost["rounds"] == 3 and cost["bare_step_s"] == 1.0
-    assert cost["cost"] == pytest.approx(0.02)  # of 2, 2 and 4 %: a slow pair is slow on both sides
-    assert cost["cost_quartiles"] == pytest.approx([0.02, 0.03])
-    assert cost["cost_interval_95"] == pytest.approx([0.02, 0.04])
-    assert cost["with_garbage"] == pytest.approx(0.025) and not cost["met"]
-    assert (cost["added_ms"], cost["hooks_ms"], cost["garbage_ms_a_step"]) == pytest.approx((40, 4, 5))  # a hundredth of 0.1 s, a tenth of 0.04
+    cost = cost_of(times, warm_up=1)
+    assert cost["rounds"] == 2 and cost["bare_step_s"] == 1.5 and cost["harness_step_s"] == pytest.approx(1.55)
+    assert cost["cost"] == pytest.approx(0.03)  # of 2 and 4 %: a slow block is slow on both sides
+    assert cost["cost_interval_95"] == pytest.approx([0.03 - 12.706 * 0.01, 0.03 + 12.706 * 0.01], rel=1e-4)  # Student, one degree of freedom
+    assert (cost["added_ms"], cost["hooks_ms"], cost["garbage_ms_a_step"]) == pytest.approx((50, 5, 5))  # a hundredth of 0.1 s, a tenth of 0.04
+    assert cost["with_garbage"] == pytest.approx(0.03 + 0.005 / 1.5) and not cost["met"]
+
+
+def test_a_drift_of_all_steps_cancels() -> None:
+    steps = [5.0 - 0.02 * n + 0.01 * (ORDER[n % 5] == "h") for n in range(20)]
+    blocks = [steps[n : n + 5] for n in range(0, 20, 5)]
+    cost = cost_of(Times(harness=[[b[0], b[4]] for b in blocks], hooks=[[0.0, 0.0]] * 4, bare=[b[1:4] for b in blocks]), 0)
+    assert cost["added_ms"] == pytest.approx(10) and cost["cost"] == pytest.approx(0.01 / cost["bare_step_s"], rel=1e-3)
 
 
 def test_garbage_that_only_python_collects_is_in_the_steps_already() -> None:
-    times = Times(harness=[1.004] * 3, hooks=[0.0] * 3, bare=[1.0] * 3, first=[1.0] * 2, collection=0.5)
+    times = Times(harness=[[1.003] * 2, [1.004] * 2, [1.005] * 2], hooks=[[0.0] * 2] * 3, bare=[[1.0] * 3] * 3, collection=0.5)
     assert cost_of(times, 0)["with_garbage"] == cost_of(times, 0)["cost"] == pytest.approx(0.004) and cost_of(times, 0)["met"]
 
 
-def test_one_pair_has_no_spread() -> None:
-    cost = cost_of(Times(harness=[1.01], hooks=[0.0], bare=[1.0], first=[1.0]), 0)
-    assert cost["cost_interval_95"] == pytest.approx([0.01, 0.01])
+def test_one_block_has_no_spread() -> None:
+    cost = cost_of(Times(harness=[[1.01, 1.01]], hooks=[[0.0, 0.0]], bare=[[1.0] * 3]), 0)
+    assert cost["cost"] == pytest.approx(0.01) and all(map(math.isnan, cost["cost_interval_95"]))
 
 
-def test_rows_name_the_first_step_of_their_block() -> None:
-    rows = rows_of_pairs(Times(harness=[1, 2, 3], hooks=[0, 0, 0], bare=[4, 5, 6], first=[7, 8]))
-    assert [(r["pair"], r["harness_s"], r["bare_s"], r["first_s"]) for r in rows] == [(0, 1, 4, 7), (1, 2, 5, 7), (2, 3, 6, 8)]
+def test_a_row_is_a_block() -> None:
+    rows = rows_of_blocks(Times(harness=[[1, 2], [3, 4]], hooks=[[0, 0], [0, 0]], bare=[[5, 6, 7], [8, 9, 10]]))
+    assert [(r["block"], r["harness_s"], r["bare_s"]) for r in rows] == [(0, [1, 2], [5, 6, 7]), (1, [3, 4], [8, 9, 10])]
 
 
 def test_bare_steps_are_not_watched_and_other_hooks_stay() -> None:
@@ -113,7 +110,7 @@ def test_the_clock_times_the_hooks_and_starts_anew_when_read() -> None:
     ("args", "why"),
     [
         (["--rounds", "0"], "give a positive number"),
-        (["--rounds", "91"], "give at most 90"),
+        (["--rounds", "49"], "give at most 48"),
         (["gpu=cpu", "settings=convergence", "model=llama3_tiny"], "use data=text"),
         ([*SMALL, "data=text", "num_gpus=2"], "asks for 2; use mapping=single num_gpus=1"),
         (["precision=nothing"], "has no such option"),
@@ -145,7 +142,8 @@ def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     cost = json.loads(done.stdout)  # nothing else on stdout
     assert cost["rounds"] == ROUNDS and cost["layers"] == 2 and cost["precision"] == "fp8_delayed"
-    assert min(value for row in rows_of(out / "pairs.jsonl") for value in row.values() if isinstance(value, float)) > 0
+    assert [(len(row["harness_s"]), len(row["bare_s"])) for row in rows_of(out / "blocks.jsonl")] == [(2, 3)] * BLOCKS
+    assert min(value for row in rows_of(out / "blocks.jsonl") for value in row["harness_s"] + row["bare_s"] + row["hooks_s"]) > 0
 
     plan = json.loads((out / "plan.json").read_text())
     plan["train"]["stop_after"] = None
@@ -154,6 +152,6 @@ def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "recipes.training.run", str(whole)], capture_output=True, check=True, timeout=300)
     harness, expected = ([row["loss"] for row in rows_of(folder / "metrics.jsonl") if "loss" in row] for folder in (out, whole))
     bare = json.loads((out / "cost.json").read_text())["bare_losses"]
-    taken = {"h": iter(harness), "f": (steps := iter(bare)), "b": steps}
-    assert [next(taken[kind]) for kind in order_of(PAIRS)] == expected[: steps_of(PAIRS)]
-    assert len(harness) == PAIRS + 1 and len(set(expected)) == len(expected)
+    taken = {"h": iter(harness), "b": iter(bare)}
+    assert [next(taken[kind]) for kind in ORDER * BLOCKS + "h"] == expected[: steps_of(BLOCKS)]
+    assert len(harness) == 2 * BLOCKS + 1 and len(set(expected)) == len(expected)

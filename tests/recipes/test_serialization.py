@@ -54,7 +54,7 @@ def test_what_megatron_core_adds_to_the_metadata_is_written(tmp_path: Path) -> N
 
 
 def test_it_is_written_by_a_pytorch_that_copies_its_own_fields_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy by dataclasses.replace, as PyTorch 2.11 makes one."""
+    """A copy by dataclasses.replace, as PyTorch 2.11 makes one, and this one does not."""
     finish = filesystem.FileSystemWriter.finish
     monkeypatch.setattr(Writer, "finish", lambda self, metadata, results: finish(self, dataclasses.replace(metadata), results))
     with pytest.raises(AttributeError):
