@@ -46,9 +46,9 @@ class Number:
 
     def __init__(self, value: Tensor | float | None) -> None:
         self.value, self.there = value, None
-        if isinstance(value, Tensor) and value.is_cuda:
-            self.value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
-            self.there = Moment()
+        if isinstance(value, Tensor):  # copied in any case: what it is now counts
+            self.value = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value.detach(), non_blocking=True)
+            self.there = Moment() if value.is_cuda else None
 
     def read(self) -> float:
         """Wait for it and return it."""

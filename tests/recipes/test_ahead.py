@@ -28,6 +28,13 @@ def test_a_number_is_read_and_none_is_no_number() -> None:
     assert Number(torch.tensor([2.5])).read() == 2.5 and Number(3).read() == 3 and math.isnan(Number(None).read())
 
 
+def test_a_number_is_what_it_was_when_it_was_sent() -> None:
+    x = torch.tensor([1.0])
+    number = Number(x)
+    x.zero_()
+    assert number.read() == 1.0
+
+
 def test_moments_are_that_far_apart() -> None:
     first = Moment()
     time.sleep(0.02)

@@ -128,11 +128,12 @@ def wrap(target: str, made: Callable[[Callable[..., Any]], Callable[..., Any]]) 
 
 def _run_ahead() -> None:
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        def __init__(self: Any, *args: Any) -> None:
-            function(self, *args)
+        @functools.wraps(function)  # NeMo-Run looks at the signature
+        def ahead(self: Any, *args: Any, **kwargs: Any) -> None:
+            function(self, *args, **kwargs)
             self.ahead = True
 
-        return __init__
+        return ahead
 
     wrap("recipes.training.callback:RunFolderCallback.__init__", made)
 
