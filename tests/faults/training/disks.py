@@ -37,7 +37,7 @@ def full_disk(count: int, folder: Path) -> Outcome:
         draw, precision = random.Random(n), PRECISIONS[(n + 2) % len(PRECISIONS)]
         with small_disk(folder / f"disk{n}", 400) as disk:
             run = prepared(disk / f"run{n}", precision)
-            ranks, step = Ranks(run), draw.randint(1, STEPS - 3)
+            ranks, step = Ranks(run), draw.randint(1, STEPS // 2)  # later, and the run may end before the disk is full
             ranks.until(lambda run=run, step=step: step_of(run) >= step)
             _fill(disk / "ballast", 0 if n % 2 else draw.randrange(12_000_000))
             codes = ranks.wait()
