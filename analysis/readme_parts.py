@@ -209,7 +209,7 @@ def _cost(cost: dict[str, Any]) -> dict[str, str]:
         "callback's hooks, on the host, ms": f"{cost['hooks_ms']:.1f}",
         "cost": f"{cost['cost']:.2%} ({low:.2%} to {high:.2%})",
         "with garbage collection": f"{cost['with_garbage']:.2%}",
-        f"goal {cost['goal']:.1%}": "met" if cost["met"] else "missed",
+        f"goal {cost['goal']:.1%}": cost["verdict"],
     }
 
 

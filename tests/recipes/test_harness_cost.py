@@ -50,7 +50,7 @@ def test_the_cost_is_that_of_the_blocks_with_the_garbage_of_a_step() -> None:
     assert cost["cost"] == pytest.approx(0.03)  # of 2 and 4 %: a slow block is slow on both sides
     assert cost["cost_interval_95"] == pytest.approx([0.03 - 12.706 * 0.01, 0.03 + 12.706 * 0.01], rel=1e-4)  # Student, one degree of freedom
     assert (cost["added_ms"], cost["hooks_ms"], cost["garbage_ms_a_step"]) == pytest.approx((50, 5, 5))  # a hundredth of 0.1 s, a tenth of 0.04
-    assert cost["with_garbage"] == pytest.approx(0.03 + 0.005 / 1.5) and not cost["met"]
+    assert cost["with_garbage"] == pytest.approx(0.03 + 0.005 / 1.5)
 
 
 def test_a_drift_of_all_steps_cancels() -> None:
@@ -62,7 +62,24 @@ def test_a_drift_of_all_steps_cancels() -> None:
 
 def test_garbage_that_only_python_collects_is_in_the_steps_already() -> None:
     times = Times(harness=[[1.003] * 2, [1.004] * 2, [1.005] * 2], hooks=[[0.0] * 2] * 3, bare=[[1.0] * 3] * 3, collection=0.5)
-    assert cost_of(times, 0)["with_garbage"] == cost_of(times, 0)["cost"] == pytest.approx(0.004) and cost_of(times, 0)["met"]
+    assert cost_of(times, 0)["with_garbage"] == cost_of(times, 0)["cost"] == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize(
+    ("added", "verdict"),
+    [([0.001, 0.0012, 0.0008], "met"), ([0.01, 0.0102, 0.0098], "missed"), ([0.001, 0.009, 0.002], "undecided"), ([0.001], "undecided")],
+)
+def test_the_verdict_is_the_intervals(added: list[float], verdict: str) -> None:
+    times = Times(harness=[[1 + more] * 2 for more in added], hooks=[[0.0] * 2] * len(added), bare=[[1.0] * 3] * len(added))
+    assert cost_of(times, 0)["verdict"] == verdict
+
+
+def test_garbage_counts_in_the_verdict() -> None:
+    times = Times(harness=[[1.004] * 2, [1.0041] * 2, [1.0039] * 2], hooks=[[0.0] * 2] * 3, bare=[[1.0] * 3] * 3)
+    assert cost_of(times, 0)["verdict"] == "met"
+    times.collection = times.collection_again = 0.2
+    times.collection_steps, times.collection_interval = 5, 100
+    assert cost_of(times, 0)["verdict"] == "missed"
 
 
 def test_one_block_has_no_spread() -> None:
