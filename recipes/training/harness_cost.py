@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
 GOAL = 0.005  # of a bare step
 BARE = 3  # bare steps of a block
 WARM_UP = 1  # blocks
+LEAST_ROUNDS = 2
 MOST_ROUNDS = 48  # with more, NeMo collects garbage amid them
 DEFAULTS = (
     "model=llama3_8b",
@@ -114,15 +114,14 @@ def measure(plan: Plan, blocks: int, folder: Path, trace: Path | None = None) ->
 def cost_of(times: Times, warm_up: int = WARM_UP) -> dict[str, Any]:
     """Return the cost from the blocks after the first `warm_up`: fractions of a bare step, and means in seconds or milliseconds.
 
-    `cost` is the mean over the blocks, with its 95 % interval (Student's; NaN for one block); `with_garbage` adds the share of NeMo's garbage
+    `cost` is the mean over the blocks, with its 95 % interval (Student's); `with_garbage` adds the share of NeMo's garbage
     collections.  `hooks_ms` is the host's time in the run folder's hooks on the steps.  `verdict` on the goal: "met" or "missed" where the
     interval, with garbage, lies on one side of it; else "undecided".
     """
     harness, hooks, bare = (np.array(values[warm_up:]).mean(axis=1) for values in (times.harness, times.hooks, times.bare))
     cost = harness / bare - 1
-    interval = ttest_1samp(cost, 0).confidence_interval() if len(cost) > 1 else (math.nan, math.nan)
     garbage, bare_s = garbage_of_a_step(times), float(bare.mean())
-    low, high = (float(end) for end in interval)
+    low, high = (float(end) for end in ttest_1samp(cost, 0).confidence_interval())
     return {
         "rounds": len(cost),
         "bare_step_s": bare_s,
@@ -231,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="new or empty folder for cost.json, the times of every block, the plan and the manifest")
     args = parser.parse_intermixed_args(argv)
     try:
-        if args.rounds < 1:
-            raise InputError(f"--rounds {args.rounds}: blocks are counted from 1; give a positive number")
+        if args.rounds < LEAST_ROUNDS:
+            raise InputError(f"--rounds {args.rounds}: the interval comes from how blocks differ; give {LEAST_ROUNDS} or more")
         if args.rounds > MOST_ROUNDS:
             raise InputError(f"--rounds {args.rounds}: NeMo collects garbage at step 100, amid the blocks; give at most {MOST_ROUNDS}")
         cost = run(args.overrides, args.rounds, args.out, args.profile)

@@ -138,8 +138,8 @@ class HookClock:
 class Interleaved(Callback):  # type: ignore[misc]
     """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it.
 
-    A block is one harness step, some bare ones, one harness step: in the middle both kinds have the same moment of the run, so that steps
-    that become shorter or longer over it do so alike.  Nothing is read from the device before the last block: that would make steps wait.
+    A block is one harness step, some bare ones, one harness step: both kinds lie around the same moment of the run, so that a drift of all
+    steps cancels.  Nothing is read from the device before the end of the last block: that would make steps wait.
     """
 
     def __init__(self, plan: Plan, blocks: int, bare_steps: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
