@@ -15,6 +15,7 @@ from recipes.fit import is_tight
 from recipes.memory import Memory, estimate, usable_gb
 from recipes.plan import Plan
 from recipes.run_folder import differences, flatten, folder_of
+from recipes.schedule import described as schedule
 from recipes.sizes import parameters
 
 DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
@@ -32,6 +33,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "global_batch": plan.mapping.global_batch,
         "tokens_per_step": plan.tokens_per_step,
         "mapping": described(plan),
+        "schedule": schedule(plan),
         "memory_gb_per_gpu": memory and _memory_facts(plan, memory),
         "differs_from_convergence": settings_differences(plan),
     }
@@ -65,6 +67,7 @@ def table(plan: Plan) -> str:
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
         "tokens a step": f"{facts['tokens_per_step']:,}",
+        "schedule": _schedule(facts["schedule"]),
         "data": _data(plan),
         **({"memory": _memory(memory)} if memory else {}),
         "settings": f"{plan.settings.name}{_differing(facts['differs_from_convergence'])}",
@@ -74,6 +77,16 @@ def table(plan: Plan) -> str:
     text = io.StringIO()
     Console(file=text, width=140, highlight=False, markup=False).print(grid)
     return text.getvalue().rstrip()
+
+
+def _schedule(facts: dict[str, Any]) -> str:
+    """Return steps, rates and warm-up, and where they are not those that the model was published with."""
+    text = f"{facts['max_steps']:,} steps, {facts['tokens']:,} tokens; learning rate {facts['max_lr']:g} to {facts['min_lr']:g}"
+    text += f", warm-up {facts['warmup_steps']:,} steps"
+    if facts["published"] is None:
+        return f"{text}; the model's file has no published schedule"
+    differs = facts["differs_from_published"]
+    return f"{text}; {'; '.join(differs) or 'as published'} ({facts['published']['source']})"
 
 
 def _data(plan: Plan) -> str:

@@ -12,6 +12,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from recipes.schedule import fill_batch, fill_rates
+
 Tree = dict[str, Any]
 RECOMMENDED = Path(__file__).resolve().parent / "reference" / "recommended_mappings.csv"
 FOR_BF16 = "recommended_for_bf16"
@@ -24,8 +26,11 @@ def fill(tree: Tree) -> Tree:
     """Return the composed tree with every null filled that has a known value."""
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     try:
+        fill_rates(filled)
+        asked_batch = filled["mapping"]["global_batch"]
         for step in (_mapping, _executor, _settings, _precision):
             step(filled)
+        fill_batch(filled, asked_batch)
     except (KeyError, TypeError, AttributeError):
         return tree  # a part is missing or no mapping: the plan's types say which
     return filled

@@ -33,11 +33,25 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Convergence(Frozen):
+    """How a model was trained, as published: linear warm-up, then cosine decay.
+
+    `batch_tokens`: tokens in a global batch; None where nothing is published.  `source`: where the values are from.
+    """
+
+    max_lr: Rate
+    min_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    warmup_steps: NonNegative
+    batch_tokens: Positive | None = None
+    source: Text
+
+
 class Model(Frozen):
     """A decoder-only transformer; sizes in elements, `nemo_recipe` names the module under nemo.collections.llm.
 
     `embedding_and_loss_count_as_layers`: whether pipeline stages are cut as if the embedding and the loss were a layer each
     (NeMo's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
+    `convergence`: the published schedule, for what `train` and the global batch leave null; None: recipes/schedule.py's.
     """
 
     name: Name
@@ -52,6 +66,7 @@ class Model(Frozen):
     activation: Literal["swiglu", "squared_relu"]
     tied_embeddings: bool
     embedding_and_loss_count_as_layers: bool = False
+    convergence: Convergence | None = None
 
 
 class Fp8(Frozen):
@@ -261,6 +276,7 @@ class Settings(Frozen):
     `adam_moments`: their type; BF16 needs the precision-aware optimizer.  `count_zero_gradients`: whether Megatron-Core 0.12
     may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
     `gradient_accumulation_fusion`: whether weight gradients are added to the gradient buffer inside their GEMM.
+    `batch`: which global batch a plan takes that names none: the one that the model was trained with, or the layout's.
     """
 
     name: Name
@@ -274,6 +290,7 @@ class Settings(Frozen):
     adam_moments: Literal["fp32", "bf16"] = "fp32"
     count_zero_gradients: bool = True
     gradient_accumulation_fusion: bool = True
+    batch: Literal["model", "layout"] = "layout"
 
 
 class Bar(Frozen):

@@ -64,7 +64,10 @@ def schedule_is_possible(plan: Plan) -> str | None:
     """The warm-up ends before the run does, and the rate decays downwards."""
     t = plan.train
     if t.warmup_steps >= t.max_steps:
-        return f"train.warmup_steps={t.warmup_steps} must be less than train.max_steps={t.max_steps}; lower it"
+        return (
+            f"train.warmup_steps={t.warmup_steps} must be less than train.max_steps={t.max_steps}; "
+            "lower it, or set it to null (the model's own, at most a tenth of the steps)"
+        )
     if t.min_lr > t.max_lr:
         return f"train.min_lr={t.min_lr} is above train.max_lr={t.max_lr}; lower it"
     return None

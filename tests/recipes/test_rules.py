@@ -45,7 +45,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "batch_divides": [
         ([*H100_70B, "mapping.global_batch=127"], "mapping.global_batch=128"),
-        ([*H100_8B, "num_gpus=1024"], "=512"),
+        ([*H100_8B, "num_gpus=1024", "mapping.global_batch=128"], "=512"),
     ],
     "sequence_divides": [([*H100_8B, "seq_length=1022"], "mapping.cp"), ([*H100_70B, "seq_length=8200"], "mapping.tp")],
     "fp8_shapes_divide": [
@@ -77,7 +77,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "settings.overlap_param_gather_with_optimizer_step=true"], "vp > 1"),
         ([*H100_70B, "settings.overlap_param_gather_with_optimizer_step=true"], "settings.checkpoints=false"),
     ],
-    "schedule_is_possible": [(["train.warmup_steps=100"], "lower it"), (["train.min_lr=1.0"], "lower it")],
+    "schedule_is_possible": [(["train.warmup_steps=100"], "set it to null"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
@@ -142,7 +142,7 @@ def test_every_recommended_mapping_passes(row: dict[str, str]) -> None:
 def test_other_numbers_of_gpus_scale_data_parallelism_and_are_checked() -> None:
     assert [compose_plan([*H100_70B, f"num_gpus={n}"]).data_parallel for n in (32, 64, 128)] == [1, 2, 4]
     with pytest.raises(InputError, match="global_batch"):
-        compose_plan([*H100_70B, "num_gpus=1536"])
+        compose_plan([*H100_70B, "num_gpus=1536", "experiment=throughput"])
 
 
 def test_iso_mapping_is_that_of_bf16_in_every_precision() -> None:
@@ -153,7 +153,7 @@ def test_iso_mapping_is_that_of_bf16_in_every_precision() -> None:
 
 
 def test_what_the_user_gives_is_kept_and_the_rest_filled() -> None:
-    plan = compose_plan([*H100_70B, "mapping.tp=8", "mapping.cp=1"])
+    plan = compose_plan([*H100_70B, "mapping.tp=8", "mapping.cp=1", "settings.batch=layout"])
     assert (plan.mapping.tp, plan.mapping.cp, plan.mapping.pp, plan.mapping.vp, plan.num_gpus) == (8, 1, 4, 5, 64)
     assert plan.mapping.source.endswith("h100.csv@v2.3.0; changed: tp, cp")
 
