@@ -10,23 +10,26 @@ What is kept is read from source: Megatron-Core 0.12.3 ("MCore"), Transformer En
 stage of the pipeline is counted and the one that needs most is returned.
 
 Left out: fragmentation beyond the margin; CUDA graphs' private pools; weight gradients of the output layer that are
-deferred into the pipeline's bubble (NeMo's defer_embedding_wgrad_compute); pipeline send and receive buffers; double
-buffers of context parallelism; what offloading has in transit; amax histories and scales of whole tensors; evaluation and
-checkpoint copies; the CPU.  Emulated FP8 on a GPU is counted from this project's source and was not measured.
+deferred into the pipeline's bubble (NeMo's defer_embedding_wgrad_compute); pipeline send and
+receive buffers; what offloading has in transit; amax histories and scales of whole tensors;
+evaluation and checkpoint copies; the CPU.
 
-`reference/peak_memory.csv` holds runs against which `recipes.validation` holds the estimate.  No constant is fitted to one
-row.  Three were read from our own runs and not from source: what lies outside PyTorch's allocator, for which the runs are no
-independent test; the second FP32 copy of the logits under the native loss, which others measured too; and that zeros are
-counted in every optimizer step.  MXFP8 and several nodes were not measured.
+`python -m recipes.validation` compares the estimate with measured peaks:
+`reference/peak_memory.csv` and run folders.  No constant is fitted to one row.  Four were read from
+our own runs and not from source: what lies outside PyTorch's allocator, for which the runs are no
+independent test; the second FP32 copy of the logits under the native loss, which others measured
+too; that zeros are counted in every optimizer step; and the copies of diagnosed emulated FP8.
+MXFP8 in hardware, context parallelism, FSDP, offloading and several nodes were not measured.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from recipes.plan import Fp8, Plan
-from recipes.sizes import layer_parameters
+from recipes.sizes import layer_parameters, linear_layers
 
 BF16, FP32 = 2, 4  # bytes an element
 MX_SCALES = 1 / 32  # bytes an element: one E8M0 byte for 32 elements (OCP MX v1.0)
@@ -46,14 +49,22 @@ LOGITS = {"te": BF16, "native": BF16 + 2 * FP32}
 COUNT_NONZERO = 8 + 1  # bytes an element of torch.count_nonzero on a GPU: a mask and the 64-bit integers that are summed
 OUTSIDE_PYTORCH = 2.6e9  # CUDA context (0.55e9), loaded kernels, NCCL of one kind of parallelism: measured on 2 H100s
 NCCL_GROUP = 0.4e9  # each further kind of parallelism: measured 0.15e9 to 0.77e9 for pipeline parallelism
-CUBLAS = 2 * 32 * 2**20  # PyTorch's and TE's workspaces, 32 MiB each from Hopper on (TE pytorch/module/base.py)
-DIAGNOSED_COPIES = 8  # FP32 copies of the widest operand where emulated FP8 is diagnosed (recipes/training/fp8/scaling.py, recipe.py)
+# Workspaces of 32 MiB each from Hopper on: TE's (pytorch/module/base.py) and PyTorch's two, one for
+# each thread that multiplies, the main one and autograd's (ATen/cuda/CublasHandlePool.cpp keeps a
+# handle a thread and a workspace a handle).
+CUBLAS = 3 * 32 * 2**20
+# FP32 copies of the widest operand where emulated FP8 is diagnosed
+# (recipes/training/fp8/scaling.py, recipe.py): 8 by reading, 9.5 measured beside all other terms
+# (analysis/results/fig2_h200, MXFP8).
+DIAGNOSED_COPIES = 10
 USERBUFFERS = 10  # [tokens, hidden] buffers of tensor-parallel overlap, one a GEMM (TE pytorch/module/base.py, initialize_ub)
 
 GIB_PER_GB = 2**30 / 1e9  # a data sheet's GB are GiB: nvidia-smi reads 81559 MiB for "80 GB", 143771 for 141, 183359 for 180, 189471 for 186
 DRIVER_SHARE = 0.01  # of the device: of an H100's 80 GiB PyTorch sees 79.18
 MARGIN = 0.02  # of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
-VOCABULARY_MULTIPLE = 128  # the vocabulary is padded to this times tp (NeMo's make_vocab_size_divisible_by)
+CACHED_DUMMIES = (2, 3)  # the first TE that keeps them (pytorch/module/base.py, get_dummy_wgrad)
+BSHD_UNTIL = (0, 14)  # the first MCore whose TEDotProductAttention takes [s, b] as it is
+OFFLOADED_SWIGLU = (0, 13)  # the first MCore that offloads SwiGLU's input (03f7793)
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,16 @@ def _matrices(plan: Plan) -> float:
 
 
 def _vocabulary(plan: Plan) -> int:
-    """Return the padded vocabulary of one tensor-parallel rank."""
-    unit = VOCABULARY_MULTIPLE * plan.mapping.tp
-    return -(-plan.model.vocab_size // unit) * VOCABULARY_MULTIPLE
+    """Return the vocabulary of one tensor-parallel rank.
+
+    It is not padded: recipes/training/recipe.py presets it (NeMo v2.3.2 llm/gpt/model/base.py:340).
+    """
+    return -(-plan.model.vocab_size // plan.mapping.tp)
+
+
+def _version(plan: Plan, package: str) -> tuple[int, ...]:
+    """Return major and minor version of a package of the plan's stack; () where it names none."""
+    return tuple(int(part) for part in re.findall(r"\d+", plan.stack.versions.get(package, ""))[:2])
 
 
 def _weights(plan: Plan, stage: int) -> Weights:
@@ -169,7 +187,7 @@ def _state(plan: Plan, weights: Weights) -> dict[str, float]:
     return {
         "weights": BF16 * (everything - primary) / shared,
         "fp8_weights": copies / (shared if primary else 1),  # TE caches the copies of BF16 weights whole, also under FSDP
-        "gradients": _gradient(plan) * everything / shared,
+        "gradients": _gradient(plan) * everything / shared + _dummies(plan),
         "optimizer": adam / shards,
     }
 
@@ -177,6 +195,25 @@ def _state(plan: Plan, weights: Weights) -> dict[str, float]:
 def _gradient(plan: Plan) -> int:
     """Return bytes a gradient (MCore distributed_data_parallel.py: FP32, or the BF16 of the parameter)."""
     return FP32 if plan.settings.grad_reduce_in_fp32 else BF16
+
+
+def _fused_accumulation(plan: Plan) -> bool:
+    """Whether weight gradients are added to their buffer inside the GEMM (MCore's FSDP cannot)."""
+    asked = plan.settings.gradient_accumulation_fusion
+    return asked and not plan.mapping.fsdp and not plan.emulated
+
+
+def _dummies(plan: Plan) -> float:
+    """Return bytes of what TE hands autograd for weight gradients that it added to the buffer.
+
+    One BF16 matrix for each shape of a linear map, shared by all layers and kept for the whole run
+    (TE 2.3 and later, pytorch/module/base.py get_dummy_wgrad; before, a linear map makes one in its
+    backward pass).
+    """
+    if not _fused_accumulation(plan) or _version(plan, "transformer_engine") < CACHED_DUMMIES:
+        return 0.0
+    shapes = {(shape.n, shape.k) for shape in linear_layers(plan.model, 1, plan.mapping.tp)}
+    return float(BF16 * sum(n * k for n, k in shapes))
 
 
 def _gathered(plan: Plan, weights: Weights) -> float:
@@ -208,9 +245,20 @@ def layer_bytes_per_token(plan: Plan, in_fp8: bool) -> float:
     kept = _fp8_input(fp8) if fp8 and in_fp8 and not plan.emulated else BF16
     norms = 2 * h * (BF16 + kept)
     attention = BF16 * head * (2 * heads + 2 * model.num_query_groups) + FP32 * heads
-    projection = heads * head * kept if in_fp8 else 0
+    projection = heads * head * kept if in_fp8 or _transposed(plan) else 0
     mlp = BF16 * _fc1_width(plan) + f * kept
     return (norms + attention + projection + mlp) / plan.mapping.tp
+
+
+def _transposed(plan: Plan) -> bool:
+    """Whether the projection's BF16 input is a copy of attention's output.
+
+    MCore before 0.14 turns [s, b] into [b, s] for attention and its output back, by strides
+    (extensions/transformer_engine.py:773 and :823 in 0.12.3, with fused rotary embedding); with
+    several sequences a micro-batch the projection then needs a contiguous copy.
+    """
+    several = plan.mapping.micro_batch > 1 and not plan.on_cpu
+    return several and _version(plan, "megatron_core") < BSHD_UNTIL
 
 
 def _fp8_input(fp8: Fp8) -> float:
@@ -236,11 +284,12 @@ def _chunk_activations(plan: Plan, chunk: list[bool]) -> float:
 
 
 def _kept(plan: Plan, in_fp8: bool, offloaded: bool) -> float:
-    """Return bytes a token of a layer on the GPU; TE's modules offload what they keep, MCore's SwiGLU from 0.13 on (03f7793)."""
+    """Return bytes a token of a layer on the GPU: TE offloads what it keeps, MCore's SwiGLU too."""
     if not offloaded:
         return layer_bytes_per_token(plan, in_fp8)
-    version = tuple(int(part) for part in plan.stack.versions["megatron_core"].split(".")[:2])
-    return 0 if version >= (0, 13) else BF16 * _fc1_width(plan) / plan.mapping.tp
+    if _version(plan, "megatron_core") >= OFFLOADED_SWIGLU:
+        return 0.0
+    return BF16 * _fc1_width(plan) / plan.mapping.tp
 
 
 def in_flight(plan: Plan, stage: int) -> list[int]:
@@ -265,26 +314,66 @@ def _activations(plan: Plan, stage: int) -> float:
 
 
 def _logits(plan: Plan, stage: int) -> float:
-    """Return bytes of the loss on the last stage: logits, inputs of final norm and output layer, with FSDP the latter's gradient."""
+    """Return bytes of the loss on the last stage: inputs of its layers and the larger of two
+    moments.
+
+    Inputs are those of the final norm and the output layer.  The moments: the loss itself (LOGITS);
+    and the output layer's backward pass, with the BF16 gradient of the logits, that of its input,
+    and a BF16 matrix of its weight's size: the weight's gradient, or what MCore hands autograd
+    where the GEMM added it to the buffer (tensor_parallel/layers.py:524, 0.12.3).
+    """
     if stage < plan.mapping.pp - 1:
         return 0.0
-    h = plan.model.hidden_size
-    inputs = _tokens(plan) * BF16 * (2 * h / plan.mapping.tp + (2 * h if plan.mapping.tp > 1 else 0))
-    gradient = _vocabulary(plan) * h * BF16 if plan.mapping.fsdp else 0  # not fused into the gradient buffer
-    return _tokens(plan) * _vocabulary(plan) * LOGITS[plan.settings.cross_entropy_fusion] + inputs + gradient
+    h, tokens, vocabulary = plan.model.hidden_size, _tokens(plan), _vocabulary(plan)
+    inputs = tokens * BF16 * (2 * h / plan.mapping.tp + (2 * h if plan.mapping.tp > 1 else 0))
+    backward = BF16 * (tokens * vocabulary + tokens * h + vocabulary * h)
+    return max(tokens * vocabulary * LOGITS[plan.settings.cross_entropy_fusion], backward) + inputs
 
 
 def _layer_backward(plan: Plan, stage: int) -> float:
-    """Return bytes that a layer's backward pass adds: gradients inside its MLP and of its input and output, gathered over tp.
+    """Return bytes that a layer's work adds to what is kept for it, at the largest of three
+    moments.
 
-    A recomputed layer is whole once more, if its stage keeps no whole layer; with FSDP two layers' gradients wait for
-    their reduction.
+    At the activation function: gradients of its output and input, and one more of the layer's
+    output, when the input of the second linear map is gone already.  A squared ReLU is two
+    functions of PyTorch, whose power keeps two temporaries (MCore fuses SwiGLU alone). At the first
+    linear map: input and its gradient, whole over tp, and FP8 copies of the gradient by rows and
+    columns, when what the function kept is gone.  A recomputed layer is whole once more, if its
+    stage keeps no whole layer; with FSDP two layers' gradients wait for their reduction.  The third
+    moment is the end of attention's forward pass under context parallelism, before the MLP's.
     """
+    model, m, fp8 = plan.model, plan.mapping, plan.precision.fp8
     chunks = layers_by_chunk(plan, stage)
-    hidden = (_fc1_width(plan) + plan.model.ffn_hidden_size) / plan.mapping.tp
-    again = layer_bytes_per_token(plan, any(map(any, chunks))) if plan.mapping.recompute_layers >= max(map(len, chunks)) else 0
-    reduction = 2 * _matrices(plan) * _gradient(plan) if plan.mapping.fsdp else 0
-    return _tokens(plan) * (BF16 * (hidden + 2 * plan.model.hidden_size) + again) + reduction
+    in_fp8 = any(map(any, chunks))
+    kept = _fp8_input(fp8) if fp8 and in_fp8 and not plan.emulated else BF16
+    f, h, width = model.ffn_hidden_size, model.hidden_size, _fc1_width(plan)
+    function = BF16 * (f + width if model.activation == "swiglu" else 4 * f)
+    copies = 2 * kept * width if in_fp8 else 0
+    gathered = kept * h if m.tp > 1 else 0
+    freed = kept * f / m.tp
+    moments = (
+        (function + BF16 * h) / m.tp - freed,
+        gathered + BF16 * h + (copies + BF16 * h) / m.tp - freed,
+        (_ring(plan) - BF16 * width) / m.tp - freed,
+    )
+    all_layers = m.recompute_layers >= max(map(len, chunks))
+    again = layer_bytes_per_token(plan, in_fp8) if all_layers else 0
+    reduction = 2 * _matrices(plan) * _gradient(plan) if m.fsdp else 0
+    return _tokens(plan) * (max(moments) + again) + reduction
+
+
+def _ring(plan: Plan) -> float:
+    """Return bytes a token that context-parallel attention holds until its forward pass ends.
+
+    Keys and values of every rank, an output for each of them, and their sum (TE 2.2
+    pytorch/attention.py, AttnFuncWithCPAndKVP2P: p2p_comm_buffers and out_per_step are lists of cp
+    tensors).
+    """
+    model, cp = plan.model, plan.mapping.cp
+    if cp == 1:
+        return 0.0
+    head = model.hidden_size // model.num_attention_heads
+    return BF16 * head * (cp * 2 * model.num_query_groups + (cp + 1) * model.num_attention_heads)
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage

@@ -2,17 +2,17 @@
 
 import csv
 import itertools
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from recipes import memory
 from recipes.compose import compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill, recommended
-from recipes.fit import does_not_fit, fits
+from recipes.fit import ESTIMATE_ERROR, does_not_fit, fits
 from recipes.memory import estimate
 from recipes.plan import Plan
 from recipes.validation import PEAKS, summary, validation
@@ -41,8 +41,8 @@ def terms(*overrides: str) -> dict[str, float]:
 
 
 def test_a_small_model_counted_by_hand() -> None:
-    """2 layers, 256 wide: q and out 256x256 each, k and v 256x128 each, three 256x512; 1024 (padded) x 256 twice."""
-    matrices, norms, tables = 2 * (2 * 65536 + 2 * 32768 + 3 * 131072), 2 * 2 * 256 + 256, 2 * 1024 * 256
+    """2 layers, 256 wide: q and out 256x256 each, k and v 256x128 each, three 256x512; 1000 x 256 twice."""
+    matrices, norms, tables = 2 * (2 * 65536 + 2 * 32768 + 3 * 131072), 2 * 2 * 256 + 256, 2 * 1000 * 256
     parameters = matrices + norms + tables
     layer = 2 * 256 * 4 + (4 + 2) * 2 * 64 * 2 + 4 * 4 + 2 * 1024 + 512 * 2  # norms; q, o, k, v and statistics; fc1 out; fc2 in
     got = terms(*TINY)
@@ -50,7 +50,7 @@ def test_a_small_model_counted_by_hand() -> None:
     assert got["gradients"] == 4 * parameters  # settings=convergence reduces in FP32
     assert got["optimizer"] == 12 * parameters / 2  # over two data-parallel ranks
     assert got["activations"] == 2 * 1024 * layer
-    assert got["logits"] == 1024 * (1024 * 10 + 2 * 2 * 256)
+    assert got["logits"] == 1024 * (1000 * 10 + 2 * 2 * 256)
     assert got["fp8_weights"] == got["gathered"] == 0
 
 
@@ -61,7 +61,7 @@ def test_fp8_by_hand() -> None:
     matrices = 2 * (2 * 65536 + 2 * 32768 + 3 * 131072)
     assert got["activations"] == 2 * 1024 * layer
     assert got["fp8_weights"] == 2 * matrices
-    assert got["weights"] == 2 * (2 * 2 * 256 + 256 + 2 * 1024 * 256)
+    assert got["weights"] == 2 * (2 * 2 * 256 + 256 + 2 * 1000 * 256)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_fp8_by_hand() -> None:
 def test_bytes_of_a_weight_per_recipe(precision: str, gpu: str, gather: str, bytes_fp8: float, bytes_bf16: float) -> None:
     """Transformer Engine issue 1880, a maintainer: Blackwell FP8 1 byte, MXFP8 2, Hopper FP8 2; beside BF16 unless parameters are FP8."""
     got = terms(*TINY, f"gpu={gpu}", f"precision={precision}", f"precision.fp8.param_gather={gather}")
-    matrices, rest = 2 * (2 * 65536 + 2 * 32768 + 3 * 131072), 2 * 2 * 256 + 256 + 2 * 1024 * 256
+    matrices, rest = 2 * (2 * 65536 + 2 * 32768 + 3 * 131072), 2 * 2 * 256 + 256 + 2 * 1000 * 256
     assert got["fp8_weights"] == pytest.approx(bytes_fp8 * matrices)
     assert got["weights"] == pytest.approx(bytes_bf16 * matrices + 2 * rest)
 
@@ -143,12 +143,55 @@ def test_what_nvidia_avoided_does_not_fit(overrides: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------ against measured peaks
 
 
-def test_measured_peaks_are_met_within_four_percent() -> None:
-    """Megatron-Core's forward and backward passes on two GPUs, and whole steps of NeMo with Transformer Engine on one."""
-    errors = [abs(float(row["error"])) for row in validation() if str(row["kind"]).startswith("measured")]
-    assert len(errors) == 16
-    assert max(errors) < 0.04
-    assert statistics.median(errors) < 0.01
+RESULTS = Path(__file__).parents[2] / "analysis" / "results"
+MEASURED = ("fig2_h200", "fig3_h200", "llama3_8b_h200", "tuning_h200")
+RUNS = [run for name in MEASURED for run in sorted((RESULTS / name).iterdir())]
+Rows = list[dict[str, str | float]]
+
+
+@pytest.fixture(scope="module")
+def compared() -> Rows:
+    """Return the rows of peak_memory.csv and of every shipped run on a GPU."""
+    return validation(RUNS)
+
+
+def test_whole_steps_are_predicted_within_half_a_percent(compared: Rows) -> None:
+    """NeMo and Transformer Engine on one GPU: six models, five recipes, micro-batches 1, 2 and 32."""
+    found = [row for row in compared if row["kind"] == "measured"]
+    emulated = [row for row in found if row["precision"] == "mxfp8"]
+    assert (len(found), len(emulated)) == (74, 3)
+    assert max(abs(float(row["error"])) for row in found if row not in emulated) <= 0.005
+    assert max(abs(float(row["error"])) for row in emulated) <= 0.02
+
+
+def test_the_margin_covers_the_worst_measured_error(compared: Rows) -> None:
+    """Left out: peaks without CUDA graphs' pools, and those that another stack published."""
+    kinds = ("measured", "measured without step")
+    errors = [abs(float(row["error"])) for row in compared if row["kind"] in kinds]
+    assert len(errors) == 82
+    assert max(errors) <= ESTIMATE_ERROR
+
+
+def test_stand_ins_for_weight_gradients_stay_from_transformer_engine_2_3_on() -> None:
+    """A layer's matrices in BF16; none before, under FSDP, or without the fusion."""
+    base = [*LARGE, "model.num_layers=2", "mapping=single", "num_gpus=1"]
+    later, none = [*base, "stack=nemo_25_07"], "settings.gradient_accumulation_fusion=false"
+    matrices = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
+    assert terms(*later)["gradients"] - terms(*later, none)["gradients"] == 2 * matrices
+    without = terms(*later, none)["gradients"]
+    assert terms(*base)["gradients"] == terms(*base, none)["gradients"] == without
+    fsdp = [*later, "mapping.fsdp=true", "num_gpus=2"]
+    assert terms(*fsdp)["gradients"] == terms(*fsdp, none)["gradients"]
+
+
+def test_several_sequences_a_micro_batch_copy_attention_in_bf16() -> None:
+    """Until Megatron-Core 0.13; a projection in FP8 has a copy of its own anyway."""
+    two = [*TINY, "mapping.micro_batch=2", "mapping.global_batch=4"]
+    for stack in ("stack=nemo_25_04", "stack=nemo_25_07"):
+        more = terms(*two, stack)["activations"] - 2 * terms(*TINY, stack)["activations"]
+        assert more == 2 * 2 * 1024 * 256 * 2  # two layers, two sequences of 1024, 256 wide
+    fp8 = ["precision=fp8_delayed"]
+    assert terms(*two, *fp8)["activations"] == 2 * terms(*TINY, *fp8)["activations"]
 
 
 def test_a_layer_more_costs_what_is_predicted() -> None:
