@@ -17,7 +17,7 @@ from launch.local import Job, run_all
 from launch.script import render
 from launch.submit import submit_all
 from launch.summary import summary, table
-from recipes.axes import with_axes
+from recipes.axes import check_single, with_axes
 from recipes.cli import ArgumentParser
 from recipes.compose import compose_plan, compose_tree, sweep
 from recipes.errors import InputError
@@ -37,6 +37,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def plans(overrides: Sequence[str], multirun: bool) -> list[Plan]:
     """Return the checked plans of a command line; nothing is started unless all of them pass."""
+    if not multirun:
+        check_single(overrides)
     found = [compose_plan(one) for one in (sweep(with_axes(overrides)) if multirun else [list(overrides)])]
     names = [folder_of(plan) for plan in found]
     twice = next((n for n in names if names.count(n) > 1), None)

@@ -1,14 +1,16 @@
 """`python -m launch.matrix`: every cell (model x precision x GPU) of a stack: does it run, why not, what instead.
 
-The answer is that of the plan's rules, the ones that a launch is held to: a cell that is listed as running composes.
+The answer is that of the plan's rules, which a launch obeys too: a cell that is listed as running composes.  Shown are the
+models, precisions and GPUs of NVIDIA's post and the user's own; `model=… precision=… gpu=…` choose others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,18 +18,47 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.cli import ArgumentParser
-from recipes.compose import CONF, compose_plan, compose_tree
+from recipes.compose import CONF, compose_plan, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.sizes import MODELS
 
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
 GPUS = ("h100", "b200", "gb200")
+AXES = ("model", "precision", "gpu")
+PUBLISHED = {"model": MODELS, "precision": PRECISIONS, "gpu": GPUS}  # of NVIDIA's post
+# Shipped beside them: shown where they are named.  What conf/ has besides is the user's own, and is always shown.
+WHERE_NAMED = {"model": ("llama3_tiny", "llama3_130m"), "precision": (), "gpu": ("cpu", "h200", "gb300")}
 
 
 def options(group: str) -> list[str]:
     """Return the options of a group of conf/."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def shown_options(group: str) -> list[str]:
+    """Return the options of an axis that are shown where none is named: those of NVIDIA's post, and the user's own."""
+    known = (*PUBLISHED[group], *WHERE_NAMED[group])
+    return [*PUBLISHED[group], *(name for name in options(group) if name not in known)]
+
+
+def named_options(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the options of axes and stack that overrides name (`model=a,b`), and the overrides that remain for each cell.
+
+    InputError for an option that there is none of, and for an axis that is not chosen by its name.
+    """
+    named, rest = dict[str, list[str]](), list[str]()
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in (*AXES, "stack"):
+            rest.append(override)
+            continue
+        named[key] = list(dict.fromkeys(one[0].partition("=")[2] for one in sweep([override])))
+        for value in named[key]:
+            if value not in options(key):
+                compose_tree([f"{key}={value}"])  # says what is wrong with it
+                raise InputError(f"{override}: name options of conf/{key} here: {', '.join(options(key))}")
+    return named, rest
 
 
 def cell(stack: str, model: str, precision: str, gpu: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,22 +72,19 @@ def cell(stack: str, model: str, precision: str, gpu: str, overrides: Sequence[s
     return {**names, "runs": True, "num_gpus": plan.num_gpus, "why": "", "instead": ""}
 
 
-def matrix(stacks: Iterable[str], overrides: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the cells of each stack."""
+def matrix(stacks: Iterable[str], overrides: Sequence[str] = (), axes: Mapping[str, Sequence[str]] = PUBLISHED) -> Iterator[dict[str, Any]]:
+    """Yield the cells of each stack: the product of the options of each axis."""
     for stack in stacks:
-        for model in MODELS:
-            for precision in PRECISIONS:
-                for gpu in GPUS:
-                    yield cell(stack, model, precision, gpu, overrides)
+        for model, precision, gpu in itertools.product(*(axes[axis] for axis in AXES)):
+            yield cell(stack, model, precision, gpu, overrides)
 
 
 def grid(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the cells of one stack as a grid: the GPUs that a cell is mapped to, or the number of its refusal."""
-    refusals = _refusals(rows)
-    table = Table("model", "precision", *GPUS)
-    for model in MODELS:
-        for precision in PRECISIONS:
-            cells = [next(r for r in rows if (r["model"], r["precision"], r["gpu"]) == (model, precision, gpu)) for gpu in GPUS]
+    refusals, gpus = _refusals(rows), list(dict.fromkeys(row["gpu"] for row in rows))
+    table = Table("model", "precision", *gpus)
+    for model, of_model in itertools.groupby(rows, key=lambda row: row["model"]):
+        for precision, cells in itertools.groupby(of_model, key=lambda row: row["precision"]):
             table.add_row(model, precision, *(str(r["num_gpus"]) if r["runs"] else f"refused [{refusals[_key(r)]}]" for r in cells))
         table.add_section()
     return table
@@ -73,26 +101,35 @@ def _refusals(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(prog="python -m launch.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further overrides for every cell, e.g. experiment=throughput")
+    how = "model=, precision=, gpu= and stack= choose cells (a,b for several); others hold for every cell, e.g. experiment=throughput"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=how)
     every = options("stack")
     parser.add_argument("--stack", action="append", choices=[*every, "all"], help="a stack; may be given again (default: nemo_25_04, or stack=…)")
     parser.add_argument("--json", action="store_true", help="print the cells as JSON")
     args = parser.parse_intermixed_args(argv)
     try:
-        default = str(compose_tree(args.overrides)["stack"]["name"])
+        rows = _rows(args.overrides, every if "all" in (args.stack or []) else args.stack)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    asked = args.stack or [default]
-    rows = list(matrix(every if "all" in asked else dict.fromkeys(asked), args.overrides))
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
     for stack in dict.fromkeys(row["stack"] for row in rows):
         _print([row for row in rows if row["stack"] == stack])
     return 0
+
+
+def _rows(overrides: Sequence[str], stacks: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return the cells of a command line; `stacks` are those of --stack."""
+    named, rest = named_options(overrides)
+    if stacks and "stack" in named:
+        raise InputError(f"--stack and stack={','.join(named['stack'])} both choose stacks; give one of them")
+    default = str(compose_tree(rest)["stack"]["name"])  # an experiment may choose one
+    axes = {axis: named.get(axis) or shown_options(axis) for axis in AXES}
+    return list(matrix(dict.fromkeys(stacks or named.get("stack") or [default]), rest, axes))
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,6 +25,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
+from recipes.origin import check_site, file_of
 from recipes.plan import Plan
 from recipes.rules import check
 from recipes.secret_values import refuse_secrets
@@ -31,6 +33,14 @@ from recipes.secret_values import refuse_secrets
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # What composing raises on values that cannot be used: Hydra checks few of them before it takes them for names of files or for lists.
 UNUSABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, OSError, RecursionError)
+# Mappings whose keys are the user's own.  Hydra adds a key to a composed mapping only where the override begins with + or ++.
+FREE = tuple(
+    f"{group}.{name}"
+    for group, part in Plan.model_fields.items()
+    for name, field in getattr(part.annotation, "model_fields", {}).items()
+    if get_origin(field.annotation) is dict
+)
+FULL_KEY = re.compile(r"full_key: (\S+)")
 COMMAND_KEYS = ("experiment", "dry_run")  # keys of conf/config.yaml that steer a command and are no part of the plan
 
 
@@ -46,10 +56,11 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     """Return the composed tree as plain Python values; raise InputError on an unknown key, group or option."""
+    check_site(overrides, conf)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+            config = compose("config", overrides=[_free(override) for override in overrides])
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key or "a value"
@@ -59,7 +70,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     assert isinstance(tree, dict)
     if "made_with" in tree:
         raise InputError(f"this experiment trains nothing; make its figure with {tree['made_with']}")
-    return {str(key): value for key, value in tree.items()}
+    return {str(key): value for key, value in tree.items() if (key, value) != ("local", {})}  # an empty site file
 
 
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
@@ -71,7 +82,18 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
         raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
     refuse_secrets(tree)
     _sizes_are_numbers(tree)
-    return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
+    filled = fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})
+    return check(plan_from_tree(filled, overrides, conf))
+
+
+def _free(override: str) -> str:
+    """Return an override that may add keys where its key, or one within its value, may be the user's own.
+
+    A key that is not is refused by the plan's types, which know the fields beside it.
+    """
+    key, _, value = override.partition("=")
+    is_free = value.startswith("{") or any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return f"++{override}" if is_free and key[:1] not in "+~" else override
 
 
 def _sizes_are_numbers(tree: dict[str, Any]) -> None:
@@ -83,21 +105,39 @@ def _sizes_are_numbers(tree: dict[str, Any]) -> None:
             raise InputError(f"mapping.{name} is no whole number (given: {one_line(repr(size))[:80]}); see conf/ for what it takes")
 
 
-def plan_from_tree(tree: dict[str, Any]) -> Plan:
-    """Return the typed plan of a plain tree (composed, or read back from a run folder)."""
+def plan_from_tree(tree: dict[str, Any], overrides: Sequence[str] | None = None, conf: Path = CONF) -> Plan:
+    """Return the typed plan of a plain tree; InputError names the file that is wrong where `overrides` composed the tree."""
     try:
         return Plan.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_first_problem(error)) from None
+        key, problem = _problem(error)
+        file = None if overrides is None else file_of(key, overrides, conf)
+        raise InputError(f"{file}: {problem}" if file else problem) from None
 
 
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
+def _problem(error: ValidationError) -> tuple[str, str]:
+    """Return the key of a value that the plan's types refuse, and what is wrong: a key too many before one that lacks."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{where}: no such field in the plan; remove it, or see conf/ for the fields that there are"
-    given = "" if problem["type"] == "missing" else f" (given: {one_line(repr(problem['input']))[:80]})"
-    return f"{where}: {problem['msg']}{given}; see conf/ for what it takes"
+        near = _near(str(problem["loc"][-1]), _siblings(problem["loc"]))
+        return where, f"{where}: no such field in the plan{near}; remove it, or see conf/ for the fields that there are"
+    if problem["type"] == "missing":
+        return where.rpartition(".")[0] or where, f"{where}: {problem['msg']}; see conf/ for what it takes"
+    message, given = problem["msg"].replace("valid tuple", "list"), one_line(repr(problem["input"]))[:80]
+    is_bare = problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float)
+    return where, f"{where}: {message} (given: {given}); {'put it in quotes' if is_bare else 'see conf/ for what it takes'}"
+
+
+def _siblings(where: Sequence[str | int]) -> list[str]:
+    """Return the fields of the part of the plan in which a key stands."""
+    part: Any = Plan
+    for name in where[:-1]:
+        field = getattr(part, "model_fields", {}).get(str(name))
+        options = get_args(field.annotation) if field else ()
+        part = next((a for a in options if hasattr(a, "model_fields")), field and field.annotation)
+    return list(getattr(part, "model_fields", {}))
 
 
 def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
@@ -107,16 +147,24 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
     if swept:
         return f"{swept}: several values make a sweep, and one is wanted here; give one, or python -m launch -m for a run of each"
+    full = FULL_KEY.search(text)
+    if full and (file := file_of(full[1], overrides, conf)):
+        return f"{file}: {full[1]}: {text}; correct it"
     wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
     key, _, value = wrong.partition("=")
     key = key.lstrip("+~")
+    if wrong.startswith("+") and (conf / key).is_dir():
+        return f"{wrong}: {key} is chosen already, and + would add it; write it without the +"
     if key and (conf / key).is_dir():
         options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
         if value in options:
             return _not_there(text, overrides, conf)
         return f"{wrong}: conf/{key} has no such option; choose one of {', '.join(options)}{_near(value, options)}"
+    if key in FREE:
+        return f"{wrong}: it takes names with values; write {key}.NAME=value or {key}={{NAME: value}}"
     if key:
-        return f"{wrong}: no such key in conf/; check its spelling{_near(key, _known_keys(conf))}"
+        inner = full[1] if full and full[1].startswith(f"{key}.") else key
+        return f"{wrong}: no such key in conf/; check its spelling{_near(inner, _known_keys(conf))}"
     return f"cannot compose the plan: {text}"
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import secrets
+import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +82,22 @@ def test_wrong_input_is_one_line_and_code_2(wrong: str, tmp_path: Path, capsys: 
     assert not (tmp_path / "runs").exists()
 
 
+SWEEPS = sorted(p.stem for p in (PROJECT / "conf/experiment").glob("*.yaml") if "sweeper:" in p.read_text() and "made_with" not in p.read_text())
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_an_experiment_that_sweeps_is_no_single_run(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = [f"experiment={experiment}", f"runs_dir={tmp_path}/runs", "dry_run=true"]
+    assert main(here) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: experiment={experiment} sweeps ") and "-m" in error and error.count("\n") == 1
+    one_each = error.strip().partition("as in ")[2].split()  # what the message says is right
+    assert main([*here, *one_each]) == 0
+    (model, *_) = capsys.readouterr().err.partition("model ")[2].split(",")
+    assert len(one_each) == 1 or f"model={model.strip()}" in one_each
+    assert len(one_each) == 1 or main([*here, *one_each[1:]]) == 2
+
+
 def test_two_plans_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "train.max_steps=20,30", f"runs_dir={tmp_path}/runs"]) == 2
     assert "run_name" in capsys.readouterr().err
@@ -103,11 +121,65 @@ def test_the_matrix_answers_for_all_75_cells_of_a_stack(asked: list[str], stack:
     assert all(c["why"] and c["instead"] for c in cells if not c["runs"])
 
 
-def test_the_matrix_shows_the_stacks_that_are_named_or_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("launch.matrix.MODELS", ["llama3_8b"])
-    for asked, stacks in ((["nemo_25_07", "emulated"], ["nemo_25_07", "emulated"]), (["all"], options("stack"))):
-        assert matrix(["--json", *(word for stack in asked for word in ("--stack", stack))]) == 0
-        assert list(dict.fromkeys(c["stack"] for c in json.loads(capsys.readouterr().out))) == stacks
+def cells(capsys: pytest.CaptureFixture[str], *asked: str) -> list[dict[str, Any]]:
+    """Return the rows of the matrix for a command line."""
+    assert matrix(["--json", *asked]) == 0
+    return list(json.loads(capsys.readouterr().out))
+
+
+CHOSEN = ["model=llama3_8b", "precision=bf16", "gpu=h100"]
+
+
+def test_the_matrix_shows_the_stacks_that_are_named_or_all(capsys: pytest.CaptureFixture[str]) -> None:
+    two, every = ["nemo_25_07", "emulated"], options("stack")
+    flags = [word for stack in two for word in ("--stack", stack)]
+    for asked, stacks in ((flags, two), (["stack=nemo_25_07,emulated"], two), (["--stack", "all"], every)):
+        assert [c["stack"] for c in cells(capsys, *CHOSEN, *asked)] == stacks
+
+
+AXES_OF_ROWS = [
+    (["precision=bf16,mxfp8", "model=nemotron4_15b"], {("nemotron4_15b", p, g) for p in ("bf16", "mxfp8") for g in ("h100", "b200", "gb200")}),
+    (["gpu=h200", "model=llama3_tiny,llama3_8b", "precision=bf16"], {(m, "bf16", "h200") for m in ("llama3_tiny", "llama3_8b")}),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), AXES_OF_ROWS)
+def test_overrides_of_an_axis_choose_the_rows_of_the_matrix(
+    asked: list[str], expected: set[tuple[str, str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [(c["model"], c["precision"], c["gpu"]) for c in cells(capsys, *asked)]
+    assert set(found) == expected and len(found) == len(expected)
+
+
+def test_a_row_tells_its_own_models_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {c["model"]: c["num_gpus"] for c in cells(capsys, "model=llama3_70b,llama31_405b", *CHOSEN[1:], "experiment=throughput")}
+    assert sizes == {"llama3_70b": 64, "llama31_405b": 1024}
+
+
+def test_files_of_the_users_own_appear_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(PROJECT / "conf", conf)
+    for group, name in (("model", "llama3_8b"), ("precision", "bf16"), ("gpu", "b200")):
+        text = (conf / group / f"{name}.yaml").read_text()
+        (conf / group / "mine.yaml").write_text(text.replace(f"name: {name}", "name: mine"))
+    monkeypatch.setattr("launch.matrix.CONF", conf)
+    monkeypatch.setattr("launch.matrix.compose_plan", lambda overrides: compose_plan(overrides, conf))
+    for own in range(3):
+        asked = [*CHOSEN[:own], *CHOSEN[own + 1 :]]
+        found = cells(capsys, *asked)
+        axis = ("model", "precision", "gpu")[own]
+        assert [c["runs"] for c in found if c[axis] == "mine"] == [axis != "model"]  # 8 B parameters on one GPU
+        assert len(found) > 3
+
+
+WRONG_CHOICES = ["model=llama9", "gpu=h100,h101", "precision=", "+model=llama3_8b", "model={a: b}", "model=[llama3_8b]", "seed=1,2"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_CHOICES)
+def test_what_chooses_no_cells_is_one_line(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix(["--json", wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and wrong.split("=")[0] in error and error.count("\n") == 1
 
 
 # The job folder

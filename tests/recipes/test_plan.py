@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,114 @@ def test_a_sites_own_file_sets_what_differs_there(tmp_path: Path) -> None:
     (conf / "local/site.yaml").write_text("# @package cluster\naccount: ours\nmounts: [/data:/data]\n")
     plan = compose_plan(["model=llama3_8b", "gpu=h100", "precision=fp8_current"], conf)
     assert (plan.cluster.account, plan.cluster.mounts, plan.cluster.mpi) == ("ours", ("/data:/data",), "pmix")
+
+
+def test_keys_of_the_users_own_are_set_in_every_form() -> None:
+    """As a mapping, within a mapping around it, one by one, with and without Hydra's plus signs."""
+    wanted = {"NCCL_SOCKET_IFNAME": "bond0", "OMP_NUM_THREADS": "4"}
+    one_by_one = [f"cluster.environment.{name}={value}" for name, value in wanted.items()]
+    inner = "{NCCL_SOCKET_IFNAME: bond0, OMP_NUM_THREADS: 4}"
+    forms = [[f"{sign}cluster.environment={inner}"] for sign in ("", "+", "++")]
+    forms += [[f"{sign}{one}" for one in one_by_one] for sign in ("", "+", "++")]
+    forms += [[f"cluster={{environment: {inner}}}"], ["cluster.environment={OMP_NUM_THREADS: 4}", one_by_one[0]]]
+    assert [compose_plan(form).cluster.environment for form in forms] == [wanted] * len(forms)
+    assert compose_plan(["cluster.token_files={HF_TOKEN: /home/me/.hf}"]).cluster.token_files == {"HF_TOKEN": "/home/me/.hf"}
+    assert compose_plan(["stack.versions={torch: '2.6'}"]).stack.versions["torch"] == "2.6"
+    assert [one for (one,) in sweep(["cluster.environment.NCCL_ALGO=Ring,Tree"])] == [f"cluster.environment.NCCL_ALGO={a}" for a in ("Ring", "Tree")]
+
+
+WRONG_KEYS = [
+    ("cluster.enviroment={A: b}", "did you mean environment"),
+    ("cluster={partion: batch}", "did you mean partition"),
+    ("train={max_stps: 3}", "did you mean max_steps"),
+    ("trian={max_steps: 3}", "did you mean train"),
+    ("cluster.environment=[A]", "write cluster.environment.NAME=value"),
+    ("cluster.environment={A: {B: c}}", "cluster.environment.A"),
+    ("cluster.environment={1A: b}", "cluster.environment.1A"),
+    ("cluster.environment={A: true}", "put it in quotes"),
+    ("cluster.token_files={HF_TOKEN: [a]}", "cluster.token_files.HF_TOKEN"),
+    ("local=elsewhere", "conf/local/elsewhere.yaml is not there"),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), WRONG_KEYS)
+def test_a_wrong_key_within_a_mapping_is_named(override: str, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_plan([override])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+HEADER = "# @package cluster\n"
+SITES = [
+    ("account: ours\n", "first line `# @package cluster`"),
+    (f"# our site\n{HEADER}account: ours\n", "first line `# @package cluster`"),
+    (f"\ufeff{HEADER}account: ours\n", "first line `# @package cluster`"),
+    ("# @package clustr\naccount: ours\n", "`# @package clustr`, which is no part of the plan"),
+    (f"{HEADER}acount: ours\n", "cluster.acount: no such field in the plan (did you mean account?)"),
+    (f"{HEADER}environmnt: {{A: b}}\n", "did you mean environment?"),
+    ("# @package _global_\ncluser: {account: ours}\n", "did you mean cluster?"),
+    (f"{HEADER}mounts: /data:/data\n", "cluster.mounts: Input should be a list (given: '/data:/data')"),
+    (f"{HEADER}exclusive: maybe\n", "cluster.exclusive"),
+    (f"{HEADER}environment: {{A: true}}\n", "cluster.environment.A: Input should be a valid string (given: True)"),
+    (f"{HEADER}account: ${{oc.env:NOT_THERE_AT_ALL}}\n", "NOT_THERE_AT_ALL"),
+    (f"{HEADER}account: [ours\n", "no valid YAML: line 3"),
+    (f"{HEADER}account: a\naccount: b\n", "no valid YAML: line 3, found duplicate key account"),
+    (f"{HEADER}\taccount: ours\n", "no valid YAML: line 2"),
+    (f"{HEADER}- account\n", "holds no keys"),
+    (f"{HEADER}7\n", "holds no keys"),
+    (b"\x00\x01\xff", "no text in UTF-8"),
+    (b"\x00\x01", "no valid YAML"),
+]
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of conf/ that a test may write to."""
+    return Path(shutil.copytree(CONF, tmp_path_factory.mktemp("site") / "conf"))
+
+
+@pytest.fixture
+def site(conf: Path) -> Iterator[Path]:
+    """The place of the site's own file, empty before and after."""
+    path = conf / "local/site.yaml"
+    yield path
+    for left in path.parent.glob("site.*"):
+        left.rmdir() if left.is_dir() else left.unlink()
+
+
+@pytest.mark.parametrize(("content", "words"), SITES, ids=lambda v: repr(v)[:40])
+def test_a_site_file_that_is_wrong_is_named_with_what_is_wrong(content: str | bytes, words: str, site: Path) -> None:
+    site.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        compose_plan([], site.parents[1])
+    line = str(caught.value)
+    assert line.startswith("conf/local/site.yaml") and words in line and "\n" not in line
+
+
+def test_a_site_file_that_hydra_would_pass_over_is_named(site: Path) -> None:
+    conf = site.parents[1]
+    makers = (site.mkdir, lambda: site.symlink_to("/nowhere"), site.with_suffix(".yml").touch)
+    for make, words in zip(makers, ("is a directory", "a link to none", "rename it to site.yaml"), strict=True):
+        make()
+        with pytest.raises(InputError, match=words):
+            compose_plan([], conf)
+        for left in site.parent.glob("site.*"):
+            left.rmdir() if left.is_dir() else left.unlink()
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", HEADER, "# @package _global_\ncluster: {account: null}\n"])
+def test_a_site_file_without_settings_changes_nothing(content: str, site: Path) -> None:
+    site.write_text(content)
+    assert compose_plan([], site.parents[1]) == compose_plan()
+
+
+def test_an_error_in_a_file_of_the_users_own_names_that_file(conf: Path) -> None:
+    (conf / "cluster/ours.yaml").write_text("name: ours\npartion: batch\n")
+    (conf / "model/ours.yaml").write_text((CONF / "model/llama3_tiny.yaml").read_text().replace("num_layers: 4", "num_layers: four"))
+    for group, words in (("cluster", "cluster.partion: no such field"), ("model", "model.num_layers")):
+        with pytest.raises(InputError, match=rf"^conf/{group}/ours.yaml: {words}"):
+            compose_plan([f"{group}=ours"], conf)
+        (conf / group / "ours.yaml").unlink()
 
 
 def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) -> None:
