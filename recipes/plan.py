@@ -277,6 +277,8 @@ class Settings(Frozen):
     may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
     `gradient_accumulation_fusion`: whether weight gradients are added to the gradient buffer inside their GEMM.
     `batch`: which global batch a plan takes that names none: the one that the model was trained with, or the layout's.
+    `adam_kernel`: what updates parameters with BF16 moments, Transformer Engine's FusedAdam or this project's Triton kernel.
+    `swiglu_backward`: whose kernel computes SwiGLU's gradient, the one that Megatron-Core has PyTorch compile or Transformer Engine's.
     """
 
     name: Name
@@ -291,6 +293,8 @@ class Settings(Frozen):
     count_zero_gradients: bool = True
     gradient_accumulation_fusion: bool = True
     batch: Literal["model", "layout"] = "layout"
+    adam_kernel: Literal["transformer_engine", "triton"] = "transformer_engine"
+    swiglu_backward: Literal["megatron_core", "transformer_engine"] = "megatron_core"
 
 
 class Bar(Frozen):

@@ -126,6 +126,21 @@ def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
     return None
 
 
+def kernels_have_their_use(plan: Plan) -> str | None:
+    """Kernels that `settings` chooses beside the stack's own: each serves one case, on a GPU."""
+    settings = plan.settings
+    if settings.adam_kernel == "triton" and settings.adam_moments != "bf16":
+        return "settings.adam_kernel=triton updates BF16 moments; set settings.adam_moments=bf16, or adam_kernel=transformer_engine"
+    if settings.swiglu_backward == "transformer_engine":
+        if plan.on_cpu:
+            return "settings.swiglu_backward=transformer_engine needs a GPU; set it to megatron_core"
+        if plan.model.activation != "swiglu":
+            return (
+                f"settings.swiglu_backward=transformer_engine: {plan.model.name} has {plan.model.activation} and no SwiGLU; set it to megatron_core"
+            )
+    return None
+
+
 def secrets_are_not_in_the_plan(plan: Plan) -> str | None:
     """The plan is written to folders and logs: what looks like a secret belongs into a file that only the node reads."""
     name = next((n for n in plan.cluster.environment if any(word in n.upper() for word in SECRET_WORDS)), None)
@@ -205,6 +220,7 @@ RULES: tuple[Rule, ...] = (
     cpu_runs_data_parallel_only,
     emulated_fp8_is_plain,
     narrow_moments_need_their_optimizer,
+    kernels_have_their_use,
     *MAPPING_RULES,
     schedule_is_possible,
     data_is_named,

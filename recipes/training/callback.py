@@ -20,12 +20,13 @@ from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
 from recipes.errors import one_line
+from recipes.gpu_record import GpuRecord
 from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
-from recipes.training import stop, watchdog
+from recipes.training import devices, stop, watchdog
 from recipes.training.ahead import Moment, Number
 from recipes.training.layers import Fp8Mixin, fp8_modules
-from recipes.training.manifest import code, manifest
+from recipes.training.manifest import code, complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
 
 NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
@@ -45,6 +46,7 @@ class Ended:
     skipped: list[Number]  # not 0 where the update was
     memory_gb: float
     fp8_gemms: int
+    gpu: devices.Sampled | None  # of rank 0's; None on a CPU
 
 
 class RunFolderCallback(Callback):  # type: ignore[misc]
@@ -62,6 +64,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.backward_ended: Moment | None = None
         self.unwritten: Ended | None = None
         self.ahead = torch.cuda.is_available()
+        self.sampler: devices.Sampler | None = None
         self.gemms_before = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -78,18 +81,27 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         stop.listen()
         _count_batches_of(trainer)
         gc.freeze()  # NeMo's GarbageCollectionCallback walks all objects every 100 steps, 0.4 s of it over imported modules
+        gpus = self._watch_gpu(trainer) if torch.cuda.is_available() else []
         if trainer.is_global_zero:
-            self._begin(trainer)
+            self._begin(trainer, gpus)
         if trainer.strategy.broadcast(trainer.is_global_zero and self._lacks_evaluation(trainer.global_step)):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
 
-    def _begin(self, trainer: Any) -> None:
+    def _watch_gpu(self, trainer: Any) -> list[GpuRecord]:
+        """Return the GPU of each rank; rank 0 looks at its own from now on."""
+        gpu = devices.Gpu()
+        if trainer.is_global_zero:
+            self.sampler = devices.Sampler(gpu)
+            self.sampler.start()
+        return devices.gathered(gpu.record(trainer.global_rank))
+
+    def _begin(self, trainer: Any, gpus: list[GpuRecord]) -> None:
         step = trainer.global_step
         for name in ("metrics.jsonl", "fp8.jsonl"):
             keep_until(self.folder / name, step)
-        write_json(self.folder / "manifest.json", manifest(self.plan, self.folder))
+        write_json(self.folder / "manifest.json", manifest(self.plan, self.folder, gpus, resumed=step > 0))
         event(self.folder, "resume" if step else "start", step=step, code=code())
         set_status(self.folder, "running", step=step)
         for logger in trainer.loggers:
@@ -129,7 +141,8 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         assert self.started
         skipped, gemms = _skipped_updates(trainer), self._gemms() - self.gemms_before
         before = self.unwritten
-        self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms)
+        gpu = self.sampler.take() if self.sampler else None
+        self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms, gpu)
         if before:
             self._write_step(trainer, before)
         if not self.ahead or self._is_diagnosed(step):  # what the layers met is theirs until the next step begins
@@ -155,6 +168,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             "tokens_per_s_per_gpu": self.plan.tokens_per_step / step_time / self.plan.num_gpus,
             "memory_gb": ended.memory_gb,
             "fp8_gemms": ended.fp8_gemms,
+            **({f"gpu_{name}": value for name, value in asdict(ended.gpu).items()} if ended.gpu else {}),
         }
         self._write(trainer, row)
         self._judge(row, skipped)
@@ -204,9 +218,14 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the last step, and give the last checkpoint its time."""
+        """Write the last step and what else ran on the GPUs, and give the last checkpoint its time."""
         self._alive()
         self._catch_up(trainer)
+        if torch.cuda.is_available():
+            at_end = devices.gathered(devices.Gpu().others())
+            if self.sampler:
+                self.sampler.stop()
+                complete_gpus(self.folder, at_end, self.sampler.most_others, self.sampler.capped_share)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the end, or the pause, now that the last checkpoint is written."""
@@ -217,10 +236,10 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         event(self.folder, "end" if done else "pause", step=trainer.global_step, **({"why": "asked to stop"} if stop.asked() else {}))
         set_status(self.folder, "done" if done else "paused", step=trainer.global_step)
 
-    def _write(self, trainer: Any, row: dict[str, float]) -> None:
+    def _write(self, trainer: Any, row: dict[str, Any]) -> None:
         append_line(self.folder / "metrics.jsonl", row)
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            logger.log_metrics({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def _looked_at(self) -> Fp8 | None:
         """Return the recipe that Transformer Engine's layers are diagnosed for; none on random tokens, whose numbers say nothing."""

@@ -36,8 +36,12 @@ def activate(plan: Plan) -> None:
     adapt_writer()
     if not plan.settings.count_zero_gradients:
         _no_count_of_zeros()
-    if plan.settings.adam_moments != "fp32":
+    if plan.settings.adam_kernel == "triton":
+        _adam_kernel()
+    elif plan.settings.adam_moments != "fp32":
         _moments_in_pieces()
+    if plan.settings.swiglu_backward == "transformer_engine":
+        _swiglu_backward()
 
 
 def _numpy_names() -> None:
@@ -103,6 +107,31 @@ def _no_count_of_zeros() -> None:
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     ChainedOptimizer.count_zeros = lambda self: None
+
+
+def _adam_kernel() -> None:
+    """Have FusedAdam step by this project's kernel, which reads and writes BF16 moments as they are."""
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    from recipes.training.adamw import step
+
+    FusedAdam.step = step
+
+
+def _swiglu_backward() -> None:
+    """megatron/core/fusions/fused_bias_swiglu.py (0.12, 0.13) has PyTorch compile SwiGLU's gradient: take Transformer Engine's kernel.
+
+    Both compute in FP32 and round once to BF16.
+    """
+    import transformer_engine_torch
+    from megatron.core.fusions import fused_bias_swiglu
+
+    @torch.compiler.disable  # what is compiled around it, for models with biases, calls it as it is
+    def swiglu_back(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        gradient: torch.Tensor = transformer_engine_torch.dswiglu(grad, x, None)
+        return gradient
+
+    fused_bias_swiglu.swiglu_back = swiglu_back
 
 
 def _moments_in_pieces() -> None:

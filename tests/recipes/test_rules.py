@@ -96,6 +96,11 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*EMULATED, "precision=mxfp8", "experiment=throughput"], "settings=convergence"),
     ],
     "narrow_moments_need_their_optimizer": [([*H100_8B, "settings.adam_moments=bf16"], "adam_moments=fp32")],
+    "kernels_have_their_use": [
+        ([*H100_8B, "settings=tuned", "settings.adam_kernel=triton"], "settings.adam_moments=bf16"),
+        (["settings.swiglu_backward=transformer_engine"], "megatron_core"),
+        (["model=nemotron4_15b", "gpu=h100", "settings.swiglu_backward=transformer_engine"], "squared_relu"),
+    ],
     "cpu_runs_what_is_emulated": [
         (["settings=throughput"], "settings=convergence"),
         (["mapping.recompute_layers=1"], "mapping=single"),
