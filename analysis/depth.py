@@ -22,6 +22,7 @@ from zlib import crc32
 
 import numpy as np
 
+from analysis import devices
 from analysis.figures import COLOURS, Figure, axes
 from analysis.pairing import plan_differences
 from analysis.published import layout_of
@@ -189,6 +190,15 @@ def ratio(base: Array, other: Array) -> Interval:
     return Interval(float(samples[0]), float(low), float(high))
 
 
+def apart(base: Depth, line: Depth) -> float:
+    """Return by which share a speedup may be off because the lines' runs were on several GPUs; 0 where all were on the same one.
+
+    A slope magnifies what its ends differ by: by the deepest step over the difference between deepest and shallowest.
+    """
+    magnified = [times[-1] / max(times[-1] - times[0], 1e-9) for times in (base.step_time_s, line.step_time_s)]
+    return devices.apart(*base.runs, *line.runs) * max(magnified)
+
+
 def base_of(line: Depth, lines: Sequence[Depth]) -> Depth | None:
     """Return the BF16 line of the same model, GPU, stack and settings; None where it was not measured."""
     return next((other for other in lines if other.runs[0].is_base and experiment(other.runs[0]) == experiment(line.runs[0])), None)
@@ -204,7 +214,7 @@ def rows(lines: Sequence[Depth]) -> list[dict[str, Any]]:
 
 def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
     run, of_pass = line.runs[0], line.passes or line.step
-    faster = ratio(base.layer_pass, line.layer_pass) if base and (base.passes is None) == (line.passes is None) else None
+    faster = ratio(base.layer_pass, line.layer_pass).wider(apart(base, line)) if base and (base.passes is None) == (line.passes is None) else None
     return {
         "model": run.plan.model.name,
         "precision": line.precision,
@@ -224,6 +234,7 @@ def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
         "speedup_per_layer": round(faster.value, 3) if faster else float("nan"),
         "speedup_per_layer_low": round(faster.low, 3) if faster else None,
         "speedup_per_layer_high": round(faster.high, 3) if faster else None,
+        "pair_gpu": devices.together(*base.runs, *line.runs) if base and base is not line else None,
         "differs": beside_precision(base.runs[0], run) if base else [],
         "label": run.label("step_time"),
     }

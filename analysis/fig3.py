@@ -19,7 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis import depth
+from analysis import depth, devices
 from analysis.depth import Depth, base_of, ratio
 from analysis.figures import COLOURS, Figure, axes
 from analysis.published import post_speedups
@@ -47,7 +47,7 @@ def rows(lines: Sequence[Depth]) -> list[Row]:
 def _row(line: Depth, part: Row, lines: Sequence[Depth]) -> Row:
     cell, whole, base = (part["model"], part["precision"]), assemble(line), base_of(line, lines)
     base_whole = assemble(base) if base else None
-    faster = ratio(base_whole.seconds, whole.seconds) if whole and base_whole else None
+    faster = ratio(base_whole.seconds, whole.seconds).wider(depth.apart(base, line)) if base and whole and base_whole else None
     part["speedup_per_layer"] = None if math.isnan(part["speedup_per_layer"]) else part["speedup_per_layer"]
     per_layer = part["speedup_per_layer"] if part["split"] else None
     return {
@@ -167,9 +167,9 @@ def whole_table(found: Sequence[Row]) -> Table:
 
 
 def _layer_notes(found: Sequence[Row]) -> list[str]:
-    labels, devices = (", ".join(sorted({row[key] for row in found})) for key in ("label", "device"))
+    labels, names = (", ".join(sorted({row[key] for row in found})) for key in ("label", "device"))
     said = [
-        f"Step times {labels} on {devices}, at true widths. A layer, fixed: forward and backward pass of one micro-batch. In brackets: 95 % "
+        f"Step times {labels} on {names}, at true widths. A layer, fixed: forward and backward pass of one micro-batch. In brackets: 95 % "
         "intervals from the spread of these runs' steps, which say nothing about other days and machines."
     ]
     if not all(row["split"] for row in found):
@@ -181,7 +181,17 @@ def _layer_notes(found: Sequence[Row]) -> list[str]:
     cut = dict.fromkeys(f"{row['model']} {_share(row)}" for row in found if row["model_vocab_size"] not in (None, row["vocab_size"]))
     if cut:
         said.append(f"Vocabulary cut to one GPU's tensor-parallel share: {', '.join(cut)}.")
-    return [*said, *_differences(found)]
+    return [*said, *_differences(found), *_gpus(found)]
+
+
+def _gpus(found: Sequence[Row]) -> list[str]:
+    """Return which speedups are of runs on several GPUs, or on what nothing recorded."""
+    pairs = [(f"{row['model']} {row['precision']}", row["pair_gpu"]) for row in found if row["pair_gpu"]]
+    magnified = [
+        "A layer's time is a difference of two steps: there the interval is wider by as much more as the difference is smaller than the step."
+    ]
+    said = devices.notes(pairs)
+    return [*said, *magnified] if said else []
 
 
 def _share(row: Row) -> str:
@@ -189,10 +199,10 @@ def _share(row: Row) -> str:
 
 
 def _whole_notes(wholes: Sequence[Row]) -> list[str]:
-    devices, sources = (sorted({row[key] for row in wholes if row[key]}) for key in ("device", "published_source"))
+    names, sources = (sorted({row[key] for row in wholes if row[key]}) for key in ("device", "published_source"))
     cut = any(row["vocab_size"] != row["model_vocab_size"] for row in wholes)
     return [
-        f"Put together from parts measured on {', '.join(devices)}, not measured as a whole: one GPU's share of NVIDIA's recommended layout, all "
+        f"Put together from parts measured on {', '.join(names)}, not measured as a whole: one GPU's share of NVIDIA's recommended layout, all "
         "layers, the vocabulary once, the optimizer shared out by the distributed optimizer; without communication, bubble and uneven stages."
         + (" A vocabulary that was cut to one GPU's share is scaled up." if cut else ""),
         "What differs from the published runs: those are whole jobs on H100s, with communication and bubble, in NVIDIA's container. The post (NeMo "

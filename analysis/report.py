@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from analysis import numerics_figures
+from analysis import devices, numerics_figures
 from analysis.evaluation import section
 from analysis.figures import Figure, figures
 from analysis.output import write_file
@@ -64,6 +64,7 @@ def facts(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "commit": f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}",
         "device": m.get("device", "unknown"),
+        **devices.described(run),
         "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items()),
         "data": json.dumps(data.get("source", "unknown")),
         "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from analysis.metrics import Array as Array
 from analysis.metrics import read_metrics
 from recipes.errors import InputError, one_line
+from recipes.gpu_record import GpuRecord
 from recipes.plan import Plan
 from recipes.run_folder import read_json, read_plan, status_of
 
@@ -47,6 +48,9 @@ class _Manifest(BaseModel, strict=True):
     labels: dict[str, Literal["measured", "emulated"]] = {}
     device: Line | None = None
     order_sha256: Line | None = None
+    gpus: list[GpuRecord] = []
+    gpus_before: list[Line] = []
+    cudnn: dict[Line, Line] = {}
     imported: dict[str, Any] | None = None
 
 

@@ -29,6 +29,10 @@ class Interval:
     low: float
     high: float
 
+    def wider(self, share: float) -> Interval:
+        """Return it with both ends further away by a share of themselves."""
+        return Interval(self.value, self.low / (1 + share), self.high * (1 + share))
+
 
 def warm_up(count: int) -> int:
     """Return how many of a run's `count` steps are not timed."""

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from analysis import devices
 from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
@@ -47,8 +48,10 @@ def row(verdict: Verdict) -> dict[str, Any]:
     Emulated FP8 has no speedup, for its step time is that of the emulation, and unsteady step times are none.
     """
     base, candidate, tail = verdict.base, verdict.candidate, verdict.gaps["tail"]
-    faster = None if candidate.emulated or unsteady(base) or unsteady(candidate) else speedup(base, candidate)
+    faster = None if candidate.emulated or unsteady(base) or unsteady(candidate) else speedup(base, candidate).wider(devices.apart(base, candidate))
     matched = faster and loss_matched(base, faster, tail.nats, tail.nats.count)
+    saving = None if candidate.emulated else energy_saving(base, candidate)
+    matched_saving = saving and loss_matched(base, Interval(saving, saving, saving), tail.nats, tail.nats.count)
     bar = candidate.plan.bar
     return {
         "run": candidate.name,
@@ -79,8 +82,18 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "tokens_per_s_per_gpu": candidate.plan.tokens_per_step / step_time(candidate).value / candidate.plan.num_gpus,
         "speedup_over_bf16": faster and _interval(faster),
         "loss_matched_speedup": matched and _interval(matched),
+        "pair_gpu": devices.together(base, candidate),
+        **devices.facts(candidate),
+        "energy_saving_over_bf16": saving,
+        "loss_matched_energy_saving": matched_saving and _interval(matched_saving),
         "labels": {"loss": candidate.label("loss"), "step_time": candidate.label("step_time"), "device": candidate.plan.gpu.name},
     }
+
+
+def energy_saving(base: Run, candidate: Run) -> float | None:
+    """Return the joules a token of `base` over those of `candidate`; None where one of them was not recorded."""
+    ours, theirs = (devices.facts(run)["energy_per_token_j"] for run in (candidate, base))
+    return theirs / ours if ours and theirs else None
 
 
 def _mean(mean: Mean) -> dict[str, Any]:
@@ -105,8 +118,19 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Return rows as the columns that people read; of a precision with several, the seed too."""
-    several = _with_several_seeds(rows)
-    return [_cells(values, f" s{values['seed']}" if values["precision"] in several else "") for values in rows]
+    several, by_nvml = _with_several_seeds(rows), any(row["energy_per_token_j"] is not None for row in rows)
+    lines = [_cells(values, f" s{values['seed']}" if values["precision"] in several else "") for values in rows]
+    return [line | _energy(values) for line, values in zip(lines, rows, strict=True)] if by_nvml else lines
+
+
+def _energy(values: dict[str, Any]) -> dict[str, str]:
+    """Return joules a token, and how often they fit into BF16's, as they are and to an equal loss."""
+    saving, matched = values["energy_saving_over_bf16"], values["loss_matched_energy_saving"]
+    return {
+        "J/token": devices.per_token(values).replace("–", "-"),
+        "energy": "-" if saving is None else f"{saving:.2f}x",
+        "energy, matched": "-" if matched is None else f"{matched['value']:.2f}x",
+    }
 
 
 def _with_several_seeds(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -138,7 +162,9 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{values['model']} on {values['gpu']}, {_grouped(rows, lambda row: row['layout'].split(' (')[0])}: {window}; "
         f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {_labels(rows, 'step_time')} on {device}; "
-        "matched: speedup to an equal loss" + ("; s1: seed 1" if _with_several_seeds(rows) else "")
+        "matched: speedup to an equal loss"
+        + ("; energy: BF16's joules over the recipe's" if any(row["energy_per_token_j"] is not None for row in rows) else "")
+        + ("; s1: seed 1" if _with_several_seeds(rows) else "")
     )
 
 
@@ -176,6 +202,8 @@ def notes(verdict: Verdict) -> list[str]:
     moved = not verdict.candidate.emulated and [f"of {run.name} {why}" for run in (verdict.candidate, verdict.base) if (why := unsteady(run))]
     if moved:
         said.append(f"{name}: no speedup, since {moved[0]}")
+    elif not verdict.candidate.emulated:
+        said += devices.notes([(name, devices.together(verdict.base, verdict.candidate))])
     if verdict.spikes > verdict.base_spikes:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
     if verdict.platform:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import published
+from analysis import devices, published
 from analysis.depth import beside_precision, device, experiment, order
 from analysis.pairing import LAYOUT, asserted, mapping_label
 from analysis.published import Published, layout_of
@@ -27,24 +27,26 @@ from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.flops import flops_per_token, mfu, peak_tflops
+from recipes.gpu_record import UNKNOWN
 
-TEXT = frozenset(["model", "precision", "GPUs", "layout", "pair", "published, source"])
+TEXT = frozenset(["model", "precision", "GPUs", "layout", "pair", "clock, power", "published, source"])
+BY_NVML = frozenset(["J/step", "J/token", "clock, power"])  # columns that a table has where a run recorded any of them
 Row = dict[str, Any]
 
 
 def own_base(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the BF16 run of the same model, depth, GPU, stack and settings that differs least; None where there is none."""
+    """Return the BF16 run of the same model, depth, GPU, stack and settings that differs least, on the same GPU if any is; None: there is none."""
     if run.is_base:
         return run
     found = [
         base for base in runs if base.is_base and experiment(base) == experiment(run) and base.plan.model.num_layers == run.plan.model.num_layers
     ]
-    return min(found, key=lambda base: len(beside_precision(base, run)), default=None)
+    return min(found, key=lambda base: (len(beside_precision(base, run)), devices.together(base, run) != devices.SAME), default=None)
 
 
 def faster(base: Run, run: Run) -> Interval:
     """Return the speedup in tokens/s/GPU: that of the step time, corrected for another batch or number of GPUs."""
-    time, scale = speedup(base, run), _tokens_a_gpu(run) / _tokens_a_gpu(base)
+    time, scale = speedup(base, run).wider(devices.apart(base, run)), _tokens_a_gpu(run) / _tokens_a_gpu(base)
     return Interval(time.value * scale, time.low * scale, time.high * scale)
 
 
@@ -102,6 +104,7 @@ def _row(run: Run, base: Run | None, causal: bool) -> Row:
         **_flops(run, rate, causal),
         "memory_gb": _peak(run),
         "memory_gb_bf16": _peak(base) if base else None,
+        **devices.facts(run),
         **_published(run, rate),
         "label": run.label("step_time"),
         "asserted": asserted(run),
@@ -118,10 +121,12 @@ def _layout(run: Run) -> str:
 def _against(base: Run | None, run: Run) -> Row:
     if base is None or base is run:
         pair = "its own base" if base is run else "no BF16 run of its model, depth, GPU, stack and settings"
-        return {"base": base.name if base else None, "pair": pair, "also_differs": [], "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
+        alone: Row = {"base": base.name if base else None, "pair": pair, "pair_gpu": None, "also_differs": []}
+        return {**alone, "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
     differs, ratio = beside_precision(base, run), faster(base, run)
     other = [each for each in differs if not each.startswith(LAYOUT)]
-    return {"base": base.name, "pair": mapping_label(differs), "also_differs": other, "speedup_over_bf16": ratio.value, **_ends(ratio)}
+    named = {"base": base.name, "pair": mapping_label(differs), "pair_gpu": devices.together(base, run), "also_differs": other}
+    return {**named, "speedup_over_bf16": ratio.value, **_ends(ratio)}
 
 
 def _ends(interval: Interval | None) -> Row:
@@ -170,6 +175,9 @@ def cells(values: Row) -> dict[str, str]:
         "pair": _pair(values) if values["base"] != values["run"] else "–",
         "TFLOP/s": number(values["tflops_per_gpu"], 0),
         "MFU": "–" if values["mfu"] is None else f"{values['mfu']:.1%}",
+        "J/step": "–" if values["energy_per_step_j"] is None else f"{values['energy_per_step_j']:,.0f}",
+        "J/token": devices.per_token(values),
+        "clock, power": devices.clocks(values).replace(UNKNOWN, "–"),
         "peak GB (BF16)": f"{number(values['memory_gb'], 1)} ({number(against, 1)})",
         "of published": "–" if share is None else f"{share:.0%}",
     }
@@ -177,7 +185,8 @@ def cells(values: Row) -> dict[str, str]:
 
 def _pair(values: Row) -> str:
     other = dict.fromkeys(each.partition(".")[0] for each in values["also_differs"])
-    return ", ".join([values["pair"].split(" (")[0], *(f"other {part}" for part in other)])
+    gpu = [values["pair_gpu"]] if values["pair_gpu"] else []
+    return ", ".join([values["pair"].split(" (")[0], *(f"other {part}" for part in other), *gpu])
 
 
 def _speedup(values: Row) -> str:
@@ -188,7 +197,7 @@ def _speedup(values: Row) -> str:
 
 def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
     """Return what the columns rest on, what pairs differ in, where published figures are from, and what was left out."""
-    devices, peaks, labels, conventions = (
+    names, peaks, labels, conventions = (
         ", ".join(sorted({text(row) for row in found}))
         for text in (
             lambda row: row["device"],
@@ -198,12 +207,13 @@ def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
         )
     )
     said = [
-        f"Step time {labels} on {devices}: median with quartiles over the steps named; runs whose quartiles, or whose first and last third, lie "
+        f"Step time {labels} on {names}: median with quartiles over the steps named; runs whose quartiles, or whose first and last third, lie "
         f"more than {MAX_SPREAD:.0%} apart are refused. "
         "Speedup: tokens/s/GPU over the BF16 run of the same model, depth, GPU, stack and settings, with its 95 % interval.",
         f"TFLOP/s of the model's FLOPs with {conventions}; MFU against {peaks}. Peak memory in GB of 10⁹ bytes, as PyTorch's allocator saw it.",
     ]
     said += _pairs(found)
+    said += devices.notes((row["run"], row["pair_gpu"]) for row in found if row["pair_gpu"])
     said += [f"{row['run']}: imported; asserted, not proved: {', '.join(row['asserted'])}" for row in found if row["asserted"]]
     sources = dict.fromkeys(row["published_source"] for row in found if row["published_source"])
     said += [f"Published: {source}" for source in sources]
@@ -226,7 +236,11 @@ def table(folders: Sequence[Path], causal: bool = False) -> Table:
     if not runs:
         raise InputError(f"none of the runs can stand in the table: {'; '.join(left_out)}")
     found = rows(runs, causal)
-    return Table("Throughput", [cells(row) for row in found], found, notes(found, left_out), TEXT)
+    shown, said = [cells(row) for row in found], notes(found, left_out)
+    measured = devices.energy_notes(runs)
+    if not measured:
+        shown = [{column: cell for column, cell in line.items() if column not in BY_NVML} for line in shown]
+    return Table("Throughput", shown, found, [*said, *measured], TEXT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis import devices
 from analysis.depth import OPTIMIZER, changes, device
 from analysis.pairing import plan_differences
 from analysis.runs import Run
@@ -27,6 +28,7 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import differences, flatten
 
+AGAIN = "none, run again"
 ENVIRONMENT = "cluster.environment."
 TEXT = frozenset(["precision", "change", "is"])
 
@@ -36,12 +38,13 @@ def change(base: Run, run: Run) -> str:
     flats = [flatten(r.plan.model_dump()) for r in (base, run)]
     environment = [f"{key.removeprefix(ENVIRONMENT)}={flats[1].get(key, 'unset')}" for key in differences(*flats) if key.startswith(ENVIRONMENT)]
     skipped = ("seed", "train.", "settings.name")
-    return ", ".join([*changes(base, run, [k for k in plan_differences(base, run) if not k.startswith(skipped)]), *environment])
+    found = [*changes(base, run, [k for k in plan_differences(base, run) if not k.startswith(skipped)]), *environment]
+    return ", ".join(found) or AGAIN
 
 
 def row(base: Run, run: Run) -> dict[str, Any]:
     """Return a run's row; times in milliseconds, memory in GB of 1e9 bytes."""
-    ratio = speedup(base, run) if run is not base else Interval(1.0, 1.0, 1.0)
+    ratio = speedup(base, run).wider(devices.apart(base, run)) if run is not base else Interval(1.0, 1.0, 1.0)
     return {
         "precision": run.plan.precision.name,
         "change": change(base, run) if run is not base else "base",
@@ -51,6 +54,8 @@ def row(base: Run, run: Run) -> dict[str, Any]:
         "speedup_low": ratio.low,
         "speedup_high": ratio.high,
         "memory_gb": float(run.steps["memory_gb"].max()),
+        "pair_gpu": devices.together(base, run) if run is not base else None,
+        **devices.facts(run),
         "run": run.name,
         "label": run.label("step_time"),
     }
@@ -91,7 +96,9 @@ def table(folders: Sequence[Path]) -> Table:
     first = runs[0]
     said = f"Step time {first.label('step_time')} on {device(first)}: {first.plan.model.name}, {first.plan.model.num_layers} layers, "
     said += f"{first.plan.mapping.global_batch} sequences of {first.plan.seq_length} tokens a step. In brackets: 95 % intervals."
-    return Table("What changes buy", [cells(values) for values in rows], rows, [said, *(f"Left out: {reason}" for reason in left_out)], TEXT)
+    pairs = devices.notes((f"{values['precision']}, {values['change']}", values["pair_gpu"]) for values in rows if values["pair_gpu"])
+    said_last = [*pairs, *(f"Left out: {reason}" for reason in left_out)]
+    return Table("What changes buy", [cells(values) for values in rows], rows, [said, *said_last], TEXT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from tests.analysis.conftest import Maker, curve
 
 STEPS = 20
 ON_H200 = ("gpu=h200", "stack=nemo_25_04_te_2_11", "experiment=throughput", "executor=local", "settings.precision_aware_optimizer=false")
-MEASURED = {"labels": {"loss": "measured", "step_time": "measured"}}
+ALONE = [{"rank": 0, "uuid": "GPU-1", "others_at_start": {"processes": 0}, "others_at_end": {"processes": 0}}]
+MEASURED = {"labels": {"loss": "measured", "step_time": "measured"}, "gpus": ALONE}
 Parts = tuple[float, float, float, float]  # a, b, c, d of t = N (a + b L) + (c + d L)
 BF16, CURRENT = (0.030, 0.020, 0.004, 0.003), (0.031, 0.014, 0.005, 0.0032)
 
