@@ -73,9 +73,9 @@ def _type_names() -> None:
     """optimizer/distrib_optimizer.py:335, :387 and optimizer.py:548 compare Tensor.type() with "torch.cuda.…Tensor"."""
     original = torch.Tensor.type
 
-    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return original(self, dtype, **kwargs)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
@@ -111,9 +111,9 @@ def _optimizer() -> None:
     cls = module.DistributedOptimizer
     quantize = module.quantize_param_shard
 
-    def quantize_if_any(model_params: list[Any], *rest: Any) -> None:
+    def quantize_if_any(model_params: list[Any], *rest: Any, **named: Any) -> None:
         if model_params:  # distrib_optimizer.py:2019 calls it also where no parameter is FP8; fp8_utils.py:302 raises
-            quantize(model_params, *rest)
+            quantize(model_params, *rest, **named)
 
     module.quantize_param_shard = quantize_if_any
     state_dict, load, place = cls.state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states

@@ -9,6 +9,7 @@ and does nothing without a GPU.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -80,7 +81,12 @@ def accumulate_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: t
     """Add grad^T x to `main_grad` (out, in; FP32 or BF16) in one GEMM; x (tokens, in), grad (tokens, out)."""
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    general_gemm(x, grad, out_dtype=main_grad.dtype, layout="NT", out=main_grad, accumulate=True, grad=True)
+    more = {}
+    if "workspace" in inspect.signature(general_gemm).parameters:  # 2.2 and 2.5, cpp_extensions/gemm.py
+        from transformer_engine.pytorch.module.base import get_workspace
+
+        more["workspace"] = get_workspace()
+    general_gemm(x, grad, out_dtype=main_grad.dtype, layout="NT", out=main_grad, accumulate=True, grad=True, **more)
 
 
 def _no_walk_over_arguments() -> None:
@@ -173,10 +179,16 @@ def pieces_of(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _block_scaling() -> None:
-    """megatron/core/fp8_utils.py get_fp8_context raises on any recipe but its three: answer for block scaling before it does."""
+    """megatron/core/fp8_utils.py get_fp8_context raises on any recipe but its three: answer for block scaling before it does.
+
+    Megatron-Core 0.13 has block scaling of its own (enums.py, Fp8Recipe.blockwise): left as it is.
+    """
     from megatron.core import fp8_utils
+    from megatron.core.enums import Fp8Recipe
     from megatron.core.transformer import transformer_block
 
+    if hasattr(Fp8Recipe, BLOCK_SCALING):
+        return
     original = fp8_utils.get_fp8_context
 
     @functools.wraps(original)
