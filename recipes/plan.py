@@ -180,6 +180,8 @@ class Data(Frozen):
     text: `sources` (text, JSONL) are tokenised into `root` once, with `tokenizer` or one trained on them.
     indexed: `train` and `heldout` are prefixes of .bin/.idx files made before; a number before one is its weight.
     mock: random tokens.
+    `reset_attention_mask`: a token attends to its own document alone (NeMo's PreTrainingDataModule).  `eod_mask_loss`: the
+    end of a document is no token of the loss, in training and held out.
     """
 
     kind: Literal["text", "indexed", "mock"]
@@ -188,6 +190,8 @@ class Data(Frozen):
     train: tuple[Weighted, ...] = Field(default=(), strict=False)
     heldout: tuple[Weighted, ...] = Field(default=(), strict=False)
     tokenizer: Text | None = None
+    reset_attention_mask: bool = False
+    eod_mask_loss: bool = False
     seed: NonNegative
 
 

@@ -81,6 +81,19 @@ def data_is_named(plan: Plan) -> str | None:
     return f"data.{missing} is empty, data={data.kind} needs it; set it" if missing else None
 
 
+def documents_are_masked_where_attention_takes_a_mask(plan: Plan) -> str | None:
+    """Transformer Engine 2.2 pytorch/attention.py:5664 ignores a mask under causal attention; rotary positions are relative.
+
+    So on GPUs neither NeMo's reset_attention_mask nor its reset_position_ids changes a number of these models.
+    """
+    if plan.data.reset_attention_mask and not plan.on_cpu:
+        return (
+            f"data.reset_attention_mask has no effect on {plan.gpu.name}: Transformer Engine's causal attention takes no mask; "
+            "set it to false (data.eod_mask_loss works), or use gpu=cpu"
+        )
+    return None
+
+
 def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
     """Throughput settings, CUDA graphs and the like have no meaning where FP8 is emulated, nor has Slurm's GPU request."""
     m, what = plan.mapping, None
@@ -224,6 +237,7 @@ RULES: tuple[Rule, ...] = (
     *MAPPING_RULES,
     schedule_is_possible,
     data_is_named,
+    documents_are_masked_where_attention_takes_a_mask,
     secrets_are_not_in_the_plan,
     container_is_named,
     data_is_in_the_container,

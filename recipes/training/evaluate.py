@@ -306,12 +306,13 @@ def mean_loss(loaded: Loaded, batches: Iterator[Batch], name: str) -> Loss:
 def _forward(loaded: Loaded, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
     """Return the losses of a batch in nats, (sequences, tokens), or its logits where there are no labels.
 
-    Attention is causal, so no mask is passed.
+    The batch's mask, where it has one, holds the ends of documents (data.reset_attention_mask).
     """
     tokens = batch["tokens"].to(loaded.device)
     positions = torch.arange(tokens.shape[1], device=loaded.device).expand_as(tokens)
     labels = None if labels is None else labels.to(loaded.device)
-    found: torch.Tensor = loaded.forward(input_ids=tokens, position_ids=positions, attention_mask=None, labels=labels)
+    mask = batch["attention_mask"].to(loaded.device) if "attention_mask" in batch else None
+    found: torch.Tensor = loaded.forward(input_ids=tokens, position_ids=positions, attention_mask=mask, labels=labels)
     return found
 
 

@@ -73,24 +73,30 @@ class Fp8RowParallelLinear(Fp8Mixin, RowParallelLinear):
 class CpuAttention(DotProductAttention):
     """Causal attention with BF16 operands and FP32 arithmetic, grouped queries included."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Take (sequence, batch, heads, dim) and return (sequence, batch, heads * dim)."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Take (sequence, batch, heads, dim) and return (sequence, batch, heads * dim).
+
+        `attention_mask` (batch, 1, sequence, sequence) is True where a token must not look; without document masks it holds
+        nothing but causality.
+        """
         q, k, v = (t.permute(1, 2, 0, 3).float() for t in (query, key, value))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        seen = ~attention_mask if _document_masks and attention_mask is not None else None
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1])
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1).to(query.dtype)
 
 
 _recipe: Fp8 | None = None
+_document_masks = False
 
 
-def set_recipe(fp8: Fp8 | None) -> None:
-    """Set the recipe of the FP8 layers built from now on.
+def set_recipe(fp8: Fp8 | None, document_masks: bool = False) -> None:
+    """Set the recipe of the FP8 layers built from now on, and whether attention on a CPU stays within documents.
 
     A process-wide setting, because NeMo writes its recipe objects into checkpoints and can write only named functions:
     the spec function below cannot carry a value.
     """
-    global _recipe
-    _recipe = fp8
+    global _recipe, _document_masks
+    _recipe, _document_masks = fp8, document_masks
 
 
 def _layer(config: Any, with_fp8: bool) -> ModuleSpec:

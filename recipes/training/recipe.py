@@ -97,6 +97,10 @@ def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
     recipe.data = run.Config(
         PreTrainingDataModule, paths=paths, tokenizer=tokenizer, seed=plan.data.seed, index_mapping_dir=str(folder / "index"), **sizes
     )
+    if plan.data.reset_attention_mask:
+        recipe.data.reset_attention_mask = recipe.data.create_attention_mask = True
+    if plan.data.eod_mask_loss:
+        recipe.data.eod_mask_loss = True
 
 
 def _prepared(plan: Plan) -> tuple[list[str], list[str], str | None]:
@@ -209,4 +213,4 @@ def _with_emulated_fp8(recipe: run.Partial, plan: Plan) -> None:
 
 def _own_layers(recipe: run.Partial, plan: Plan) -> None:
     recipe.model.config.transformer_layer_spec = layer_spec
-    set_recipe(plan.precision.fp8)
+    set_recipe(plan.precision.fp8, plan.data.reset_attention_mask)

@@ -8,6 +8,7 @@ import pytest
 
 from launch.__main__ import main
 from recipes.run_folder import rows_of, status_of
+from tests.recipes.test_evaluate import write_corpus
 
 SHORT = [
     "train.max_steps=6",
@@ -109,3 +110,13 @@ def test_two_processes_give_the_loss_of_one(runs: Path, tmp_path: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert [v for v in a if v is not None] == pytest.approx([v for v in b if v is not None], rel=2e-3)
     assert one[0][1] == pytest.approx(two[0][1], rel=1e-6)  # before the first update only the loss's sum differs
+
+
+def test_documents_are_masked_as_the_plan_says(tmp_path: Path) -> None:
+    """Same weights and batch of short documents: masking attention, and leaving their ends out of the loss, each change it."""
+    write_corpus(tmp_path / "corpus", words=10)
+    data = [f"data.sources=[{tmp_path}/corpus]", f"data.root={tmp_path}/data", f"runs_dir={tmp_path}", "train.stop_after=1"]
+    assert main(["-m", *SHORT, *data, "data.reset_attention_mask=true,false", "run_name=mask-${data.reset_attention_mask}"]) == 0
+    assert main([*SHORT, *data, "data.eod_mask_loss=true", "run_name=loss"]) == 0
+    first = [rows_of(tmp_path / run / "metrics.jsonl")[0]["loss"] for run in ("mask-True", "mask-False", "loss")]
+    assert len(set(first)) == 3 and max(first) - min(first) < 0.1

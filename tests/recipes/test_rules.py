@@ -79,6 +79,10 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "schedule_is_possible": [(["train.warmup_steps=100"], "set it to null"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
+    "documents_are_masked_where_attention_takes_a_mask": [
+        ([*H100_8B, "data.reset_attention_mask=true"], "data.eod_mask_loss"),
+        ([*EMULATED, "data.reset_attention_mask=true"], "gpu=cpu"),
+    ],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
     "data_is_in_the_container": [
