@@ -13,6 +13,7 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.fit import is_tight
 from recipes.memory import Memory, estimate, usable_gb
+from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
 from recipes.run_folder import differences, flatten, folder_of
 from recipes.schedule import described as schedule
@@ -34,6 +35,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens_per_step,
         "mapping": described(plan),
         "schedule": schedule(plan),
+        "tp_overlap": {"on": overlaps_tp(plan), "why_off": why_off(plan)},
         "memory_gb_per_gpu": memory and _memory_facts(plan, memory),
         "differs_from_convergence": settings_differences(plan),
     }
@@ -66,6 +68,7 @@ def table(plan: Plan) -> str:
         "model": f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters, {plan.precision.name}, {plan.stack.name}",
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
+        **({"TP overlap": f"off: {why}"} if (why := facts["tp_overlap"]["why_off"]) else {}),
         "tokens a step": f"{facts['tokens_per_step']:,}",
         "schedule": _schedule(facts["schedule"]),
         "data": _data(plan),

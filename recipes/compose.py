@@ -26,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
 from recipes.origin import check_site, file_of
+from recipes.overlap import resolved
 from recipes.plan import Plan
 from recipes.rules import check
 from recipes.secret_values import refuse_secrets
@@ -41,6 +42,7 @@ FREE = tuple(
     if get_origin(field.annotation) is dict
 )
 FULL_KEY = re.compile(r"full_key: (\S+)")
+BF16_LAYERS = ("precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
 COMMAND_KEYS = ("experiment", "dry_run")  # keys of conf/config.yaml that steer a command and are no part of the plan
 
 
@@ -82,8 +84,9 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
         raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
     refuse_secrets(tree)
     _sizes_are_numbers(tree)
+    _bf16_layers_are_kept(tree, overrides)
     filled = fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})
-    return check(plan_from_tree(filled, overrides, conf))
+    return check(resolved(plan_from_tree(filled, overrides, conf)))
 
 
 def _free(override: str) -> str:
@@ -103,6 +106,17 @@ def _sizes_are_numbers(tree: dict[str, Any]) -> None:
         size = mapping.get(name) if isinstance(mapping, dict) else None
         if not isinstance(size, int | None):
             raise InputError(f"mapping.{name} is no whole number (given: {one_line(repr(size))[:80]}); see conf/ for what it takes")
+
+
+def _bf16_layers_are_kept(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Settings that drop the layers in BF16 must not drop those that a command line asks for."""
+    settings = tree.get("settings")
+    if not isinstance(settings, dict) or settings.get("bf16_layers") is not False:
+        return
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in BF16_LAYERS and value != "0":
+            raise InputError(f"{override}: settings.bf16_layers=false keeps no layer in BF16; set settings.bf16_layers=true, or leave it out")
 
 
 def plan_from_tree(tree: dict[str, Any], overrides: Sequence[str] | None = None, conf: Path = CONF) -> Plan:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from recipes.mapping_rules import MAPPING_RULES
 from recipes.memory import estimate, layers_by_chunk, usable_gb
+from recipes.overlap import reopened
 from recipes.plan import Mapping, Plan
 
 # The worst error on measured rows is 2.2 % (`python -m recipes.validation`; a test compares the
@@ -84,5 +85,5 @@ def _changed(plan: Plan, more_gpus: int = 1, **mapping: int) -> tuple[str, Plan]
         mapping["global_batch"] = plan.mapping.global_batch * more_gpus
     changes = {key: value for key, value in mapping.items() if getattr(plan.mapping, key) != value}
     words = [f"num_gpus={plan.num_gpus * more_gpus}"] * (more_gpus > 1) + [f"mapping.{key}={value}" for key, value in changes.items()]
-    changed: Mapping = plan.mapping.model_copy(update=changes)
+    changed: Mapping = reopened(plan).mapping.model_copy(update=changes)
     return " ".join(words), plan.model_copy(update={"mapping": changed, "num_gpus": plan.num_gpus * more_gpus})

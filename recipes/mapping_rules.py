@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from recipes.overlap import tp_overlap_is_possible
 from recipes.plan import Plan
 
 Rule = Callable[[Plan], str | None]
@@ -210,4 +211,5 @@ MAPPING_RULES: tuple[Rule, ...] = (
     cuda_graphs_are_possible,
     fp8_parameters_are_possible,
     gather_overlap_is_possible,
+    tp_overlap_is_possible,
 )

@@ -28,6 +28,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
 from recipes.sizes import layer_parameters, linear_layers
 
@@ -382,7 +383,7 @@ def _ring(plan: Plan) -> float:
 def _workspace(plan: Plan) -> float:
     m = plan.mapping
     further = max(0, sum(size > 1 for size in (m.tp, m.pp, m.cp, plan.data_parallel)) - 1)
-    overlap = USERBUFFERS * _tokens(plan) * plan.model.hidden_size * BF16 if m.tp > 1 and not m.fsdp else 0
+    overlap = USERBUFFERS * _tokens(plan) * plan.model.hidden_size * BF16 if overlaps_tp(plan) else 0
     diagnosed = DIAGNOSED_COPIES * FP32 * _tokens(plan) * _fc1_width(plan) if plan.emulated else 0
     return OUTSIDE_PYTORCH + further * NCCL_GROUP + CUBLAS + overlap + diagnosed
 

@@ -98,6 +98,7 @@ class Gpu(Frozen):
     """A device: compute capability (None: the CPU), memory in GB (1e9 bytes), dense peaks in TFLOP/s.
 
     `nvlink_domain`: devices joined by NVLink beyond a node (GB200: 72); None where the node is the domain.
+    `nvlink_multicast`: whether an NVSwitch joins them, which multicast needs.
     `gpus_per_numa_node`: by which ranks of a node are bound to processors.  `mapped_like`: the GPU whose recommended
     mappings serve this one too.  `hbm_tb_s`, `nvlink_gb_s` (both directions together) and `nic_gbit_s` (a GPU's share of its
     node's network adapters): bandwidths that predictions divide by; `tdp_w`: the power that limits its clock, in watts.  None: this GPU has
@@ -110,6 +111,7 @@ class Gpu(Frozen):
     devices_per_node: Positive
     gpus_per_numa_node: Positive | None = None
     nvlink_domain: Positive | None = None
+    nvlink_multicast: bool = True
     mapped_like: Name | None = None
     bf16_dense_tflops: Rate | None = None
     fp8_dense_tflops: Rate | None = None
@@ -136,11 +138,36 @@ class Missing(Frozen):
     remedy: str
 
 
+class CannotOverlap(Frozen):
+    """Why tensor-parallel communication cannot overlap with GEMMs, and where that is written."""
+
+    reason: str
+    source: str
+
+
+class Userbuffers(Frozen):
+    """What a stack can overlap of tensor-parallel communication with GEMMs (Transformer Engine's userbuffers).
+
+    `bootstrap`: the torch.distributed backend that sets them up.  `sizes`: the tensor-parallel sizes that
+    have kernels.  `overlaps`: "bf16" or a scaling -> where it is written that it overlaps in all three
+    GEMMs of a layer (output, input gradient, weight gradient).  `fails`: those that do not overlap;
+    "bf16_layers" are layers kept in BF16 beside FP8 ones, "fsdp" is Megatron-Core's FSDP.
+    """
+
+    bootstrap: Literal["nccl", "gloo", "mpi"]
+    bootstrap_source: str
+    sizes: tuple[Positive, ...] = Field(strict=False)
+    sizes_source: str
+    overlaps: dict[Literal["bf16"] | Scaling, str]
+    fails: dict[Literal["bf16_layers", "fsdp"] | Scaling, CannotOverlap]
+
+
 class Stack(Frozen):
     """A set of versions and what it can do, by scaling.
 
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
     parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
+    `userbuffers`: None where the stack's file does not say what they can do.
     """
 
     name: Name
@@ -151,6 +178,7 @@ class Stack(Frozen):
     emulates_fp8: bool = False
     fp8: dict[Scaling, Support]
     missing: dict[Scaling, Missing]
+    userbuffers: Userbuffers | None = None
 
 
 class Mapping(Frozen):
@@ -159,6 +187,7 @@ class Mapping(Frozen):
     `fsdp`: Megatron-Core's FSDP, which shards parameters, gradients and optimizer state over the data-parallel ranks.
     `recompute_layers`: layers a pipeline stage (a chunk of it, under vp) whose activations are computed again backward.
     `offload_layers`: layers whose activations wait in host memory.  `source`: where the layout comes from.
+    `tp_overlap`: whether tensor-parallel communication overlaps with GEMMs; None: where the stack can (recipes.overlap).
     """
 
     tp: Positive
@@ -172,6 +201,7 @@ class Mapping(Frozen):
     recompute_layers: NonNegative
     offload_layers: NonNegative
     source: str
+    tp_overlap: bool | None = None
 
 
 class Data(Frozen):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import InputError, one_line
+from recipes.overlap import overlaps_tp
 from recipes.plan import Plan, plan_from_json
 
 SESSION = "--- a run of this folder begins"  # in log.txt: what stands before is of an earlier one
@@ -169,7 +170,10 @@ def comparable(plan: Plan) -> dict[str, Any]:
     place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s")
     said = ("mapping.source", "settings.batch", "model.convergence", "gpu.source")
     for_predictions = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w")
-    return {k: v for k, v in flat.items() if not k.startswith((*place, *said, *for_predictions))}
+    abilities = ("gpu.nvlink_multicast", "stack.fp8.", "stack.missing", "stack.userbuffers")
+    flat["mapping.tp_overlap"] = overlaps_tp(plan)  # older plans leave it open
+    left_out = (*place, *said, *for_predictions, *abilities)
+    return {k: v for k, v in flat.items() if not k.startswith(left_out)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

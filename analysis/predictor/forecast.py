@@ -20,6 +20,7 @@ from recipes.fit import fits, is_tight
 from recipes.flops import flops_per_token, mfu, peak_tflops
 from recipes.mapping_rules import MAPPING_RULES
 from recipes.memory import Memory, estimate, usable_gb
+from recipes.overlap import reopened, resolved
 from recipes.plan import Plan
 from recipes.rules import RULES, model_fits_gpu
 
@@ -101,13 +102,18 @@ def _forecast(plan: Plan, iso: Forecast | None = None, best: Forecast | None = N
 
 
 def bf16_twin(plan: Plan) -> Plan | None:
-    """Return the plan with nothing changed but its precision, to BF16 (whose optimizer NVIDIA's settings make precision-aware); None for BF16."""
+    """Return the plan with nothing changed but its precision, to BF16; None for BF16.
+
+    What depends on the precision follows it: the overlap of tensor-parallel communication, and NVIDIA's
+    settings make the optimizer precision-aware.
+    """
     if plan.precision.fp8 is None:
         return None
     settings = plan.settings
     if settings.name == "throughput":
         settings = settings.model_copy(update={"precision_aware_optimizer": True})  # as recipes.defaults fills it for BF16
-    return plan.model_copy(update={"precision": plan.precision.model_copy(update={"name": "bf16", "fp8": None}), "settings": settings})
+    bf16 = plan.precision.model_copy(update={"name": "bf16", "fp8": None})
+    return resolved(reopened(plan).model_copy(update={"precision": bf16, "settings": settings}))
 
 
 def _recommended(plan: Plan, overrides: Sequence[str]) -> Forecast | None:

@@ -151,6 +151,9 @@ KNOWN = {
         "global reductions and the scheduler",
     ),
 }
+# Of messages that no GEMM hides all is waited for.  Userbuffers leave half of a message by design, so that
+# `tp_exposed` over that half is how much longer than at NVLink's peak a message takes (1).
+OVERLAP_EXPOSES = KNOWN["tp_exposed"].value
 PRIOR = Constants(**{name: prior.value for name, prior in KNOWN.items()})
 NAMES = tuple(field.name for field in fields(Constants))
 
@@ -181,7 +184,7 @@ def seconds(work: Work, hw: Hardware, c: Constants) -> Seconds:
         casts=work.cast_bytes * stream,
         attention=work.attention / c.attention,
         elementwise=work.bytes * stream,
-        tp=work.tp * c.tp_exposed,
+        tp=(work.tp + work.tp_bare / OVERLAP_EXPOSES) * c.tp_exposed,
         cp=work.cp * c.net_exposed,
     )
 

@@ -145,6 +145,7 @@ def _plan(raw: Raw, precision: str, n: dict[str, int]) -> Plan:
             "recompute_layers": int(known.get("recompute_layers") or 0),
             "offload_layers": int(known.get("offload_layers") or 0),
             "source": "published",
+            "tp_overlap": n["tp"] > 1,  # by NVIDIA's scripts; with MXFP8 and FSDP the rows are of 25.07 on
         }
     )
     layers = _whole(raw.get("layers", "")) or base.model.num_layers

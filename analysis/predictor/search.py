@@ -15,6 +15,7 @@ from analysis.predictor.stored import constants
 from recipes.errors import InputError
 from recipes.fit import fits
 from recipes.mapping_rules import MAPPING_RULES
+from recipes.overlap import reopened, resolved
 from recipes.plan import Mapping, Plan
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -50,10 +51,10 @@ def candidates(plan: Plan) -> Iterator[Plan]:
 def _allowed(plan: Plan, **layout: int | bool) -> Iterator[Plan]:
     """Yield the plan in a layout, unless a rule refuses it; CUDA graphs where the plan has them and the layout can."""
     graphs = plan.mapping.cuda_graphs and not layout["fsdp"] and not layout["recompute_layers"]
-    mapping: Mapping = plan.mapping.model_copy(update={**layout, "cuda_graphs": graphs, "offload_layers": 0, "source": "search"})
+    mapping: Mapping = reopened(plan).mapping.model_copy(update={**layout, "cuda_graphs": graphs, "offload_layers": 0, "source": "search"})
     overlap = plan.settings.overlap_param_gather_with_optimizer_step and mapping.vp > 1
     settings = plan.settings.model_copy(update={"overlap_param_gather_with_optimizer_step": overlap})
-    candidate = plan.model_copy(update={"mapping": mapping, "settings": settings})
+    candidate = resolved(plan.model_copy(update={"mapping": mapping, "settings": settings}))
     if not any(rule(candidate) for rule in MAPPING_RULES):
         yield candidate
 

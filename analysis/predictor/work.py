@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from analysis.predictor.gemm import OUTPUT, Efficiency
 from analysis.predictor.hardware import Hardware, domains, ring_bandwidth
+from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
 from recipes.sizes import layer_parameters, linear_layers, training_gemms
 
@@ -48,6 +49,7 @@ class Work:
     """One pass of something: seconds of GEMMs at the measured efficiency, by what multiplies; the rest as named.
 
     `mx_gemm` are the GEMMs of MXFP8, at the speed of per-tensor ones; `tp` and `cp` seconds of communication at the links' peak.
+    `tp_bare`: those of tensor-parallel communication with no GEMM beside it.
     """
 
     gemm: float = 0.0
@@ -57,6 +59,7 @@ class Work:
     bytes: float = 0.0
     cast_bytes: float = 0.0
     tp: float = 0.0
+    tp_bare: float = 0.0
     cp: float = 0.0
     kernels: float = 0.0
 
@@ -103,6 +106,7 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
     backward = direction == 1
     attention = 2.0 * model.hidden_size * plan.seq_length * t / m.tp * (BACKWARD_ATTENTION if backward else 1)
     mx = fp8 is not None and fp8.scaling == "mxfp8"
+    tp, tp_bare = _tensor_parallel(plan, hw, fp8, backward)
     return Work(
         gemm=0.0 if mx else multiply,
         mx_gemm=multiply if mx else 0.0,
@@ -110,7 +114,8 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
         attention=attention / hw.bf16,
         bytes=_stream(plan, backward) + (m.cp - 1) * MERGE[direction] * t * model.hidden_size / m.tp,
         cast_bytes=_casts(plan, fp8, backward) if fp8 else 0.0,
-        tp=_tensor_parallel(plan, hw, fp8, backward),
+        tp=tp,
+        tp_bare=tp_bare,
         cp=_context_parallel(plan, hw, backward),
         kernels=KERNELS[direction]
         + (KERNELS_FP8[fp8.scaling][direction] if fp8 else 0)
@@ -147,18 +152,24 @@ def _casts(plan: Plan, fp8: Fp8, backward: bool) -> float:
     return t / tp * (after_norm * 2 * h + each * (h + f))
 
 
-def _tensor_parallel(plan: Plan, hw: Hardware, fp8: Fp8 | None, backward: bool) -> float:
-    """Return seconds of gathering and scattering between the sequence-parallel parts and the linear layers.
+def _tensor_parallel(plan: Plan, hw: Hardware, fp8: Fp8 | None, backward: bool) -> tuple[float, float]:
+    """Return seconds of gathering and scattering between the sequence-parallel parts and the linear
+    layers: with a GEMM beside them, and without.
 
-    Forward two gathers and two scatters; backward two of each, and two gathers more for the weights' gradients.  Inputs and gradients
-    are gathered in FP8 (Transformer Engine's userbuffers), sums are scattered in BF16.
+    Forward two gathers and two scatters; backward two of each, and two gathers more for the weights'
+    gradients.  Inputs and gradients are gathered in FP8, sums are scattered in BF16.  Userbuffers lay all
+    of it beside GEMMs.  Without them Transformer Engine does so with the gathers for the weights'
+    gradients and the scatters backward, which are asynchronous (pytorch/module/linear.py:490-500 and
+    :553-560 @ bee4649).
     """
     tp = plan.mapping.tp
     if tp == 1:
-        return 0.0
-    gathered = 1 if fp8 else BF16
-    volume = tokens(plan) * plan.model.hidden_size * (tp - 1) / tp * (2 * BF16 + (4 if backward else 2) * gathered)
-    return volume / ring_bandwidth(hw, tp, 1)
+        return 0.0, 0.0
+    one = tokens(plan) * plan.model.hidden_size * (tp - 1) / tp / ring_bandwidth(hw, tp, 1)
+    gather, scatter = one * (1 if fp8 else BF16), one * BF16
+    in_order = 2 * gather + (0 if backward else 2 * scatter)
+    asynchronous = 2 * gather + 2 * scatter if backward else 0.0
+    return (asynchronous + in_order, 0.0) if overlaps_tp(plan) else (asynchronous, in_order)
 
 
 def _context_parallel(plan: Plan, hw: Hardware, backward: bool) -> float:

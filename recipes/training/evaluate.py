@@ -184,6 +184,7 @@ def _built(plan: Plan, folder: Path) -> tuple[Any, Any]:
 def _on_one_device(plan: Plan) -> Plan:
     """Return the plan without parallelism: a distributed checkpoint is put together in whatever layout asks for it."""
     alone = {"tp": 1, "pp": 1, "cp": 1, "vp": 1, "fsdp": False, "cuda_graphs": False, "recompute_layers": 0, "offload_layers": 0}
+    alone["tp_overlap"] = False
     return plan.model_copy(update={"num_gpus": 1, "mapping": plan.mapping.model_copy(update=alone)})
 
 

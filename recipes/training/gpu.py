@@ -17,6 +17,7 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
+from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
 
 PRESETS: dict[str, Callable[[], run.Config]] = {
@@ -83,12 +84,15 @@ def _activations(config: run.Config, plan: Plan) -> None:
 
 
 def _overlap(recipe: run.Partial, plan: Plan) -> None:
-    """Tensor-parallel overlap by userbuffers, where there is tensor parallelism; MXFP8 has none in 25.04.
+    """Tensor-parallel overlap by userbuffers, where the plan has it, set up by the stack's backend.
 
+    Unset, NeMo's callback passes None, for which Transformer Engine takes MPI where PyTorch has it.
     Megatron-Core model_parallel_config.py allows the deferred embedding gradient only with a pipeline.
     """
-    callback, m, fp8 = comm_overlap(recipe), plan.mapping, plan.precision.fp8
-    callback.tp_comm_overlap = m.tp > 1 and not m.fsdp and (fp8 is None or fp8.scaling != "mxfp8")
+    callback, m = comm_overlap(recipe), plan.mapping
+    callback.tp_comm_overlap = overlaps_tp(plan)
+    if plan.stack.userbuffers:
+        callback.tp_comm_bootstrap_backend = plan.stack.userbuffers.bootstrap
     callback.tp_comm_overlap_cfg = _userbuffers(plan) if callback.tp_comm_overlap else None
     callback.overlap_param_gather_with_optimizer_step = plan.settings.overlap_param_gather_with_optimizer_step
     if m.pp == 1 or m.fsdp:

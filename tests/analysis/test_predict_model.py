@@ -107,7 +107,7 @@ def test_tensor_and_context_parallel_ranks_share_the_work() -> None:
     split, whole = (layer(p, hw, gemms, in_fp8=False) for p in (plan, alone))
     for one, other in ((split.forward, whole.forward), (split.backward, whole.backward)):
         assert (one.gemm * 8, one.attention * 8) == pytest.approx((other.gemm, other.attention))
-        assert one.tp > 0 and one.cp > 0 and other.tp == other.cp == 0
+        assert one.tp_bare > 0 and one.cp > 0 and other.tp == other.tp_bare == other.cp == 0
 
 
 def test_fp8_casts_by_hand() -> None:
@@ -213,7 +213,11 @@ def test_a_plan_from_before_bandwidths_loads_and_is_the_same_run() -> None:
     old = read_plan(MEASURED)
     gpu = plan_of("llama3_8b").gpu
     assert old.gpu.hbm_tb_s is None and gpu.hbm_tb_s == 3.35
-    changed = differences(comparable(old), comparable(old.model_copy(update={"gpu": gpu})))
+    now = compose_plan(["stack=nemo_25_04_te_2_11", "mapping=single"])
+    stack = old.stack.model_copy(update={"userbuffers": now.stack.userbuffers})
+    mapping = old.mapping.model_copy(update={"tp_overlap": now.mapping.tp_overlap})
+    assert old.stack.userbuffers is None is old.mapping.tp_overlap and now.stack.userbuffers
+    changed = differences(comparable(old), comparable(old.model_copy(update={"gpu": gpu, "stack": stack, "mapping": mapping})))
     assert changed == []
     with pytest.raises(InputError, match="no hbm_tb_s, nvlink_gb_s, nic_gbit_s, tdp_w to predict from"):
         hardware(old.gpu)

@@ -77,6 +77,12 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "settings.overlap_param_gather_with_optimizer_step=true"], "vp > 1"),
         ([*H100_70B, "settings.overlap_param_gather_with_optimizer_step=true"], "settings.checkpoints=false"),
     ],
+    "tp_overlap_is_possible": [
+        ([*H100_70B, "precision=fp8_current", "mapping.tp_overlap=true"], "mapping.tp_overlap=false"),
+        (["model=llama3_70b", "gpu=b200", "precision=mxfp8", "mapping.tp_overlap=true"], "mapping.tp_overlap=false"),
+        ([*H100_8B, "mapping.tp_overlap=true"], "mapping.tp=1"),
+        ([*H100_70B, "mapping.fsdp=true", "mapping.pp=1", "mapping.vp=1", "mapping.tp_overlap=true"], "jitter"),
+    ],
     "schedule_is_possible": [(["train.warmup_steps=100"], "set it to null"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
     "documents_are_masked_where_attention_takes_a_mask": [
