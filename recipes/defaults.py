@@ -27,10 +27,12 @@ def fill(tree: Tree) -> Tree:
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     try:
         fill_rates(filled)
-        asked_batch = filled["mapping"]["global_batch"]
+        asked_batch, asked_graphs = (filled["mapping"][key] for key in ("global_batch", "cuda_graphs"))
         for step in (_mapping, _executor, _settings, _precision):
             step(filled)
         fill_batch(filled, asked_batch)
+        if asked_graphs is None:
+            _graphs(filled)
     except (KeyError, TypeError, AttributeError):
         return tree  # a part is missing or no mapping: the plan's types say which
     return filled
@@ -104,3 +106,11 @@ def _precision(tree: Tree) -> None:
         fp8["param_gather"] = possible and (stack["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"])
     if tree["settings"]["bf16_layers"] is False:
         fp8["first_layers_bf16"] = fp8["last_layers_bf16"] = 0
+
+
+def _graphs(tree: Tree) -> None:
+    """Turn recommended CUDA graphs off where they would run layers in FP8 that are kept in BF16."""
+    mapping, fp8, dropped = tree["mapping"], tree["precision"]["fp8"], tree["stack"].get("graphs_drop_bf16_layers")
+    if mapping["cuda_graphs"] and dropped and fp8 and fp8["first_layers_bf16"] + fp8["last_layers_bf16"]:
+        mapping["cuda_graphs"] = False
+        mapping["source"] += f"; CUDA graphs off: {dropped}"

@@ -162,6 +162,10 @@ def cuda_graphs_are_possible(plan: Plan) -> str | None:
     bad = next((name for name, is_on in against.items() if is_on), None)
     if m.cuda_graphs and bad:
         return f"mapping.cuda_graphs does not work with mapping.{bad}={getattr(m, bad)}; set mapping.cuda_graphs=false"
+    fp8, dropped = plan.precision.fp8, plan.stack.graphs_drop_bf16_layers
+    if m.cuda_graphs and dropped and fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16:
+        none = "precision.fp8.first_layers_bf16=0 and precision.fp8.last_layers_bf16=0"
+        return f"mapping.cuda_graphs=true: {dropped}; set mapping.cuda_graphs=false, or {none}"
     return None
 
 

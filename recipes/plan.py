@@ -167,7 +167,8 @@ class Stack(Frozen):
 
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
     parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
-    `userbuffers`: None where the stack's file does not say what they can do.
+    `userbuffers`: None where the stack's file does not say what they can do.  `graphs_drop_bf16_layers`: why CUDA
+    graphs run layers in FP8 that are kept in BF16 (None: they do not).
     """
 
     name: Name
@@ -179,6 +180,7 @@ class Stack(Frozen):
     fp8: dict[Scaling, Support]
     missing: dict[Scaling, Missing]
     userbuffers: Userbuffers | None = None
+    graphs_drop_bf16_layers: str | None = None
 
 
 class Mapping(Frozen):

@@ -58,6 +58,7 @@ def lines(plan: Plan) -> dict[str, str]:
     text = printing.as_str_flattened(build(plan, Path("RUN")), include_types=False)
     fields = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line and "[unset" not in line)
     _no_overlap_that_fails(fields)
+    _no_bf16_layers_in_graphs(fields)
     return {**{k: v for k, v in fields.items() if "plan_json" not in k}, **{f"environment.{v.name}": repr(v.value) for v in variables(plan)}}
 
 
@@ -68,6 +69,12 @@ def _no_overlap_that_fails(fields: dict[str, str]) -> None:
     if fields[f"{at}overlap"] == "True" and "trainer.plugins.fp8" in fields:
         assert fields["trainer.plugins.first_last_layers_bf16"] == "False"
         assert fields["trainer.plugins.fp8_recipe"] in ("'delayed'", "'tensorwise'")
+
+
+def _no_bf16_layers_in_graphs(fields: dict[str, str]) -> None:
+    """Megatron-Core 0.12 and 0.13 capture every layer under one FP8 context."""
+    if fields.get("model.config.enable_cuda_graph") == "True":
+        assert fields.get("trainer.plugins.first_last_layers_bf16", "False") == "False"
 
 
 def golden(cell: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ H100_8B = ["model=llama3_8b", "gpu=h100"]
 H100_70B = ["model=llama3_70b", "gpu=h100"]
 C4 = ["data=indexed", "data.train=[0.3,/data/c4/part0]", "data.heldout=[/data/c4/valid]", "data.tokenizer=/tokenizers/llama3"]
 EMULATED = ["gpu=h200", "stack=emulated", "executor=local"]
+WORKSTATION = ["gpu.compute_capability='12.0'", "cluster.container_runtime=none"]
 NO_FSDP = "stack.fp8_parameters_with_fsdp=false"
 
 # rule -> overrides that it alone should refuse, and a part of the way out that it names
@@ -24,6 +25,12 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         (["gpu=h200", "precision=mxfp8", "stack=nemo_25_04_te_2_11"], "stack=emulated"),
         ([*H100_8B, "precision=fp8_subchannel"], "stack=emulated"),
         ([*EMULATED, "precision=mxfp8", "gpu.compute_capability='7.5'"], "gpu=cpu"),
+        *(
+            (["model=llama3_8b", "gpu=b200", "precision=mxfp8", f"stack={stack}", *WORKSTATION], "precision=fp8_current")
+            for stack in ("nemo_25_04", "nemo_25_04_te_2_11", "nemo_25_07")
+        ),
+        ([*H100_8B, "precision=fp8_delayed", *WORKSTATION], "stack=nemo_25_07"),
+        ([*H100_8B, "precision=fp8_current", *WORKSTATION], "stack=nemo_25_07"),
     ],
     "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "precision=fp8_current")],
     "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "keep fewer")],
@@ -62,7 +69,8 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     "cuda_graphs_are_possible": [
         ([*H100_8B, "mapping.cuda_graphs=true", f"mapping.{other}"], "mapping.cuda_graphs=false")
         for other in ("fsdp=true", "recompute_layers=1", "offload_layers=1")
-    ],
+    ]
+    + [(["model=llama3_8b", "gpu=b200", "precision=fp8_current", "mapping.cuda_graphs=true"], "precision.fp8.first_layers_bf16=0")],
     "fp8_parameters_are_possible": [
         (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "precision.fp8.param_gather=true"], "param_gather=false"),
         ([*H100_8B, "precision=fp8_subchannel", "stack=nemo_25_07", "precision.fp8.param_gather=true"], "param_gather=false"),
@@ -210,3 +218,15 @@ def test_data_that_is_mounted_is_let_pass(site: str) -> None:
 
 def test_data_need_no_mount_without_a_container() -> None:
     compose_plan([*H100_8B, *C4, "cluster.container_runtime=none", "cluster.python=/opt/nemo/bin/python"])
+
+
+@pytest.mark.parametrize("gpu", ["b200", "gb200"])
+@pytest.mark.parametrize("mapping", ["recommended", "iso"])
+@pytest.mark.parametrize("stack", ["nemo_25_04", "nemo_25_07"])
+def test_recommended_graphs_are_off_where_layers_are_kept_in_bf16(gpu: str, mapping: str, stack: str) -> None:
+    asked = ["model=llama3_8b", "precision=fp8_current", f"gpu={gpu}", f"mapping={mapping}", f"stack={stack}", "gpu.memory_gb=1000"]
+    plan = compose_plan(asked)
+    assert not plan.mapping.cuda_graphs and "CUDA graphs off: Megatron-Core" in plan.mapping.source
+    for more in (["settings.bf16_layers=false"], ["precision=bf16"], ["experiment=throughput"]):
+        plan = compose_plan([*asked, *more])
+        assert plan.mapping.cuda_graphs and "CUDA graphs off" not in plan.mapping.source
