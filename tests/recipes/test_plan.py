@@ -37,7 +37,7 @@ BAD_INPUTS = [
     (["a b"], "a b"),
     (["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "nothing would run in FP8"),
     (["precision=fp8_delayed", "precision.fp8.first_layers_bf16=1"], "delayed"),
-    (["precision=mxfp8", "gpu=h100"], "10.0 or higher"),
+    (["precision=mxfp8", "gpu=h100"], "10.0 to 10.3"),
     (["precision=fp8_subchannel", "gpu=h100"], "stack=nemo_25_07"),
     (["precision=fp8_subchannel", "gpu=b200", "stack=nemo_25_07"], "needs compute capability 9.0 and not 10.0"),
     (["model=llama3_8b", "precision=mxfp8"], "this machine has"),
