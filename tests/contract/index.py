@@ -6,6 +6,7 @@ hashes of functions stand in it, no code.
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,22 +27,43 @@ COMMAND = "python -m tests.contract --update SOURCES"
 
 def read(name: str) -> dict[str, Any]:
     """Return one of this folder's YAML files."""
-    return dict(yaml.safe_load((HERE / name).read_text(encoding="utf-8")))
+    return _yaml(HERE / name)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def our_uses() -> list[Use]:
     """Return what recipes/ uses of upstream packages."""
     declared = read("types.yaml")
-    texts, fields = (
-        declared.pop("texts"),
-        {"names", "attributes", "returns", "mixed_into", "reached"},
-    )
+    fields = ("names", "attributes", "returns", "mixed_into", "reached")
     types = Types(frozenset(declared["packages"]), **{key: declared[key] for key in fields})
+    _add_recipes(types)
     files = sorted((ROOT / "recipes").rglob("*.py"))
-    return [
-        *collect(ROOT, files, types),
-        *(Use(text, "text", where) for where, text in texts.items()),
-    ]
+    texts = [Use(text, "text", where) for where, text in declared["texts"].items()]
+    return [*collect(ROOT, files, types), *texts, *_schedules(declared["schedules"])]
+
+
+def _add_recipes(types: Types) -> None:
+    """Let `module` in recipe.py stand for NeMo's recipe of every model in conf/model."""
+    models = [_yaml(path) for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))]
+    recipes = sorted({f"nemo.collections.llm.recipes.{model['nemo_recipe']}" for model in models})
+    types.names["recipes/training/recipe.py"]["module"] = [f"module {name}" for name in recipes]
+    for name in recipes:
+        types.returns[f"{name}.pretrain_recipe"] = "config nemo.collections.llm.pretrain"
+
+
+def _schedules(prefix: str) -> list[Use]:
+    """Return NeMo's userbuffer schedules, whose names gpu.py puts together."""
+    path = ROOT / "recipes" / "training" / "gpu.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "USERBUFFERS":
+            where = f"recipes/training/gpu.py:{node.lineno}"
+            templates = set(ast.literal_eval(node.value).values())
+            names = {t.format(dtype=dtype) for t in templates for dtype in ("bf16", "fp8")}
+            return [Use(prefix + name, "read", where) for name in sorted(names)]
+    raise LookupError("recipes/training/gpu.py has no USERBUFFERS; change _schedules")
 
 
 def environments(folder: Path) -> dict[str, Sources]:
@@ -148,7 +170,7 @@ def absent_names(stacks: Sequence[str]) -> dict[str, str]:
 
 def refuses(stack: str, what: str) -> bool:
     """Return whether a stack's own file refuses a scaling, or the emulation of FP8."""
-    text = yaml.safe_load((ROOT / "conf" / "stack" / f"{stack}.yaml").read_text(encoding="utf-8"))
+    text = _yaml(ROOT / "conf" / "stack" / f"{stack}.yaml")
     return not text["emulates_fp8"] if what == "emulation" else what in text["missing"]
 
 

@@ -77,7 +77,7 @@ def test_index_is_small_and_made_of_these_sources():
 
 
 def test_command_names_what_fails(tmp_path):
-    for part in ("recipes", "tests/contract", "conf/stack"):
+    for part in ("recipes", "tests/contract", "conf/stack", "conf/model"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests" / "__init__.py").touch()
     broken = tmp_path / "recipes" / "training" / "te.py"

@@ -561,14 +561,18 @@ class Collector:
     def _by_text(self, name: str, node: ast.Call, scope: dict[str, Any]) -> Any:
         base, text = self.value(node.args[0], scope), self.value(node.args[1], scope)
         rest = [self.value(argument, scope) for argument in node.args[2:]]
-        if not isinstance(text, Literal) or not isinstance(text.value, str):
-            return None
+        texts = text.values if isinstance(text, Several) else (text,)
+        names = [t.value for t in texts if isinstance(t, Literal) and isinstance(t.value, str)]
         if name == "setattr":
-            return self._store_member(base, text.value, rest[0], node)
+            for each in names:
+                self._store_member(base, each, rest[0], node)
+            return None
         before, self.optional = self.optional, self.optional or name == "hasattr" or bool(rest)
-        found = self._member(base, text.value, node)
+        found = [self._member(base, each, node) for each in names]
         self.optional = before
-        return None if name == "hasattr" else found
+        if name == "hasattr" or not found:
+            return None
+        return found[0] if len(found) == 1 else Several(tuple(f for f in found if f is not None))
 
     def _by_import(self, node: ast.Call, scope: dict[str, Any]) -> Any:
         text = self.value(node.args[0], scope)
