@@ -12,6 +12,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from recipes.nemo_recipes import with_architecture
 from recipes.schedule import fill_batch, fill_rates
 
 Tree = dict[str, Any]
@@ -24,6 +25,7 @@ SIZES = ("tp", "pp", "cp", "vp", "micro_batch", "global_batch", "recompute_layer
 
 def fill(tree: Tree) -> Tree:
     """Return the composed tree with every null filled that has a known value."""
+    tree = with_architecture(tree)
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     try:
         fill_rates(filled)

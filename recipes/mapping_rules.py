@@ -18,9 +18,9 @@ TOKENS_MULTIPLE = 8
 
 
 def heads_divide(plan: Plan) -> str | None:
-    """Heads share hidden_size evenly, and query groups share the heads."""
+    """Heads share hidden_size evenly, unless they have a size of their own, and query groups share the heads."""
     model = plan.model
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_size is None and model.hidden_size % model.num_attention_heads:
         return f"model.hidden_size={model.hidden_size} is no multiple of model.num_attention_heads={model.num_attention_heads}; change one"
     if model.num_attention_heads % model.num_query_groups:
         return f"model.num_attention_heads={model.num_attention_heads} is no multiple of model.num_query_groups={model.num_query_groups}; change one"
@@ -110,8 +110,7 @@ def fp8_shapes_divide(plan: Plan) -> str | None:
     if fp8 is None or plan.emulated:
         return None
     multiple = FP8_MULTIPLE.get(fp8.scaling, 16)
-    head = model.hidden_size // model.num_attention_heads
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * head
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.head
     features = {"hidden_size": model.hidden_size, "ffn_hidden_size / tp": model.ffn_hidden_size // m.tp, "qkv width / tp": qkv // m.tp}
     bad = next((name for name, size in features.items() if size % multiple), None)
     if bad:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import from_json
+
+from recipes.nemo_recipes import with_architecture
 
 Positive = Annotated[int, Field(gt=0, lt=2**53)]  # exact as a float, which memory and time are reckoned in
 NonNegative = Annotated[int, Field(ge=0, lt=2**53)]
@@ -52,6 +55,13 @@ class Model(Frozen):
     `embedding_and_loss_count_as_layers`: whether pipeline stages are cut as if the embedding and the loss were a layer each
     (NeMo's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
     `convergence`: the published schedule, for what `train` and the global batch leave null; None: recipes/schedule.py's.
+
+    The fields from `head_size` on are the architecture of the NeMo recipe (recipes/nemo_recipes.py); null takes the
+    recipe's value.  `head_size`: of an attention head, where it is not hidden_size / num_attention_heads.
+    `sliding_window`: keys that a query sees before its own.  `fused_activation`: one kernel for the activation function.
+    `normalization`: 1p is a gain that is stored less one.  `post_norms`: a norm behind attention and MLP too.
+    `rope_scaling`: the factor of Llama 3.1's frequencies.  `*_softcap`: c in c tanh(x / c), of attention scores and logits.
+    `embedding_scaling`: embeddings times the root of hidden_size.
     """
 
     name: Name
@@ -63,10 +73,36 @@ class Model(Frozen):
     num_query_groups: Positive
     vocab_size: Positive
     seq_length: Positive
-    activation: Literal["swiglu", "squared_relu"]
+    activation: Literal["swiglu", "geglu", "gelu", "squared_relu"]
     tied_embeddings: bool
     embedding_and_loss_count_as_layers: bool = False
     convergence: Convergence | None = None
+    head_size: Positive | None = None
+    sliding_window: Positive | None = None
+    fused_activation: bool | None = None
+    normalization: Literal["rmsnorm", "rmsnorm1p", "layernorm", "layernorm1p"] | None = None
+    post_norms: bool | None = None
+    linear_bias: bool | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    position_embedding: Literal["rope", "learned_absolute"] | None = None
+    rotary_base: Rate | None = None
+    rotary_percent: Fraction | None = None
+    rope_scaling: Rate | None = None
+    attention_softcap: Rate | None = None
+    logit_softcap: Rate | None = None
+    embedding_scaling: bool | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @property
+    def head(self) -> int:
+        """The size of an attention head."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two halves of its first linear map, one of them through the activation function."""
+        return self.activation in ("swiglu", "geglu")
 
 
 class Fp8(Frozen):
@@ -392,5 +428,6 @@ class Plan(Frozen):
 
 
 def plan_from_json(text: str) -> Plan:
-    """Return the plan written in a run folder; ValidationError if it is no plan."""
-    return Plan.model_validate_json(text)
+    """Return the plan written in a run folder, of this version or an older one; ValueError if it is no plan."""
+    tree = from_json(text)
+    return Plan.model_validate(with_architecture(tree) if isinstance(tree, dict) else tree)

@@ -12,6 +12,7 @@ from pathlib import Path
 from recipes.errors import InputError
 from recipes.fit import does_not_fit
 from recipes.mapping_rules import MAPPING_RULES, Rule
+from recipes.model_rules import MODEL_RULES
 from recipes.plan import Plan
 from recipes.sizes import training_state_gb
 
@@ -228,6 +229,7 @@ def model_fits_gpu(plan: Plan) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     cell_is_supported,
+    *MODEL_RULES,
     delayed_keeps_no_bf16_layers,
     bf16_layers_leave_some_fp8,
     cpu_runs_data_parallel_only,

@@ -7,20 +7,25 @@ what a CPU needs in `_for_cpu`, and what FP8 by this project's numerics needs on
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
 from nemo.lightning import NeMoLogger
+from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from recipes.errors import InputError
 from recipes.plan import Plan
+from recipes.training.architecture import refuse_another
 from recipes.training.callback import RunFolderCallback
 from recipes.training.checkpoints import Checkpoints, Resume, Strategy
 from recipes.training.data import prepare
@@ -37,16 +42,22 @@ FUSIONS = (
     "persist_layer_norm",
 )
 
+# How gradients are reduced, of NeMo v2.3.2 recipes/llama3_8b.py.
+REDUCTION = {
+    "check_for_nan_in_grad": True,
+    "grad_reduce_in_fp32": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+    "average_in_collective": True,
+}
+
 LOGGED_STEPS = 10  # NeMo's own default: a logger that gets NeMo's numbers waits for the device; the run folder's come in each step
 
 
 def build(plan: Plan, folder: Path) -> run.Partial:
     """Return the NeMo recipe (a run.Partial of llm.pretrain) for a plan; `folder` is the run folder."""
-    module = _module(plan.model.nemo_recipe)
-    nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
-    recipe = module.pretrain_recipe(
-        dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, performance_mode=not plan.on_cpu
-    )
+    recipe = _nemo_recipe(plan, folder)
+    refuse_another(recipe.model, plan)
     for part in (_model, _trainer, _optimizer):
         part(recipe, plan)
     _data(recipe, plan, folder)
@@ -59,6 +70,32 @@ def build(plan: Plan, folder: Path) -> run.Partial:
         for_gpu(recipe, plan)
     _non_finite(recipe, plan)
     return recipe
+
+
+def _nemo_recipe(plan: Plan, folder: Path) -> run.Partial:
+    """Return NeMo's recipe with what its performance mode adds; most recipes have none, then it is added here.
+
+    NeMo v2.3.2 recipes/llama3_8b.py: its callbacks, and gradients reduced by Megatron-Core's DistributedDataParallel with
+    overlap, which a few recipes (Qwen2, StarCoder) leave at the strategy's default.
+    """
+    make = _module(plan.model.nemo_recipe).pretrain_recipe
+    nodes = -(-plan.num_gpus // plan.gpu.devices_per_node)
+    mode = {"performance_mode": not plan.on_cpu} if "performance_mode" in inspect.signature(make).parameters else {}
+    recipe: run.Partial = make(dir=str(folder), name="nemo", num_nodes=nodes, num_gpus_per_node=plan.num_gpus // nodes, **mode)
+    trainer = recipe.trainer
+    trainer.callbacks = trainer.callbacks or []
+    if not plan.on_cpu:
+        present = [callback.__fn_or_cls__ for callback in trainer.callbacks]
+        trainer.callbacks += [callback for callback in performance_callbacks() if callback.__fn_or_cls__ not in present]
+    if not isinstance(trainer.strategy.ddp, run.Config):
+        trainer.strategy.ddp = run.Config(DistributedDataParallelConfig, **REDUCTION)
+    return recipe
+
+
+def performance_callbacks() -> list[run.Config]:
+    """Return the callbacks of NeMo's performance mode."""
+    garbage = run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100)
+    return [garbage, run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False)]
 
 
 def _module(name: str) -> Any:
@@ -81,6 +118,10 @@ def _model(recipe: run.Partial, plan: Plan) -> None:
     config.vocab_size = model.vocab_size
     config.make_vocab_size_divisible_by = 1 if plan.on_cpu else 128
     config.share_embeddings_and_output_weights = model.tied_embeddings
+    if model.head_size:
+        config.kv_channels = model.head_size
+    if model.sliding_window:
+        config.window_size = (model.sliding_window, 0)
 
 
 def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
@@ -125,8 +166,9 @@ def _trainer(recipe: run.Partial, plan: Plan) -> None:
     strategy.context_parallel_size = m.cp
     strategy.virtual_pipeline_model_parallel_size = m.vp if m.vp > 1 else None
     strategy.sequence_parallel = m.tp > 1
-    if plan.model.embedding_and_loss_count_as_layers:
-        strategy.account_for_embedding_in_pipeline_split = strategy.account_for_loss_in_pipeline_split = True
+    counted = plan.model.embedding_and_loss_count_as_layers  # a recipe may have set it (llama31_405b)
+    if counted != strategy.account_for_embedding_in_pipeline_split:
+        strategy.account_for_embedding_in_pipeline_split = strategy.account_for_loss_in_pipeline_split = counted
 
 
 def _optimizer(recipe: run.Partial, plan: Plan) -> None:

@@ -125,10 +125,14 @@ def test_emulated_fp8_on_a_gpu_is_the_bf16_recipe_but_for_its_layers(precision: 
 
 @pytest.mark.parametrize("name", ["llama9_1b", "optim", "os.path"])
 def test_a_recipe_that_nemo_lacks_is_refused(name: str, tmp_path: Path) -> None:
+    """When the plan is made; and in the job, where the plan's version of NeMo is one that the list does not have."""
     from recipes.training import recipe
 
+    with pytest.raises(InputError, match=f"nemo_recipe={name}: nemo_25_04 has NeMo 2.3, which has no such recipe"):
+        compose_plan(["model=llama3_tiny", f"model.nemo_recipe={name}"])
+    unlisted = compose_plan(["model=llama3_tiny", f"model.nemo_recipe={name}", "stack.versions.nemo='9.9'"])
     with pytest.raises(InputError, match=f"nemo_recipe={name}: NeMo has no such recipe"):
-        recipe.build(compose_plan(["model=llama3_tiny", f"model.nemo_recipe={name}"]), tmp_path)
+        recipe.build(unlisted, tmp_path)
 
 
 def test_throughput_settings_are_those_of_nvidias_scripts() -> None:

@@ -32,6 +32,17 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "precision=fp8_delayed", *WORKSTATION], "stack=nemo_25_07"),
         ([*H100_8B, "precision=fp8_current", *WORKSTATION], "stack=nemo_25_07"),
     ],
+    "recipe_is_trained": [
+        ([*H100_8B, "model.nemo_recipe=llama3_9b"], "use llama3_8b"),
+        ([*H100_8B, "model.nemo_recipe=mixtral_8x7b"], "docs/models.md"),
+        (["model=qwen3_8b", "gpu=h100"], "stack=nemo_25_07"),
+    ],
+    "architecture_is_the_recipes": [([*H100_8B, "model.qk_norm=true"], "set model.qk_norm=false")],
+    "softcapped_attention_is_possible": [
+        (["model=gemma2_9b", "gpu=b200", "mapping.cp=2", "num_gpus=2"], "set mapping.cp=1"),
+        (["model=gemma2_9b", "gpu=b200", "seq_length=8192"], "use seq_length=4096"),
+    ],
+    "windowed_attention_divides": [(["model=mistral_7b", "gpu=b200", "mapping.tp=4", "mapping.cp=4", "num_gpus=16"], "lower one")],
     "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "precision=fp8_current")],
     "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "keep fewer")],
     "heads_divide": [(["model.num_query_groups=3"], "change one"), (["model.num_attention_heads=12", "model.num_query_groups=4"], "change one")],
