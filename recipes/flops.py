@@ -20,8 +20,15 @@ def layer_flops_per_token(model: Model) -> float:
 
 
 def attention_flops_per_token(model: Model, seq_length: int, causal: bool) -> float:
-    """Return forward FLOPs a token of one layer's scores and their product with the values, all of them or the causal half."""
-    return 4.0 * model.hidden_size * seq_length / (2 if causal else 1)
+    """Return forward FLOPs a token of one layer's scores and their product with the values, all of them or those that a query sees."""
+    keys = visible_keys(model, seq_length) if causal else seq_length
+    return 4.0 * model.num_attention_heads * model.head * keys
+
+
+def visible_keys(model: Model, seq_length: int) -> float:
+    """Return the keys that a query sees under a causal mask, on average over the sequence: half, fewer in a sliding window."""
+    window = min(model.sliding_window or seq_length, seq_length)
+    return window - window**2 / (2 * seq_length)
 
 
 def flops_per_token(model: Model, seq_length: int, causal: bool) -> float:

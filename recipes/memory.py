@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
-from recipes.sizes import layer_parameters, linear_layers
+from recipes.sizes import layer_parameters, linear_layers, linear_parameters, norm_parameters
 
 BF16, FP32 = 2, 4  # bytes an element
 MX_SCALES = 1 / 32  # bytes an element: one E8M0 byte for 32 elements (OCP MX v1.0)
@@ -109,8 +109,7 @@ class Weights(NamedTuple):
 
 def _matrices(plan: Plan) -> float:
     """Return the parameters of one layer's linear maps on one tensor-parallel rank."""
-    norms = 2 * plan.model.hidden_size
-    return (layer_parameters(plan.model) - norms) / plan.mapping.tp
+    return linear_parameters(plan.model) / plan.mapping.tp
 
 
 def _vocabulary(plan: Plan) -> int:
@@ -131,8 +130,11 @@ def _weights(plan: Plan, stage: int) -> Weights:
     layers, in_fp8 = sum(map(len, chunks)), sum(map(sum, chunks))
     first, last = stage == 0, stage == plan.mapping.pp - 1
     tables = 1 if first and last and plan.model.tied_embeddings else first + last
-    norms = 2 * h * layers + h * last
-    return Weights(in_fp8 * _matrices(plan), (layers - in_fp8) * _matrices(plan) + norms, tables * _vocabulary(plan) * h)
+    beside = layer_parameters(plan.model) - linear_parameters(plan.model)  # norms and biases
+    small = beside * layers + norm_parameters(plan.model, h) * last
+    positions = plan.seq_length * h if first and plan.model.position_embedding == "learned_absolute" else 0
+    vocabulary = tables * _vocabulary(plan) * h + positions
+    return Weights(in_fp8 * _matrices(plan), (layers - in_fp8) * _matrices(plan) + small, vocabulary)
 
 
 def layers_by_chunk(plan: Plan, stage: int) -> list[list[bool]]:
@@ -242,13 +244,33 @@ def layer_bytes_per_token(plan: Plan, in_fp8: bool) -> float:
     """
     model, fp8 = plan.model, plan.precision.fp8
     h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
-    head = h // heads
+    head = model.head
     kept = _fp8_input(fp8) if fp8 and in_fp8 and not plan.emulated else BF16
-    norms = 2 * h * (BF16 + kept)
-    attention = BF16 * head * (2 * heads + 2 * model.num_query_groups) + FP32 * heads
+    norms = 2 * h * (BF16 + kept) + (2 * h * BF16 if model.post_norms else 0)
+    attention = BF16 * head * (2 * heads + 2 * model.num_query_groups) + FP32 * heads + _beside_attention(plan)
     projection = heads * head * kept if in_fp8 or _transposed(plan) else 0
-    mlp = BF16 * _fc1_width(plan) + f * kept
-    return (norms + attention + projection + mlp) / plan.mapping.tp
+    mlp = BF16 * _fc1_width(plan) + f * kept + (BF16 * f if _two_kernels(plan) else 0)
+    dropped = 2 * h if model.dropout else 0  # a byte an element that dropout masks
+    return (norms + attention + projection + mlp + dropped) / plan.mapping.tp
+
+
+def _two_kernels(plan: Plan) -> bool:
+    """Whether a gated MLP activates one half and then multiplies, which keeps the activated half too (MCore mlp.py, unfused)."""
+    return plan.model.gated and plan.model.fused_activation is False
+
+
+def _beside_attention(plan: Plan) -> float:
+    """Return bytes a token of attention beyond q, k, v and its output.
+
+    A norm of queries and keys keeps its inputs.  Attention with a softcap is NeMo's own (v2.3.2 gpt/model/gemma2.py): keys
+    and values repeated for each head, the capped scores and the probabilities, each a row over the whole sequence.
+    """
+    model = plan.model
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    norms = BF16 * model.head * (heads + groups) if model.qk_norm else 0
+    if model.attention_softcap is None:
+        return norms
+    return norms + BF16 * (2 * model.head * (heads - groups) + 2 * heads * plan.seq_length)
 
 
 def _transposed(plan: Plan) -> bool:
@@ -268,7 +290,7 @@ def _fp8_input(fp8: Fp8) -> float:
 
 def _fc1_width(plan: Plan) -> int:
     """Return the outputs of the first linear map: two a hidden unit if gated."""
-    return plan.model.ffn_hidden_size * (2 if plan.model.activation == "swiglu" else 1)
+    return plan.model.ffn_hidden_size * (2 if plan.model.gated else 1)
 
 
 def _tokens(plan: Plan) -> int:
@@ -328,7 +350,8 @@ def _logits(plan: Plan, stage: int) -> float:
     h, tokens, vocabulary = plan.model.hidden_size, _tokens(plan), _vocabulary(plan)
     inputs = tokens * BF16 * (2 * h / plan.mapping.tp + (2 * h if plan.mapping.tp > 1 else 0))
     backward = BF16 * (tokens * vocabulary + tokens * h + vocabulary * h)
-    return max(tokens * vocabulary * LOGITS[plan.settings.cross_entropy_fusion], backward) + inputs
+    capped = BF16 if plan.model.logit_softcap else 0  # the tanh's result, for its backward pass
+    return max(tokens * vocabulary * (LOGITS[plan.settings.cross_entropy_fusion] + capped), backward) + inputs
 
 
 def _layer_backward(plan: Plan, stage: int) -> float:
@@ -348,7 +371,8 @@ def _layer_backward(plan: Plan, stage: int) -> float:
     in_fp8 = any(map(any, chunks))
     kept = _fp8_input(fp8) if fp8 and in_fp8 and not plan.emulated else BF16
     f, h, width = model.ffn_hidden_size, model.hidden_size, _fc1_width(plan)
-    function = BF16 * (f + width if model.activation == "swiglu" else 4 * f)
+    function = BF16 * (4 * f if model.activation == "squared_relu" else f + width + (2 * f if _two_kernels(plan) else 0))
+    scores = 3 * BF16 * model.num_attention_heads * plan.seq_length if model.attention_softcap else 0  # gradients of scores
     copies = 2 * kept * width if in_fp8 else 0
     gathered = kept * h if m.tp > 1 else 0
     freed = kept * f / m.tp
@@ -356,6 +380,7 @@ def _layer_backward(plan: Plan, stage: int) -> float:
         (function + BF16 * h) / m.tp - freed,
         gathered + BF16 * h + (copies + BF16 * h) / m.tp - freed,
         (_ring(plan) - BF16 * width) / m.tp - freed,
+        scores / m.tp - freed,
     )
     all_layers = m.recompute_layers >= max(map(len, chunks))
     again = layer_bytes_per_token(plan, in_fp8) if all_layers else 0
@@ -373,8 +398,7 @@ def _ring(plan: Plan) -> float:
     model, cp = plan.model, plan.mapping.cp
     if cp == 1:
         return 0.0
-    head = model.hidden_size // model.num_attention_heads
-    return BF16 * head * (cp * 2 * model.num_query_groups + (cp + 1) * model.num_attention_heads)
+    return BF16 * model.head * (cp * 2 * model.num_query_groups + (cp + 1) * model.num_attention_heads)
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage

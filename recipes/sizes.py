@@ -1,7 +1,7 @@
 """Parameters and bytes of a model, from its dimensions alone.
 
-The counts follow Megatron-Core's GPT model: grouped-query attention, two RMSNorms a layer without bias, a gated
-(SwiGLU) or plain (squared ReLU) MLP, an input embedding and an output layer.
+The counts follow Megatron-Core's GPT model: grouped-query attention, two norms a layer (with norms behind attention and
+MLP four), a gated or plain MLP, biases where the model has them, an input embedding and an output layer.
 """
 
 from dataclasses import dataclass, replace
@@ -13,19 +13,35 @@ from recipes.plan import Model
 BYTES_PER_PARAMETER_TRAINING = 18
 
 
+def linear_parameters(model: Model) -> int:
+    """Return the weights of one layer's four linear maps, without biases."""
+    return sum(shape.n * shape.k for shape in linear_layers(model, tokens=1))
+
+
+def norm_parameters(model: Model, width: int) -> int:
+    """Return the parameters of one norm over `width` values: a gain, in a LayerNorm a bias too."""
+    return width * (2 if (model.normalization or "").startswith("layernorm") else 1)
+
+
 def layer_parameters(model: Model) -> int:
-    """Return the parameters of one transformer layer, norms included."""
-    head = model.hidden_size // model.num_attention_heads
-    qkv = model.hidden_size * (model.num_attention_heads + 2 * model.num_query_groups) * head
-    out = model.num_attention_heads * head * model.hidden_size
-    matrices = 3 if model.activation == "swiglu" else 2
-    return qkv + out + matrices * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    """Return the parameters of one transformer layer, norms and biases included."""
+    qkv, proj, fc1, fc2 = (shape.n for shape in linear_layers(model, tokens=1))
+    biases = (qkv if model.qkv_bias else 0) + (proj + fc1 + fc2 if model.linear_bias else 0)
+    norms = (4 if model.post_norms else 2) * norm_parameters(model, model.hidden_size)
+    of_heads = 2 * norm_parameters(model, model.head) if model.qk_norm else 0
+    return linear_parameters(model) + biases + norms + of_heads
+
+
+def position_parameters(model: Model) -> int:
+    """Return the parameters of learned positions, a row a place of the sequence that the model was made for."""
+    return model.seq_length * model.hidden_size if model.position_embedding == "learned_absolute" else 0
 
 
 def parameters(model: Model) -> int:
     """Return the parameters of the whole model, embedding and output layer included."""
     vocabulary = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    return model.num_layers * layer_parameters(model) + vocabulary + model.hidden_size
+    layers = model.num_layers * layer_parameters(model)
+    return layers + vocabulary + position_parameters(model) + norm_parameters(model, model.hidden_size)
 
 
 def training_state_gb(model: Model) -> float:
@@ -61,12 +77,12 @@ def linear_layers(model: Model, tokens: int, tp: int = 1) -> list[Shape]:
     uncut = tp < 1 or any(size % tp for size in (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size))
     if uncut:
         raise InputError(f"tensor parallelism of {tp} does not divide {model.name}'s heads, query groups or MLP; choose a divisor of them")
-    h, head = model.hidden_size, model.hidden_size // model.num_attention_heads
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * head
-    fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+    h, queries = model.hidden_size, model.num_attention_heads * model.head
+    qkv = queries + 2 * model.num_query_groups * model.head
+    fc1 = model.ffn_hidden_size * (2 if model.gated else 1)
     sizes = {
         "linear_qkv": (qkv // tp, h),
-        "linear_proj": (h, h // tp),
+        "linear_proj": (h, queries // tp),
         "linear_fc1": (fc1 // tp, h),
         "linear_fc2": (h, model.ffn_hidden_size // tp),
     }

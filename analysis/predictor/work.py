@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from analysis.predictor.gemm import OUTPUT, Efficiency
 from analysis.predictor.hardware import Hardware, domains, ring_bandwidth
+from recipes.flops import visible_keys
 from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
-from recipes.sizes import layer_parameters, linear_layers, training_gemms
+from recipes.sizes import linear_layers, linear_parameters, training_gemms
 
 BF16, FP32 = 2, 4  # bytes an element
 # Five products where forward has two (FlashAttention-2, arXiv 2307.08691, section 3.1), at a lower rate: 3.20 ms where forward takes 1.06
@@ -36,9 +37,18 @@ WRITTEN_FP8 = {"2.11": 197}
 # estimated from what the modules do; `launch` and `gap` are fitted with these.
 KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (20, 36), (4, 6), (20, 36), (6, 6)
 KERNELS_FP8 = {"delayed": (4, 4), "current": (14, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
-# Bytes of an activation function in values of width f: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py), squared
-# ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four backward (PyTorch's pow_backward).
-ACTIVATION = {"swiglu": (3, 5), "squared_relu": (4, 10)}
+# Values of width f that an activation function reads and writes: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py),
+# GELU too (fused_bias_gelu.py); squared ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four
+# backward (PyTorch's pow_backward).
+ACTIVATION = {"swiglu": (3, 5), "geglu": (3, 5), "gelu": (2, 3), "squared_relu": (4, 10)}
+# A gated function that is not fused (MCore transformer/mlp.py): forward the function and the product; backward two products, the
+# function's derivative, and the two halves joined.
+UNFUSED_GATED = (5, 13)
+# NeMo's attention with a softcap (v2.3.2 gpt/model/gemma2.py) writes its scores: bytes a BF16 score, forward for the product, division,
+# tanh, multiplication, softmax and the product with values; backward for their gradients.  Estimated from the code, not measured.
+SCORES = (20, 28)
+KERNELS_SCORES = (10, 16)
+LOGIT_SOFTCAP = 12 + 14  # bytes a logit of division, tanh and multiplication, forward and backward, in BF16
 # Merging the partial results of a context-parallel ring, bytes an element of the attention's output and step: FP32 sum read and written,
 # part read (Transformer Engine pytorch/attention, AttnFuncWithCPAndKVP2P); backward the same for dq, and dk and dv.
 MERGE = (2 + 2 * FP32, 2 + 2 * FP32)
@@ -104,7 +114,9 @@ def _gradient(plan: Plan) -> int:
 def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: float, write: float) -> Work:
     m, model, t = plan.mapping, plan.model, tokens(plan)
     backward = direction == 1
-    attention = 2.0 * model.hidden_size * plan.seq_length * t / m.tp * (BACKWARD_ATTENTION if backward else 1)
+    queries = model.num_attention_heads * model.head
+    keys = visible_keys(model, plan.seq_length) if model.attention_softcap is None else plan.seq_length  # with a softcap all scores
+    attention = 4.0 * queries * keys * t / m.tp * (BACKWARD_ATTENTION if backward else 1)
     mx = fp8 is not None and fp8.scaling == "mxfp8"
     tp, tp_bare = _tensor_parallel(plan, hw, fp8, backward)
     return Work(
@@ -112,13 +124,14 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
         mx_gemm=multiply if mx else 0.0,
         gemm_bytes=write,
         attention=attention / hw.bf16,
-        bytes=_stream(plan, backward) + (m.cp - 1) * MERGE[direction] * t * model.hidden_size / m.tp,
+        bytes=_stream(plan, backward) + _scores(plan, direction) + (m.cp - 1) * MERGE[direction] * t * queries / m.tp,
         cast_bytes=_casts(plan, fp8, backward) if fp8 else 0.0,
         tp=tp,
         tp_bare=tp_bare,
         cp=_context_parallel(plan, hw, backward),
         kernels=KERNELS[direction]
         + (KERNELS_FP8[fp8.scaling][direction] if fp8 else 0)
+        + (KERNELS_SCORES[direction] if model.attention_softcap else 0)
         + (KERNELS_TP[direction] if m.tp > 1 else 0)
         + KERNELS_CP[direction] * (m.cp - 1),
     )
@@ -126,18 +139,29 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
 
 def _key_value(plan: Plan) -> int:
     """Return the width of the keys, which is that of the values."""
-    return plan.model.hidden_size // plan.model.num_attention_heads * plan.model.num_query_groups
+    return plan.model.head * plan.model.num_query_groups
+
+
+def _scores(plan: Plan, direction: int) -> float:
+    """Return bytes that scores take on their way through memory, where attention writes them."""
+    model = plan.model
+    if model.attention_softcap is None:
+        return 0.0
+    return SCORES[direction] * float(model.num_attention_heads) * plan.seq_length * tokens(plan) / plan.mapping.tp
 
 
 def _stream(plan: Plan, backward: bool) -> float:
     """Return bytes that norms, residual sums, rotary embedding and activation function read and write, all of them shared by tp."""
     model = plan.model
     h, f, kv = model.hidden_size, model.ffn_hidden_size, _key_value(plan)
-    norms = 2 * (3 if backward else 2) * h
+    q = model.num_attention_heads * model.head
+    normed = (4 if model.post_norms else 2) * h + (q + kv if model.qk_norm else 0)
+    norms = (3 if backward else 2) * normed
     residuals = 2 * 3 * h
-    split = 2 * (2 * h + 2 * kv if backward else h)  # of queries from keys and values; backward they are joined again
-    rotary = 2 * (h + kv)
-    activation = ACTIVATION[model.activation][backward] * f
+    split = 2 * (2 * q + 2 * kv if backward else q)  # of queries from keys and values; backward they are joined again
+    rotary = 2 * (q + kv) if model.position_embedding != "learned_absolute" else 0
+    two_kernels = model.gated and model.fused_activation is False
+    activation = (UNFUSED_GATED if two_kernels else ACTIVATION[model.activation])[backward] * f
     return BF16 * (norms + residuals + split + rotary + activation) * tokens(plan) / plan.mapping.tp
 
 
@@ -145,11 +169,12 @@ def _casts(plan: Plan, fp8: Fp8, backward: bool) -> float:
     """Return bytes that casting moves: forward the inputs of the linear layers, backward the gradients of their outputs."""
     model, t, tp = plan.model, tokens(plan), plan.mapping.tp
     h, f, kv = model.hidden_size, model.ffn_hidden_size, _key_value(plan)
+    q = model.num_attention_heads * model.head
     each = CASTS[fp8.scaling] * SLOWER_CAST.get(fp8.scaling, 1.0)
     if backward:
-        return each * t / tp * (2 * h + h + 2 * kv + f * (2 if model.activation == "swiglu" else 1))
+        return each * t / tp * (2 * h + q + 2 * kv + f * (2 if model.gated else 1))
     after_norm = FUSED_CAST if fp8.scaling == "delayed" else each
-    return t / tp * (after_norm * 2 * h + each * (h + f))
+    return t / tp * (after_norm * 2 * h + each * (q + f))
 
 
 def _tensor_parallel(plan: Plan, hw: Hardware, fp8: Fp8 | None, backward: bool) -> tuple[float, float]:
@@ -191,6 +216,7 @@ def vocabulary(plan: Plan, hw: Hardware, gemms: Efficiency) -> Layer:
     forward = gemms.seconds(hw, "bf16", t, v, h)
     back = [gemms.seconds(hw, "bf16", t, h, v), gemms.seconds(hw, "bf16", v, h, t, 2 * _gradient(plan))]
     passes = 3 * BF16 if plan.settings.cross_entropy_fusion == "te" else 2 * BF16 + 6 * FP32
+    passes += LOGIT_SOFTCAP if model.logit_softcap else 0
     gather = t * h * BF16 * (m.tp - 1) / m.tp / ring_bandwidth(hw, m.tp, 1)
     return Layer(
         Work(gemm=forward[0], gemm_bytes=forward[1], bytes=passes * t * v, tp=gather, kernels=KERNELS_VOCABULARY[0]),
@@ -200,7 +226,7 @@ def vocabulary(plan: Plan, hw: Hardware, gemms: Efficiency) -> Layer:
 
 def matrices(plan: Plan) -> float:
     """Return the parameters of a layer's linear maps on one tensor-parallel rank."""
-    return (layer_parameters(plan.model) - 2 * plan.model.hidden_size) / plan.mapping.tp
+    return linear_parameters(plan.model) / plan.mapping.tp
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.compose import compose_plan
-from recipes.flops import attention_flops_per_token, flops_per_token, mfu, peak_tflops
+from recipes.flops import attention_flops_per_token, flops_per_token, mfu, peak_tflops, visible_keys
 from recipes.plan import Model, Plan
 
 TABLE = Path(__file__).parents[2] / "analysis" / "reference" / "nemo_performance_summary.csv"
@@ -53,6 +53,23 @@ def test_published_tables_follow_the_convention_that_they_name() -> None:
         assert implied == pytest.approx(flops_per_token(_model(name), int(row["seqlen"]), causal), rel=ROUNDING + printed), row["release"]
         checked.add((name, causal))
     assert len(checked) >= 7
+
+
+def test_a_sliding_window_leaves_fewer_keys_than_half() -> None:
+    """Counted one query at a time: its own key and the window's before it, no more than there are."""
+    model = _model("llama3_8b").model_copy(update={"sliding_window": 4096})
+    for length in (2048, 4096, 8192, 32768):
+        counted = sum(min(query, model.sliding_window) for query in range(length)) / length
+        assert visible_keys(model, length) == pytest.approx(counted, rel=1e-3)
+    assert visible_keys(_model("llama3_8b"), 8192) == 4096
+
+
+def test_heads_of_their_own_size_are_counted() -> None:
+    """Qwen3 4B: 32 heads of 128 at a width of 2560."""
+    model = _model("llama3_8b").model_copy(update={"hidden_size": 2560, "head_size": 128})
+    linear = 2 * 2560 * ((32 + 16) * 128 + 32 * 128 + 3 * model.ffn_hidden_size)
+    attention = 4 * 32 * 128 * 4096
+    assert flops_per_token(model, 4096, causal=False) == 3 * (model.num_layers * (linear + attention) + 2 * model.vocab_size * 2560)
 
 
 def test_causal_attention_is_half_of_full() -> None:

@@ -13,7 +13,7 @@ from recipes import memory
 from recipes.compose import compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill, recommended
 from recipes.fit import ESTIMATE_ERROR, does_not_fit, fits
-from recipes.memory import estimate
+from recipes.memory import estimate, layer_bytes_per_token
 from recipes.plan import Plan
 from recipes.validation import PEAKS, summary, validation
 from recipes.validation import main as command
@@ -220,6 +220,39 @@ def test_the_validation_ends_with_a_summary_and_cuts_no_note(capsys: pytest.Capt
 
 
 # ---------------------------------------------------------------------------------------------------------- properties
+
+
+ONE_GPU = ["gpu=b200", "num_gpus=1", "mapping=single", "data=mock", "settings=throughput"]
+
+
+def layer_of(model: str, **changed: object) -> float:
+    """Return bytes a token that a layer of a model keeps, in BF16, with some fields of the model changed."""
+    plan = plan_of(f"model={model}", *ONE_GPU, *(["stack=nemo_25_07"] if model == "qwen3_8b" else []), "mapping.micro_batch=1")
+    return layer_bytes_per_token(plan.model_copy(update={"model": plan.model.model_copy(update=changed)}), in_fp8=False)
+
+
+def test_attention_with_a_softcap_keeps_its_scores() -> None:
+    """Gemma 2 9B, 16 heads over 4,096 places: two BF16 matrices of scores, and keys and values repeated from 8 to 16 heads."""
+    kept = layer_of("gemma2_9b") - layer_of("gemma2_9b", attention_softcap=None)
+    assert kept == 2 * 2 * 16 * 4096 + 2 * 2 * 8 * 256
+    assert 40e9 < 42 * 4096 * 2 * 2 * 16 * 4096 < terms("model=gemma2_9b", *ONE_GPU, "mapping.micro_batch=1")["activations"]
+
+
+def test_what_other_models_keep_beyond_a_llama() -> None:
+    gemma, qwen3, mistral = 2 * 2 * 3584, 2 * 128 * (32 + 8), 2 * 14336
+    assert layer_of("gemma2_9b") - layer_of("gemma2_9b", post_norms=False) == gemma
+    assert layer_of("qwen3_8b") - layer_of("qwen3_8b", qk_norm=False) == qwen3
+    assert layer_of("mistral_7b") - layer_of("mistral_7b", fused_activation=True) == mistral
+    assert layer_of("llama2_7b", num_query_groups=8) == layer_of("llama2_7b", num_query_groups=8, head_size=128)
+
+
+def test_learned_positions_and_biases_are_weights() -> None:
+    gpt = plan_of("model=llama3_8b", "model.nemo_recipe=gpt3_175b", "model.activation=gelu", *ONE_GPU, "seq_length=2048")
+    plain = gpt.model_copy(update={"model": gpt.model.model_copy(update={"position_embedding": "rope"})})
+    bare = gpt.model_copy(update={"model": gpt.model.model_copy(update={"linear_bias": False, "qkv_bias": False})})
+    weights = estimate(gpt).terms["weights"]
+    assert weights - estimate(plain).terms["weights"] == 2 * 2048 * 4096
+    assert weights - estimate(bare).terms["weights"] == 2 * 32 * (6144 + 4096 + 14336 + 4096)
 
 
 @pytest.mark.parametrize(("axis", "values"), [("tp", (1, 2, 4, 8)), ("pp", (1, 2, 4, 8))])

@@ -80,7 +80,8 @@ def test_who_computes_fp8_is_the_stacks_to_say_and_the_cpus_always_this_project(
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes_on_a_gpu(model: str) -> None:
     stack = "nemo_25_07" if model == "qwen3_8b" else "nemo_25_04"  # the first whose NeMo has the recipe
-    assert compose_plan([f"model={model}", f"stack={stack}", "gpu=b200", "precision=mxfp8", "experiment=throughput"]).model.name == model
+    larger = ["num_gpus=8", "mapping.global_batch=32"] if model == "gemma2_9b" else []  # one GPU does not hold it
+    assert compose_plan([f"model={model}", f"stack={stack}", "gpu=b200", "precision=mxfp8", "experiment=throughput", *larger]).model.name == model
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,25 @@ def test_every_model_composes_on_a_gpu(model: str) -> None:
 )
 def test_parameter_counts_match_the_published_ones(model: str, billions: float) -> None:
     assert parameters(compose_plan([f"model={model}", "gpu=b200", "experiment=throughput"]).model) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+# model.num_parameters() of the Hugging Face checkpoints that bear the model's name.
+EXACT = {
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+    "qwen25_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "mistral_7b": 7_241_732_096,
+    "gemma2_9b": 9_241_705_984,
+    "llama2_7b": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize("model", EXACT)
+def test_parameters_are_counted_to_the_last(model: str) -> None:
+    stack = "nemo_25_07" if model == "qwen3_8b" else "nemo_25_04"
+    plan = compose_plan([f"model={model}", f"stack={stack}", "gpu=b200", "num_gpus=8", "mapping.global_batch=32", "experiment=throughput"])
+    assert parameters(plan.model) == EXACT[model]
 
 
 def test_the_plan_is_immutable() -> None:
