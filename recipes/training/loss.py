@@ -3,7 +3,8 @@
 NeMo v2.3.2 (lightning/megatron_parallel.py, MaskedTokenLossReduction.forward) asks in Python whether a micro-batch has any token that
 counts.  The answer lies on the device, so the host waits there for each micro-batch's forward pass to end, and the device then
 for the host to launch the backward pass.  Asked on the device itself it costs nothing, and every number is the same bit for bit.
-NeMo v2.4.0 (megatron_parallel.py:1739) does not ask, and sums over context-parallel ranks elsewhere: its own loss is kept there.
+NeMo v2.4.0 (megatron_parallel.py:1739) does not ask, and sums over context-parallel ranks elsewhere.
+Its own loss is kept there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class MaskedLoss(MaskedTokenLossReduction):  # type: ignore[misc]
 
 
 def set_loss(model: Any) -> None:
-    """Have a NeMo 2.3 GPTModel train with this loss; it makes its own where it finds none (collections/llm/gpt/model/base.py, v2.3.2)."""
+    """Have a NeMo 2.3 GPTModel train with this loss.
+
+    The model makes its own where it finds none (collections/llm/gpt/model/base.py, v2.3.2).
+    """
     if "cp_size" in inspect.signature(masked_token_loss).parameters:
         model._training_loss_reduction = MaskedLoss()

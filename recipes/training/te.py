@@ -82,11 +82,20 @@ def accumulate_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: t
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     more = {}
-    if "workspace" in inspect.signature(general_gemm).parameters:  # 2.2 and 2.5, cpp_extensions/gemm.py
+    if "workspace" in inspect.signature(general_gemm).parameters:  # 2.2 and 2.5
         from transformer_engine.pytorch.module.base import get_workspace
 
         more["workspace"] = get_workspace()
-    general_gemm(x, grad, out_dtype=main_grad.dtype, layout="NT", out=main_grad, accumulate=True, grad=True, **more)
+    general_gemm(
+        x,
+        grad,
+        out_dtype=main_grad.dtype,
+        layout="NT",
+        out=main_grad,
+        accumulate=True,
+        grad=True,
+        **more,
+    )
 
 
 def _no_walk_over_arguments() -> None:

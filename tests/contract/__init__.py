@@ -1,1 +1,1 @@
-"""Names and signatures of upstream packages that the heavy half uses, checked against each stack's own sources."""
+"""Names and signatures of upstream packages, checked against each stack's own sources."""

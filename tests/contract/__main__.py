@@ -1,8 +1,10 @@
-"""`python -m tests.contract`: check what recipes/ uses of NeMo, Megatron-Core, Transformer Engine, PyTorch and Lightning, per stack.
+"""`python -m tests.contract`: check, per stack, what recipes/ uses of upstream packages.
 
-    python -m tests.contract                        against the committed index; exit code 1 with file and line of what fails
-    python -m tests.contract --fetch SOURCES        download the sources of all stacks into the folder SOURCES (about 600 MB)
-    python -m tests.contract --update SOURCES       make the index and docs/contract.md anew from them, then check
+    python -m tests.contract                     check by the committed index
+    python -m tests.contract --fetch SOURCES     download the stacks' sources (about 600 MB)
+    python -m tests.contract --update SOURCES    make index and docs/contract.md anew, then check
+
+Exit code 1 where a use fails, with file and line of ours and of upstream.
 
 The sources are read, never imported or installed.
 """
@@ -57,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _update(folder: Path) -> None:
-    missing = [name for name in index.read("stacks.yaml")["sources"] if not (folder / name).is_dir()]
+    sources = index.read("stacks.yaml")["sources"]
+    missing = [name for name in sources if not (folder / name).is_dir()]
     if missing:
-        raise InputError(f"{folder} lacks {', '.join(missing)}; run python -m tests.contract --fetch {folder}")
+        remedy = f"run python -m tests.contract --fetch {folder}"
+        raise InputError(f"{folder} lacks {', '.join(missing)}; {remedy}")
     index.write(index.make(index.our_uses(), folder))
 
 

@@ -1,4 +1,4 @@
-"""Whether each use holds in an environment, given what the environment's sources say of the name."""
+"""Does a use hold in an environment, given what the environment's sources say of the name?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Facts = Callable[[str], Fact]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a use: `holds`, `fails`, `guarded` (absent, and the code asks first), `unknown`."""
+    """What becomes of a use: `holds`, `fails`, `guarded` (absent, and not used), `unknown`."""
 
     outcome: str
     why: str = ""
@@ -32,33 +32,41 @@ def verdict(use: Use, facts: Facts, absent: Mapping[str, str]) -> Verdict:
     for condition in use.conditions:
         kind = facts(condition.name).kind
         if kind != "unknown" and (kind != "missing") != condition.present:
-            return Verdict("guarded", f"{condition.name} is {'missing' if condition.present else 'there'}")
+            state = "missing" if condition.present else "there"
+            return Verdict("guarded", f"{condition.name} is {state}")
     if fact.kind == "missing":
         return _missing(use, fact, absent)
     if fact.kind == "unknown":
         return Verdict("unknown", fact.at)
-    wrong = _called_wrong(use.call, fact) if use.call else _replaced_wrong(use.ours, fact) if use.ours else None
-    if wrong and use.call and (known := [f"{use.name}({k})" for k in use.call.keywords if f"{use.name}({k})" in absent]):
-        return Verdict("guarded", absent[known[0]])
+    wrong = _wrong(use, fact)
+    keywords = use.call.keywords if wrong and use.call else ()
+    for parameter in (f"{use.name}({keyword})" for keyword in keywords):
+        if parameter in absent:
+            return Verdict("guarded", absent[parameter])
     return Verdict("fails", f"{use.where}: {use.name} at {fact.at} {wrong}") if wrong else HOLDS
+
+
+def _wrong(use: Use, fact: Fact) -> str | None:
+    if use.call:
+        return _called_wrong(use.call, fact)
+    return _replaced_wrong(use.ours, fact) if use.ours else None
 
 
 def _missing(use: Use, fact: Fact, absent: Mapping[str, str]) -> Verdict:
     if use.optional:
         return HOLDS if use.kind == "override" else Verdict("guarded", "the code asks first")
-    reason = next(
-        (why for name, why in absent.items() if use.name == name or use.name.startswith(name + ".")),
-        None,
-    )
-    if reason:
-        return Verdict("guarded", reason)
-    what = "overrides nothing, and nothing of ours calls it" if use.kind == "override" else f"is missing from {fact.at}"
+    for name, why in absent.items():
+        if f"{use.name}.".startswith(f"{name}."):
+            return Verdict("guarded", why)
+    what = f"is missing from {fact.at}"
+    if use.kind == "override":
+        what = "overrides nothing, and nothing of ours calls it"
     return Verdict("fails", f"{use.where}: {use.name} {what}")
 
 
 def _called_wrong(call: Call, fact: Fact) -> str | None:
-    """Return why a call does not fit a function's parameters, None where it does or they are not known."""
-    if not fact.calls or call.open:
+    """Return why a call does not fit a function's parameters; None where they are not known."""
+    if not fact.calls:
         return None
     errors = [_bind_error(call, signature(text), fact.kind) for text in fact.calls]
     return None if None in errors else f"takes ({' | '.join(fact.calls)}): {errors[0]}"
@@ -67,7 +75,7 @@ def _called_wrong(call: Call, fact: Fact) -> str | None:
 def _bind_error(call: Call, known: inspect.Signature, kind: str) -> str | None:
     skipped = kind in ("class", "classmethod", "bound") or (kind == "method" and call.bound)
     arguments = [None] * (call.positional + skipped)
-    bind = known.bind_partial if call.partial else known.bind
+    bind = known.bind_partial if call.partial or call.open else known.bind
     return _error(bind, arguments, call.keywords)
 
 
@@ -89,11 +97,12 @@ def _narrower(mine: inspect.Signature, theirs: inspect.Signature) -> str | None:
         return None  # any function will do
     positional = [p for p in theirs.parameters.values() if p.kind in kinds]
     required = [p for p in positional if p.default is p.empty]
-    only = {p.name for p in theirs.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    keywords = [p for p in theirs.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    only = {p.name for p in keywords if p.default is p.empty}
     for count in range(len(required), len(positional) + 1):
         if error := _error(mine.bind, [None] * count, only):
             return error
-    named = [p.name for p in theirs.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    named = [p.name for p in keywords]
     named += [p.name for p in positional[max(1, len(required)) :]]
     for name in named:
         if error := _error(mine.bind, [None] * len(required), only | {name}):

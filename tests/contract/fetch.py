@@ -1,6 +1,7 @@
-"""Download the sources of stacks.yaml: commits by git, Python packages as wheels, of which only Python files are kept.
+"""Download the sources of stacks.yaml: commits by git, packages as wheels; keep source files alone.
 
-PyTorch comes as its wheel for macOS: the same Python files and stubs as for Linux, without CUDA's libraries, in a tenth of the size.
+PyTorch comes as its wheel for macOS.  That has the same Python files and stubs as the one for
+Linux, in a tenth of the size, since it lacks CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def _from_git(source: dict[str, Any], scratch: Path, kept: Path) -> None:
         ]
     )
     with tarfile.open(scratch / "all.tar") as archive:
-        archive.extractall(kept, [m for m in archive.getmembers() if m.name.endswith(KEPT)], filter="data")
+        members = [m for m in archive.getmembers() if m.name.endswith(KEPT)]
+        archive.extractall(kept, members, filter="data")
 
 
 def _from_wheel(source: dict[str, Any], scratch: Path, kept: Path) -> None:

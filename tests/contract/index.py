@@ -1,7 +1,7 @@
 """The index: for each environment, what its sources say of the names that this project uses.
 
-It is made by `python -m tests.contract --update SOURCES` and committed, since CI has no sources.  Names, parameters, files, lines and
-hashes of functions stand in it, no code.
+`python -m tests.contract --update SOURCES` makes it.  It is committed, since CI has no sources.  It
+holds names, parameters, files, lines and hashes of functions, and no code.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ def _schedules(prefix: str) -> list[Use]:
 
 
 def environments(folder: Path) -> dict[str, Sources]:
-    """Return the sources of every environment; `folder` holds one folder for each of stacks.yaml's sources."""
+    """Return every environment's sources; `folder` has a folder for each of stacks.yaml's."""
     stacks, elsewhere = read("stacks.yaml"), read("types.yaml")["elsewhere"]
     found = {}
     for name, environment in stacks["environments"].items():
         parts = [*environment["sources"], *stacks["common"]]
-        roots = {package: folder / part for part in parts for package in stacks["sources"][part]["packages"]}
+        roots: dict[str, Path] = {}
+        for part in parts:
+            roots |= dict.fromkeys(stacks["sources"][part]["packages"], folder / part)
         found[name] = Sources(roots, elsewhere)
     return found
 
@@ -84,8 +86,9 @@ def make(uses: Sequence[Use], folder: Path) -> dict[str, dict[str, Fact]]:
     names = {use.name for use in uses} | {c.name for use in uses for c in use.conditions}
     index: dict[str, dict[str, Fact]] = {}
     for environment, sources in environments(folder).items():
-        facts = {name: sources.fact(name) for name in sorted(names)}
-        index[environment] = {name: _needed(fact, name in called, name in replaced) for name, fact in facts.items()}
+        facts = index[environment] = {}
+        for name in sorted(names):
+            facts[name] = _needed(sources.fact(name), name in called, name in replaced)
     return index
 
 
@@ -94,7 +97,7 @@ def _needed(fact: Fact, calls: bool, body: bool) -> Fact:
 
 
 def write(index: dict[str, dict[str, Fact]], path: Path = INDEX) -> None:
-    """Write the index, a line a name; what several environments share stands once, under their numbers."""
+    """Write the index, a line per name; a fact stands once, under its environments' numbers."""
     numbers = list(index)
     lines = []
     for name in sorted({name for facts in index.values() for name in facts}):
@@ -106,7 +109,8 @@ def write(index: dict[str, dict[str, Fact]], path: Path = INDEX) -> None:
         lines.append(f" {json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}")
     made_of = {name: _sources_of(name) for name in numbers}
     head = json.dumps({"environments": made_of}, indent=1)[2:-2]
-    path.write_text("{\n" + head + ",\n" + ' "names": {\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    names = ",\n".join(lines)
+    path.write_text(f'{{\n{head},\n "names": {{\n{names}\n }}\n}}\n', encoding="utf-8")
 
 
 def _row(fact: Fact) -> list[Any]:
@@ -120,7 +124,8 @@ def _sources_of(environment: str) -> dict[str, str]:
     """Return what an environment is made of: folder -> commit or wheel."""
     stacks = read("stacks.yaml")
     parts = [*stacks["environments"][environment]["sources"], *stacks["common"]]
-    return {part: stacks["sources"][part].get("commit") or stacks["sources"][part]["wheel"] for part in parts}
+    known = {part: stacks["sources"][part] for part in parts}
+    return {part: source.get("commit") or source["wheel"] for part, source in known.items()}
 
 
 def load(path: Path = INDEX) -> dict[str, dict[str, Fact]]:
@@ -160,7 +165,7 @@ def results(uses: Iterable[Use], index: dict[str, dict[str, Fact]]) -> list[Resu
 
 
 def absent_names(stacks: Sequence[str]) -> dict[str, str]:
-    """Return the names that may be missing where plans of these stacks run, with the reason: no plan of theirs reaches them."""
+    """Return the names that may be missing on these stacks, as no plan of theirs reaches them."""
     return {
         name: f"{entry['refused']} is refused on stack={' and '.join(stacks)}"
         for name, entry in read("types.yaml")["absent"].items()
@@ -181,7 +186,8 @@ def _judged(
     reference: dict[str, Fact],
     patches: dict[str, Any],
 ) -> Verdict:
-    unlisted = [name for name in (use.name, *(c.name for c in use.conditions)) if facts(name).kind == "unlisted"]
+    names = (use.name, *(condition.name for condition in use.conditions))
+    unlisted = [name for name in names if facts(name).kind == "unlisted"]
     if unlisted:
         return Verdict("fails", f"{use.where}: {unlisted[0]} is not in the index; run {COMMAND}")
     found = verdict(use, facts, absent)
@@ -191,7 +197,8 @@ def _judged(
     if here.body == written.body or here.body in patches.get(use.name, {}):
         return found
     differs = f"its code at {here.at} is not that at {written.at}, which ours was written against"
+    remedy = f"read both, then add {here.body} to tests/contract/patches.yaml, or adapt ours"
     return Verdict(
         "fails",
-        f"{use.where}: {use.name}: {differs}; read both, then add {here.body} to tests/contract/patches.yaml, or adapt ours",
+        f"{use.where}: {use.name}: {differs}; {remedy}",
     )

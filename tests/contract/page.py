@@ -1,4 +1,4 @@
-"""docs/contract.md: what was checked for which stack, and what the code asks for before it uses it."""
+"""docs/contract.md: what was checked for which stack, and what the code asks for first."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from tests.contract.index import Result, load, read
 
 PAGE = "docs/contract.md"
+HOOKS = "lightning/pytorch/callbacks/callback.py"  # empty methods, made to be overridden
 OUTCOMES = ("holds", "guarded", "unknown", "fails")
 HEAD = """# Names and signatures of upstream packages, per stack
 
-The GPU path of a stack runs in a container that no test machine has.  `python -m tests.contract` reads what `recipes/` uses of
-NeMo, Megatron-Core, Transformer Engine, PyTorch, Lightning and others: imports, attributes, calls with their arguments, fields of
-NeMo's recipes, methods that are overridden, functions that are replaced.  Each use is compared with the sources of the versions
-that a stack has.  Sources are parsed, not imported.  CI compares with `tests/contract/index.json`, which holds the names
-that are used, with parameters, file and line; CONTRIBUTING.md says how to make it anew.
+The GPU path of a stack runs in a container that no test machine has.  `python -m tests.contract`
+reads what `recipes/` uses of NeMo, Megatron-Core, Transformer Engine, PyTorch, Lightning and
+others.  These are imports, attributes, calls with their arguments, fields of NeMo's recipes,
+overridden methods and replaced functions.  The command compares each use with the sources of the
+versions that a stack has.  It parses sources and does not import them.  CI compares with
+`tests/contract/index.json`, which holds the used names with parameters, file and line.
+CONTRIBUTING.md says how to make the index anew.
 
-A use *holds*, *fails*, is *guarded* (the name is missing and the code asks first, or no plan of the stack reaches it), or is
-*unknown* (the name is made when the package runs).  This page is written by the command.  Nothing here was run on a GPU.
+A use *holds*, *fails*, is *guarded*, or is *unknown*.  Guarded: the name is missing, and the code
+asks first, or no plan of the stack reaches it.  Unknown: the package makes the name when it runs.
+The command writes this page.  Nothing here was run on a GPU.
 """
 
 
@@ -65,22 +69,22 @@ def _guarded(found: Sequence[Result]) -> list[str]:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for r in found:
         if r.verdict.outcome == "guarded":
-            rows.setdefault((r.use.where, r.use.name, r.verdict.why), []).append(r.environment)
+            rows.setdefault((_file(r), r.use.name, r.verdict.why), []).append(r.environment)
     lines = [
         "## Guarded",
         "",
         "| where | name | why it is not used | environments |",
         "|---|---|---|---|",
     ]
-    return [
-        *lines,
-        *(_row([where, f"`{name}`", why, _short(names)]) for (where, name, why), names in rows.items()),
-    ]
+    for (where, name, why), environments in rows.items():
+        lines.append(_row([where, f"`{name}`", why, ", ".join(dict.fromkeys(environments))]))
+    return lines
 
 
 def _patches(found: Sequence[Result]) -> list[str]:
     index, patches, reference = load(), read("patches.yaml"), read("stacks.yaml")["reference"]
-    uses = {r.use.name: r.use for r in found if r.use.kind in ("patch", "override") and r.verdict.outcome == "holds"}
+    holding = [r for r in found if r.verdict.outcome == "holds"]
+    files = {r.use.name: _file(r) for r in holding if r.use.kind in ("patch", "override")}
     lines = [
         "## Replaced and overridden functions",
         "",
@@ -88,10 +92,11 @@ def _patches(found: Sequence[Result]) -> list[str]:
         "",
     ]
     lines += ["| ours | upstream | written against | where its code differs |", "|---|---|---|---|"]
-    for name, use in sorted(uses.items()):
+    for name, file in sorted(files.items()):
         fact = index[reference][name]
-        if fact.kind != "missing" and not fact.at.startswith("lightning/pytorch/callbacks/callback.py"):
-            lines.append(_row([use.where, f"`{name}`", fact.at, "; ".join(patches.get(name, {}).values())]))
+        if fact.kind != "missing" and not fact.at.startswith(HOOKS):
+            differs = "; ".join(patches.get(name, {}).values())
+            lines.append(_row([file, f"`{name}`", fact.at, differs]))
     return lines
 
 
@@ -100,8 +105,9 @@ def _unknown(found: Sequence[Result]) -> list[str]:
     return ["## Unknown", "", ", ".join(f"`{name}`" for name in names) + "."]
 
 
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
+def _file(result: Result) -> str:
+    """Return our file, without the line, which every change above it moves."""
+    return result.use.where.partition(":")[0]
 
 
 def _row(cells: Sequence[object]) -> str:

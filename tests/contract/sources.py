@@ -1,8 +1,9 @@
-"""What upstream packages define, read from their source files by `ast`; nothing of them is imported.
+"""What do upstream packages define?  Read from their source files by `ast`, without importing.
 
-A `Sources` knows the packages of one environment (a NeMo, a Megatron-Core, a Transformer Engine, ...) as folders.  It follows
-re-exports, star imports, aliases and base classes from one package into another, as Python would.  Where a
-name has a definition and a fallback (`try`/`except ImportError`, `if`/`else`), the definition counts.
+A `Sources` knows the packages of one environment (a NeMo, a Megatron-Core, ...) as folders.  It
+follows re-exports, star imports, aliases and base classes from one package into another, as
+Python would.  Where a name has a definition and a fallback (`try` and `except ImportError`, `if`
+and `else`), the definition counts.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Defined = Function | ast.ClassDef | ast.expr
+SETTERS = {"register_buffer", "register_parameter", "add_module", "setattr", "__setattr__"}
 BINDING = re.compile(r'm\.def\(\s*"(\w+)"|py::(?:class_|enum_)<[^(]*\(\s*m\s*,\s*"(\w+)"')
 
 
@@ -26,10 +29,10 @@ BINDING = re.compile(r'm\.def\(\s*"(\w+)"|py::(?:class_|enum_)<[^(]*\(\s*m\s*,\s
 class Fact:
     """What a stack has under a name: its kind, where it is defined, and how it is called.
 
-    `kind`: module, class, function, method, staticmethod, classmethod, bound (a method of an object that a
-    module holds), property, attribute, parameter, unknown, or missing, where `at` is the place that lacks it.
-    `calls`: the parameters, a text for each overload; None where they cannot be known.  `body`: a hash of a
-    function's code.
+    `kind`: module, class, function, method, staticmethod, classmethod, bound (a method of an object
+    that a module holds), property, attribute, parameter, unknown, or missing, where `at` is the
+    place that lacks it.  `calls`: the parameters, a text for each overload; None where they cannot
+    be known.  `body`: a hash of a function's code.
     """
 
     kind: str
@@ -62,7 +65,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Scope:
-    """A definition and the module in which its own names are looked up; `owner`: the class that it is a member of."""
+    """A definition, the module that it stands in, and the class (`owner`) that it is part of."""
 
     module: Module
     node: Defined | None
@@ -73,19 +76,20 @@ class Scope:
 
 @dataclass(frozen=True)
 class External:
-    """Something of a package that is no part of the sources, or of the standard library: nothing is known of it."""
+    """Something of the standard library, or of a package that is not among the sources."""
 
     name: str
 
 
 Target = Module | Scope | External
+Bound = Iterator[tuple[str, Binding]]
 
 
 class Sources:
     """The packages of an environment; `roots`: the folders that hold them, by top-level name."""
 
     def __init__(self, roots: dict[str, Path], elsewhere: dict[str, str] | None = None) -> None:
-        """`elsewhere`: attributes that another class's code sets, as `FILE: text` of the line that does."""
+        """`elsewhere`: attributes that another class sets, as `FILE: text` of its line."""
         self.roots, self.elsewhere = roots, elsewhere or {}
         self._modules: dict[str, Module | None] = {}
         self._busy: set[str] = set()
@@ -93,7 +97,7 @@ class Sources:
         self._lines: dict[int, list[Scope | External]] = {}
 
     def fact(self, name: str) -> Fact:
-        """Return what the dotted `name` is, `name(parameter)`, or `FILE: text` for a text that a file must hold."""
+        """Return what `name` is: dotted, `name(parameter)`, or `FILE: text`, a text in a file."""
         if ": " in name:
             return self._text(*name.split(": ", 1))
         name, _, parameter = name.rstrip(")").partition("(")
@@ -176,7 +180,7 @@ class Sources:
         return module
 
     def of_module(self, module: Module, name: str) -> Target | None:
-        """Return what a module has under `name`: its own, an import's, a submodule, or from a star import."""
+        """Return what a module has under `name`: its own, imported, or a submodule."""
         own = module.bound.get(name)
         key = f"{module.name}.{name}"
         if own and key not in self._busy:
@@ -237,7 +241,7 @@ class Sources:
         return None
 
     def look_up(self, name: str) -> Target | None:
-        """Return what a dotted name stands for, External where its package is not among the sources."""
+        """Return what a dotted name stands for; External outside the sources."""
         parts = name.split(".")
         if parts[0] not in self.roots:
             return External(name)
@@ -279,12 +283,12 @@ class Sources:
         return found if isinstance(found, External) else External(ast.unparse(node))
 
     def _of_class(self, scope: Scope, name: str) -> Target | None:
-        """Return a class's attribute, that of its objects included; External where a base is not known and may have it."""
+        """Return an attribute of a class or its objects; External where a base is unknown."""
         unknown: External | None = None
         for base in self.classes(scope):
             if isinstance(base, External):
-                has = _standard_has(base.name, name)
-                unknown = External(base.name) if has or (has is None and unknown is None) else unknown
+                if _standard_has(base.name, name) in (True, None):
+                    unknown = External(base.name)
                 continue
             assert isinstance(base.node, ast.ClassDef)
             found = self.members(base.node)
@@ -322,7 +326,8 @@ class Sources:
         if scope.owner is not None:
             same = [n for n in scope.owner.body if isinstance(n, Function) and n.name == node.name]
         else:
-            same = [b.node for b in scope.module.bound.get(node.name, []) if isinstance(b.node, Function)]
+            bound = scope.module.bound.get(node.name, [])
+            same = [b.node for b in bound if isinstance(b.node, Function)]
         overloads = [n for n in same if any("overload" in ast.unparse(d) for d in n.decorator_list)]
         return tuple(dict.fromkeys(parameters(n.args) for n in overloads or [node]))
 
@@ -343,7 +348,7 @@ class Sources:
         return None
 
     def _with_parents(self, scope: Scope, init: Function) -> tuple[str, ...]:
-        """Return `__init__`'s parameters; where it hands **kwargs to its parent's, those of the parent in their place."""
+        """Return `__init__`'s parameters, and its parent's where it hands **kwargs on."""
         text = parameters(init.args)
         if init.args.kwarg is None or not _hands_on(init, init.args.kwarg.arg):
             return (text,)
@@ -361,8 +366,9 @@ class Sources:
     def _fields(self, scope: Scope) -> list[str]:
         found: dict[str, str] = {}
         for base in reversed(self.classes(scope)):
-            if isinstance(base, Scope) and isinstance(base.node, ast.ClassDef) and _is_dataclass(base.node):
-                found.update(_own_fields(base.node))
+            node = base.node if isinstance(base, Scope) else None
+            if isinstance(node, ast.ClassDef) and _is_dataclass(node):
+                found.update(_own_fields(node))
         return list(found.values())
 
 
@@ -380,7 +386,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _parameter(found: Fact, name: str) -> Fact:
-    """Return the fact that a function or class has a parameter; unknown where it takes any keyword."""
+    """Return whether a function or class has a parameter; unknown where it takes any."""
     if found.kind == "missing" or found.calls is None:
         return Fact("missing" if found.kind == "missing" else "unknown", found.at)
     parts = [part.rstrip("=") for call in found.calls for part in call.split(", ")]
@@ -389,7 +395,7 @@ def _parameter(found: Fact, name: str) -> Fact:
     return Fact("unknown" if any(part.startswith("**") for part in parts) else "missing", found.at)
 
 
-def bindings(body: list[ast.stmt], module: Module, fallback: bool = False) -> Iterator[tuple[str, Binding]]:
+def bindings(body: list[ast.stmt], module: Module, fallback: bool = False) -> Bound:
     """Yield the names that statements bind, those in branches included; "*" for a star import."""
     for node in body:
         if isinstance(node, Function | ast.ClassDef):
@@ -410,7 +416,7 @@ def bindings(body: list[ast.stmt], module: Module, fallback: bool = False) -> It
             yield from _branches(node, module, fallback)
 
 
-def _branches(node: ast.stmt, module: Module, fallback: bool) -> Iterator[tuple[str, Binding]]:
+def _branches(node: ast.stmt, module: Module, fallback: bool) -> Bound:
     yield from bindings(getattr(node, "body", []), module, fallback)
     yield from bindings(getattr(node, "orelse", []), module, True)
     for handler in getattr(node, "handlers", []):
@@ -418,7 +424,7 @@ def _branches(node: ast.stmt, module: Module, fallback: bool) -> Iterator[tuple[
     yield from bindings(getattr(node, "finalbody", []), module, fallback)
 
 
-def _assigned(node: ast.Assign | ast.AnnAssign, fallback: bool) -> Iterator[tuple[str, Binding]]:
+def _assigned(node: ast.Assign | ast.AnnAssign, fallback: bool) -> Bound:
     for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
         names = target.elts if isinstance(target, ast.Tuple) else [target]
         for name in names:
@@ -436,18 +442,24 @@ def _absolute(node: ast.ImportFrom, module: Module) -> str:
 
 
 def _best_first(found: list[Binding], name: str) -> list[Binding]:
-    """Return bindings, the last definition first; then what is made of `name` itself, as a decorator does; then fallbacks."""
-    of_itself = [b for b in found if isinstance(b.node, ast.Call) and name in {n.id for n in ast.walk(b.node) if isinstance(n, ast.Name)}]
+    """Return bindings: the last definition first, what is made of `name` itself, fallbacks."""
+    calls = [b for b in found if isinstance(b.node, ast.Call)]
+    of_itself = [b for b in calls if name in _names(b.node)]
     plain = [b for b in found if not b.fallback and b not in of_itself]
     return [*reversed(plain), *of_itself, *[b for b in found if b.fallback and b not in of_itself]]
 
 
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
 def members(node: ast.ClassDef) -> dict[str, tuple[Defined | None, int]]:
-    """Return the attributes of a class and of its objects (assigned in its methods), with their lines."""
+    """Return the attributes of a class and of its objects, with their lines."""
     found: dict[str, tuple[Defined | None, int]] = {}
     for name, binding in bindings(node.body, Module("", "", False)):
         if name not in found or not (binding.fallback or _sets(binding.node)):
-            defined = None if isinstance(binding.node, ast.Import | ast.ImportFrom) else binding.node
+            imported = isinstance(binding.node, ast.Import | ast.ImportFrom)
+            defined: Any = None if imported else binding.node
             found[_mangled(node, name)] = (defined, binding.line)
     for part in ast.walk(node):
         for name in _set_on_self(part):
@@ -465,12 +477,12 @@ def _set_on_self(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
         if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
             yield node.attr
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name) and node.args:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-        literal = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        if name in ("register_buffer", "register_parameter", "add_module", "setattr", "__setattr__") and literal:
-            yield literal[0]
-    elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__slots__" for t in node.targets):
+    elif isinstance(node, ast.Call):
+        constants = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        texts = [value for value in constants if isinstance(value, str)]
+        if ast.unparse(node.func).rpartition(".")[2] in SETTERS and texts:
+            yield texts[0]
+    elif isinstance(node, ast.Assign) and "__slots__" in map(ast.unparse, node.targets):
         yield from (str(e.value) for e in ast.walk(node.value) if isinstance(e, ast.Constant))
 
 
@@ -490,22 +502,23 @@ def _kind(node: Function, owner: ast.ClassDef | None) -> str:
 
 
 def parameters(args: ast.arguments) -> str:
-    """Return parameters as text: `a, b=, /, c=, *rest, d, e=, **others`; `=` marks one that has a default."""
+    """Return parameters as text, `a, b=, /, c=, *rest, d=, **others`; `=` marks a default."""
     positional = [*args.posonlyargs, *args.args]
     required = len(positional) - len(args.defaults)
-    said = [a.arg + ("=" if n >= required else "") for n, a in enumerate(positional)]
+    parts = [a.arg + ("=" if n >= required else "") for n, a in enumerate(positional)]
     if args.posonlyargs:
-        said.insert(len(args.posonlyargs), "/")
+        parts.insert(len(args.posonlyargs), "/")
     if args.vararg:
-        said.append("*" + args.vararg.arg)
+        parts.append("*" + args.vararg.arg)
     elif args.kwonlyargs:
-        said.append("*")
-    said += [a.arg + ("=" if d is not None else "") for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
-    return ", ".join([*said, *(["**" + args.kwarg.arg] if args.kwarg else [])])
+        parts.append("*")
+    for argument, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
+        parts.append(argument.arg + ("=" if default is not None else ""))
+    return ", ".join([*parts, *(["**" + args.kwarg.arg] if args.kwarg else [])])
 
 
 def body_hash(node: Function) -> str:
-    """Return a hash of a function's code; comments, docstring, annotations and layout leave it as it is."""
+    """Return a hash of a function's code, without comments, docstring, annotations, layout."""
     body = node.body
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]
@@ -543,14 +556,15 @@ def _merged(own: str, theirs: str) -> str:
     """Return own parameters, and the parent's as keywords."""
     kept = [part for part in theirs.split(", ") if part not in ("self", "*", "/")]
     have = {part.rstrip("=") for part in own.split(", ")}
-    rest = [part.rstrip("=") for part in kept if part.rstrip("=") not in have and not part.startswith("*")]
+    named = [part.rstrip("=") for part in kept if not part.startswith("*")]
+    rest = [part for part in named if part not in have]
     more = [part for part in kept if part.startswith("**")]
     star = [] if "*" in own else ["*"]
     return ", ".join([own, *star, *(part + "=" for part in rest), *more])
 
 
 def _extension(name: str, root: Path) -> Module | None:
-    """Return the names that a C++ extension binds (pybind.cpp); Transformer Engine's is transformer_engine_torch."""
+    """Return the names that Transformer Engine's C++ extension binds (pybind.cpp)."""
     if name != "transformer_engine_torch":
         return None
     module = Module(name, "transformer_engine/pytorch/csrc", package=False)
@@ -570,7 +584,7 @@ def _builtin(name: str) -> Target | None:
 
 
 def _standard_has(base: str, name: str) -> bool | None:
-    """Return whether a class of the standard library has an attribute; None where `base` is none of it."""
+    """Return whether a class of the standard library has an attribute; None for others."""
     module, _, attribute = base.rpartition(".")
     top = module.partition(".")[0] or base
     if base in ("Generic", "Protocol", "ABC", "NamedTuple") or top in (

@@ -1,9 +1,10 @@
-"""What this project's code uses of upstream packages, read from its source files by `ast`; nothing is imported.
+"""What does this project's code use of upstream packages?  By `ast`, without importing.
 
-Each file is walked with a table of what its names stand for: upstream modules, classes and functions, objects of upstream
-classes, and NeMo-Run's configs of them.  Types that the code leaves open (`Any`) are declared in types.yaml.
-Code under `hasattr`, `getattr` with a default, or `try` with an `except ImportError`, is taken as a use that may be
-absent; what follows from it is a use only where it is there.
+Each file is walked with a table of what its names stand for: upstream modules, classes and
+functions, objects of upstream classes, and NeMo-Run's configs of them.  types.yaml declares the
+types that the code leaves open (`Any`).  A name under `hasattr`, under `getattr` with a default,
+or in a `try` with `except ImportError` or `AttributeError`, may be absent.  What follows from
+such a name is a use only where the name is there.
 """
 
 from __future__ import annotations
@@ -18,35 +19,44 @@ from typing import Any
 
 from tests.contract.sources import Function, parameters
 
-ABSENCE = {"ImportError", "ModuleNotFoundError", "AttributeError", "Exception", "BaseException"}
+ABSENCE = {"ImportError", "ModuleNotFoundError", "AttributeError"}
+LEAVES = (ast.Return, ast.Raise, ast.Continue)
 CONFIGS = {"nemo_run.Config", "nemo_run.Partial"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a call: how many by position, which by keyword; `open`: there are * or ** besides; `bound`: self is given."""
+    """Arguments of a call: how many by position, and which by keyword.
+
+    `open`: there are * or ** besides.  `bound`: self is given.  `partial`: a NeMo-Run config, whose
+    arguments may be missing.
+    """
 
     positional: int
     keywords: tuple[str, ...]
     open: bool
     bound: bool
-    partial: bool = False  # a NeMo-Run config: arguments may be missing
+    partial: bool = False
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A use counts only where `name` is, or is not, there; `name(parameter)` asks for a parameter."""
+    """A use counts only where `name`, or a parameter `name(parameter)`, is there, or is not."""
 
     name: str
     present: bool
+
+
+Conditions = frozenset[Condition]
 
 
 @dataclass(frozen=True)
 class Use:
     """A use of an upstream name.
 
-    `kind`: read (imports too), call, field (a parameter of a class's constructor, set in a NeMo-Run config), patch (the
-    name is assigned to), override (a method of a subclass).  `ours`: the parameters of our function in its place.
+    `kind`: read (imports too), call, field (a constructor's parameter, set in a NeMo-Run config),
+    patch (the name is assigned to), override (a method of a subclass), text (types.yaml, texts).
+    `ours`: the parameters of our function in its place.
     """
 
     name: str
@@ -60,7 +70,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A module, class or function of an upstream package; `bound`: a method taken from an object."""
+    """An upstream module, class or function; `bound`: a method taken from an object."""
 
     name: str
     bound: bool = False
@@ -152,7 +162,8 @@ class Collector:
     def __init__(self, path: str, tree: ast.Module, types: Types) -> None:
         self.path, self.types = path, types
         self.uses: list[Use] = []
-        self.called = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        self.called = {n.attr for n in attributes if isinstance(n.ctx, ast.Load)}
         self.declared = {**types.names.get("*", {}), **types.names.get(path, {})}
         self.conditions: frozenset[Condition] = frozenset()
         self.optional = False
@@ -167,29 +178,37 @@ class Collector:
     # Statements
 
     def block(self, body: Sequence[ast.stmt], scope: dict[str, Any]) -> None:
-        """Visit statements; after `if TEST: return`, the rest has TEST's contrary as its condition."""
+        """Visit statements; after `if TEST: return`, the rest holds where TEST does not."""
         before = self.conditions
         for node in body:
             self.statement(node, scope)
-            if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Return | ast.Raise | ast.Continue):
+            if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], LEAVES):
                 self.conditions |= self._tests(node.test, scope)[1]
         self.conditions = before
 
     def statement(self, node: ast.stmt, scope: dict[str, Any]) -> None:
-        """Visit a statement."""
+        """Visit a statement, and those inside it."""
         handler = getattr(self, "_" + type(node).__name__.lower(), None)
         if handler:
             handler(node, scope)
-            return
+        else:
+            self._parts(node, scope)
+
+    def _parts(self, node: ast.AST, scope: dict[str, Any]) -> None:
         for part in ast.iter_child_nodes(node):
             if isinstance(part, ast.expr):
                 self.value(part, scope)
+            elif isinstance(part, ast.stmt):
+                self.statement(part, scope)
+            else:
+                self._parts(part, scope)
 
     def _import(self, node: ast.Import, scope: dict[str, Any]) -> None:
         for alias in node.names:
             if self._is_upstream(alias.name):
                 self._use(alias.name, "read", node)
-                scope[alias.asname or alias.name.partition(".")[0]] = Upstream(alias.name if alias.asname else alias.name.partition(".")[0])
+                bound = alias.name if alias.asname else alias.name.partition(".")[0]
+                scope[alias.asname or bound] = Upstream(bound)
                 self._needs(alias.name)
 
     def _importfrom(self, node: ast.ImportFrom, scope: dict[str, Any]) -> None:
@@ -221,8 +240,10 @@ class Collector:
         self.optional = before
         needed, self.after_try = self.after_try, outer
         for handler in node.handlers:
+            if handler.type:
+                self.value(handler.type, scope)
             self.block(handler.body, scope)
-        if node.handlers and all(isinstance(h.body[-1], ast.Return | ast.Raise) for h in node.handlers):
+        if node.handlers and all(isinstance(h.body[-1], LEAVES) for h in node.handlers):
             self.conditions |= needed  # up to the end of the block that the try stands in
         self.block(node.orelse, scope)
         self.block(node.finalbody, scope)
@@ -233,6 +254,8 @@ class Collector:
         for body, conditions in ((node.body, true), (node.orelse, false)):
             with self._under(conditions):
                 self.block(body, scope)
+
+    _while = _if
 
     def _for(self, node: ast.For, scope: dict[str, Any]) -> None:
         rows = self._rows(node.iter, scope)
@@ -246,16 +269,22 @@ class Collector:
                 self.block(node.body, scope)
         self.block(node.orelse, scope)
 
+    _asyncfor = _for
+
     def _with(self, node: ast.With, scope: dict[str, Any]) -> None:
         for item in node.items:
             found = self.value(item.context_expr, scope)
             if item.optional_vars:
-                self._bind(item.optional_vars, found if isinstance(found, Instance) else None, scope)
+                known = found if isinstance(found, Instance) else None
+                self._bind(item.optional_vars, known, scope)
         self.block(node.body, scope)
+
+    _asyncwith = _with
 
     def _assign(self, node: ast.Assign, scope: dict[str, Any]) -> None:
         for target in node.targets:
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and len(target.elts) == len(node.value.elts):
+            pairs = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            if pairs and len(target.elts) == len(node.value.elts):
                 for each, value in zip(target.elts, node.value.elts, strict=True):
                     self._store(each, self.value(value, scope), scope)
             else:
@@ -276,6 +305,8 @@ class Collector:
             self.value(decorator, scope)
         for default in [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]:
             self.value(default, scope)
+        if node.returns:
+            self.value(node.returns, scope)
         scope[node.name] = Replacement(node)
         self.later.append((node, scope, self.conditions, self.home, self.function, False))
 
@@ -372,6 +403,9 @@ class Collector:
         return None
 
     def _of_name(self, node: ast.Name, scope: dict[str, Any]) -> Any:
+        needed = self.types.reached.get(f"{self.path}:{node.id}")
+        if needed and Condition(needed, True) not in self.conditions:
+            self._use(needed, "read", node)  # nothing asked for it before
         if node.id in scope:
             return scope[node.id]
         return self.types.of(self.declared[node.id]) if node.id in self.declared else None
@@ -390,17 +424,19 @@ class Collector:
         found = [self.value(v, scope) for v in node.values]
         keys = [self.value(k, scope) if k else None for k in node.keys]
         literal = [k.value for k in keys if isinstance(k, Literal)]
-        return Literal(dict(zip(literal, found, strict=True))) if len(literal) == len(keys) else None
+        known = len(literal) == len(keys)
+        return Literal(dict(zip(literal, found, strict=True))) if known else None
 
     def _of_joinedstr(self, node: ast.JoinedStr, scope: dict[str, Any]) -> Any:
-        parts = [self.value(p.value if isinstance(p, ast.FormattedValue) else p, scope) for p in node.values]
-        return Literal("".join(str(p.value) for p in parts)) if all(isinstance(p, Literal) for p in parts) else None
+        inner = [p.value if isinstance(p, ast.FormattedValue) else p for p in node.values]
+        parts = [self.value(part, scope) for part in inner]
+        known = all(isinstance(part, Literal) for part in parts)
+        return Literal("".join(str(part.value) for part in parts)) if known else None
 
     def _of_binop(self, node: ast.BinOp, scope: dict[str, Any]) -> Any:
         left, right = self.value(node.left, scope), self.value(node.right, scope)
-        if isinstance(left, Literal) and isinstance(right, Literal) and isinstance(node.op, ast.Add):
-            return Literal(left.value + right.value)
-        return None
+        known = isinstance(left, Literal) and isinstance(right, Literal)
+        return Literal(left.value + right.value) if known and isinstance(node.op, ast.Add) else None
 
     def _of_ifexp(self, node: ast.IfExp, scope: dict[str, Any]) -> Any:
         self.value(node.test, scope)
@@ -409,7 +445,7 @@ class Collector:
         for part, conditions in ((node.body, true), (node.orelse, false)):
             with self._under(conditions):
                 found.append(self.value(part, scope))
-        return next((each for each in found if each is not None and not isinstance(each, Literal)), None)
+        return next((each for each in found if not isinstance(each, Literal | None)), None)
 
     def _of_subscript(self, node: ast.Subscript, scope: dict[str, Any]) -> Any:
         base, key = self.value(node.value, scope), self.value(node.slice, scope)
@@ -438,8 +474,8 @@ class Collector:
             rows = self._rows(part.iter, inner)
             if rows is None:
                 found = self.value(part.iter, inner)
-                element = self.types.attributes.get(f"{found.name}[]") if isinstance(found, Instance) else None
-                rows = [self.types.of(element)]
+                name = found.name if isinstance(found, Instance) else ""
+                rows = [self.types.of(self.types.attributes.get(f"{name}[]"))]
             choices.append([(part, row) for row in rows])
         for chosen in itertools.product(*choices):
             for part, row in chosen:
@@ -456,13 +492,12 @@ class Collector:
     def _of_attribute(self, node: ast.Attribute, scope: dict[str, Any]) -> Any:
         return self._member(self.value(node.value, scope), node.attr, node)
 
-    def _member(self, base: Any, name: str, node: ast.AST, kind: str = "read", **details: Any) -> Any:
+    def _member(self, base: Any, name: str, node: ast.AST) -> Any:
         """Record the use of an attribute and return what it stands for."""
         if isinstance(base, Several):
-            found = tuple(v for each in base.values if (v := self._member(each, name, node, kind, **details)) is not None)
-            return Several(found) if found else None
+            return _several([self._member(each, name, node) for each in base.values])
         if isinstance(base, Self):
-            return self._of_self(base, name, node, kind, **details)
+            return self._of_self(base, name, node)
         if isinstance(base, OurClass):
             return None
         if isinstance(base, Config):
@@ -472,17 +507,17 @@ class Collector:
         if not isinstance(base, Upstream | Instance) or getattr(base, "bound", False):
             return None  # what an object's attribute holds is not known unless declared
         full = f"{base.name}.{name}"
-        self._use(full, kind, node, **details)
+        self._use(full, "read", node)
         if full in self.types.attributes:
             return self.types.of(self.types.attributes[full])
         return Upstream(full, bound=isinstance(base, Instance))
 
-    def _of_self(self, base: Self, name: str, node: ast.AST, kind: str, **details: Any) -> Any:
+    def _of_self(self, base: Self, name: str, node: ast.AST) -> Any:
         declared = self.declared.get(f"{base.cls.name}.{name}")
         if name in base.cls.own and not base.upstream_only:
             return self.types.of(declared)
         for upstream in base.cls.bases:
-            self._use(f"{upstream}.{name}", kind, node, **details)
+            self._use(f"{upstream}.{name}", "read", node)
         if declared or not base.cls.bases:
             return self.types.of(declared)
         return Several(tuple(Upstream(f"{b}.{name}", bound=True) for b in base.cls.bases))
@@ -500,8 +535,7 @@ class Collector:
 
     def _called(self, called: Any, node: ast.Call, scope: dict[str, Any]) -> Any:
         if isinstance(called, Several):
-            found = tuple(v for each in called.values if (v := self._called(each, node, scope)) is not None)
-            return Several(found) if found else None
+            return _several([self._called(each, node, scope) for each in called.values])
         if isinstance(called, OurClass):
             return Self(called)
         if not isinstance(called, Upstream):
@@ -527,7 +561,7 @@ class Collector:
         return Config(target.name)
 
     def _special(self, node: ast.Call, scope: dict[str, Any]) -> Any:
-        """Handle the calls that take names as text, and those that make other values of functions."""
+        """Handle calls that take names as text, and those that make other values of functions."""
         name = ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
         if name in ("getattr", "hasattr", "setattr") and len(node.args) >= 2:
             return self._by_text(name, node, scope)
@@ -585,14 +619,12 @@ class Collector:
 
     def _bind(self, target: ast.expr, found: Any, scope: dict[str, Any]) -> None:
         if isinstance(target, ast.Name):
-            declared = self.declared.get(f"{self.function}.{target.id}", self.declared.get(target.id))
+            other = self.declared.get(target.id)
+            declared = self.declared.get(f"{self.function}.{target.id}", other)
             scope[target.id] = found if found is not None else self.types.of(declared)
         elif isinstance(target, ast.Tuple | ast.List):
-            values = list(found.value) if isinstance(found, Literal) and isinstance(found.value, tuple) else [None] * len(target.elts)
-            values = list(found.values) if isinstance(found, Several) and len(found.values) == len(target.elts) else values
-            for each, value in zip(target.elts, values, strict=False):
-                wrapped = value if value is None or hasattr(value, "__dataclass_fields__") else Literal(value)
-                self._bind(each, wrapped, scope)
+            for each, value in zip(target.elts, _unpacked(found, len(target.elts)), strict=True):
+                self._bind(each, value, scope)
         elif isinstance(target, ast.Starred):
             self._bind(target.value, None, scope)
 
@@ -616,9 +648,9 @@ class Collector:
 
     # Conditions
 
-    def _tests(self, test: ast.expr, scope: dict[str, Any]) -> tuple[frozenset[Condition], frozenset[Condition]]:
+    def _tests(self, test: ast.expr, scope: dict[str, Any]) -> tuple[Conditions, Conditions]:
         """Return what holds where `test` is true, and where it is false."""
-        nothing: frozenset[Condition] = frozenset()
+        nothing: Conditions = frozenset()
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             true, false = self._tests(test.operand, scope)
             return false, true
@@ -628,17 +660,20 @@ class Collector:
             joined = frozenset[Condition]().union(*(part[side] for part in parts))
             return (joined, nothing) if side == 0 else (nothing, joined)
         name = self._asked(test, scope)
-        return (frozenset({Condition(name, True)}), frozenset({Condition(name, False)})) if name else (nothing, nothing)
+        if name is None:
+            return nothing, nothing
+        return frozenset({Condition(name, True)}), frozenset({Condition(name, False)})
 
     def _asked(self, test: ast.expr, scope: dict[str, Any]) -> str | None:
         """Return the upstream name, or parameter, whose presence a test asks for."""
-        if isinstance(test, ast.Call) and ast.unparse(test.func) == "hasattr" and len(test.args) == 2:
+        if isinstance(test, ast.Call) and ast.unparse(test.func) == "hasattr":
             base, text = (self._quietly(argument, scope) for argument in test.args)
             if isinstance(base, Upstream | Instance) and isinstance(text, Literal):
                 return f"{base.name}.{text.value}"
         if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.In):
             text, container = self._quietly(test.left, scope), test.comparators[0]
-            if isinstance(container, ast.Attribute) and container.attr == "parameters" and isinstance(text, Literal):
+            asks = isinstance(container, ast.Attribute) and container.attr == "parameters"
+            if asks and isinstance(text, Literal):
                 found = self._quietly(container.value, scope)
                 return f"{found.name}({text.value})" if isinstance(found, Signature) else None
         return None
@@ -658,14 +693,16 @@ class Collector:
 
     def _rows(self, node: ast.expr, scope: dict[str, Any]) -> list[Any] | None:
         """Return the elements of a literal that a loop runs over; None where it is none."""
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "items":
-            found = self.value(node.func.value, scope)
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr == "items":
+            found = self.value(called.value, scope)
             known = isinstance(found, Literal) and isinstance(found.value, dict)
             return [Several((Literal(k), v)) for k, v in found.value.items()] if known else None
         if isinstance(node, ast.Tuple | ast.List):
             return [self._row(part, scope) for part in node.elts]
         found = self._quietly(node, scope) if isinstance(node, ast.Name) else None
-        return [Literal(v) for v in found.value] if isinstance(found, Literal) and isinstance(found.value, tuple) else None
+        known = isinstance(found, Literal) and isinstance(found.value, tuple)
+        return [Literal(v) for v in found.value] if known else None
 
     def _row(self, node: ast.expr, scope: dict[str, Any]) -> Any:
         if isinstance(node, ast.Tuple):
@@ -678,14 +715,30 @@ class Collector:
     def _use(self, name: str, kind: str, node: ast.AST, **details: Any) -> None:
         optional = details.pop("optional", False) or self.optional
         where = f"{self.path}:{getattr(node, 'lineno', 0)}"
-        self.uses.append(Use(name, kind, where, optional=optional, conditions=self.conditions, **details))
+        use = Use(name, kind, where, optional=optional, conditions=self.conditions, **details)
+        self.uses.append(use)
 
 
 def arguments_of(node: ast.Call, bound: bool) -> Call:
     """Return how a call hands its arguments over."""
-    stars = any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords)
-    plain = sum(not isinstance(a, ast.Starred) for a in node.args)
-    return Call(plain, tuple(k.arg for k in node.keywords if k.arg), stars, bound)
+    plain = [a for a in node.args if not isinstance(a, ast.Starred)]
+    keywords = tuple(k.arg for k in node.keywords if k.arg)
+    stars = len(plain) < len(node.args) or len(keywords) < len(node.keywords)
+    return Call(len(plain), keywords, stars, bound)
+
+
+def _several(found: Sequence[Any]) -> Several | None:
+    known = tuple(each for each in found if each is not None)
+    return Several(known) if known else None
+
+
+def _unpacked(found: Any, number: int) -> Sequence[Any]:
+    """Return the values that a tuple of `number` names is bound to."""
+    if isinstance(found, Literal) and isinstance(found.value, tuple) and len(found.value) == number:
+        return [Literal(value) for value in found.value]
+    if isinstance(found, Several) and len(found.values) == number:
+        return found.values
+    return [None] * number
 
 
 def own_names(node: ast.ClassDef) -> set[str]:
@@ -699,8 +752,9 @@ def own_names(node: ast.ClassDef) -> set[str]:
                 found.add(target.id)
     for method in ast.walk(node):
         if isinstance(method, Function) and method.name == "__init__":
-            stores = [n for n in ast.walk(method) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-            found |= {n.attr for n in stores if isinstance(n.value, ast.Name) and n.value.id == "self"}
+            parts = [n for n in ast.walk(method) if isinstance(n, ast.Attribute)]
+            stores = [n for n in parts if isinstance(n.ctx, ast.Store)]
+            found |= {n.attr for n in stores if ast.unparse(n.value) == "self"}
     return found
 
 

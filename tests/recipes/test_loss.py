@@ -1,6 +1,7 @@
 """The loss that is trained with: NeMo's to the bit, without waiting for the device."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,3 +46,14 @@ def test_no_value_is_asked_for_on_the_host_as_nemos_is() -> None:
         loss.MaskedLoss().forward({"loss_mask": mask}, losses)
         with pytest.raises(DataDependentOutputException):
             MaskedTokenLossReduction().forward({"loss_mask": mask}, losses)
+
+
+def test_newer_nemo_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo 2.4's masked_token_loss takes (tensor, mask) alone, and its loss does not wait."""
+    model = SimpleNamespace(_training_loss_reduction=None)
+    loss.set_loss(model)
+    assert isinstance(model._training_loss_reduction, loss.MaskedLoss)
+    monkeypatch.setattr(loss, "masked_token_loss", lambda tensor, mask: None)
+    newer = SimpleNamespace(_training_loss_reduction=None)
+    loss.set_loss(newer)
+    assert newer._training_loss_reduction is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from recipes.training.te import _no_walk_over_arguments
+from recipes.training.te import _no_walk_over_arguments, accumulate_weight_gradient
 
 MODULE = "transformer_engine.pytorch.quantized_tensor"
 
@@ -73,3 +73,29 @@ def test_older_versions_have_the_class_elsewhere(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     _no_walk_over_arguments()
+
+
+def gemm_of_2_2(A: Any, B: Any, workspace: Any, out_dtype: Any = None, **options: Any) -> None:
+    assert workspace == "workspace"
+    gemm_of_2_11(A, B, out_dtype, **options)
+
+
+def gemm_of_2_11(A: Any, B: Any, out_dtype: Any = None, **options: Any) -> None:
+    assert (options["layout"], options["accumulate"], options["grad"]) == ("NT", True, True)
+    options["out"] += (B.T @ A).to(out_dtype)
+
+
+@pytest.mark.parametrize("gemm", [gemm_of_2_2, gemm_of_2_11])
+def test_a_weight_gradient_is_added_in_every_version(monkeypatch: pytest.MonkeyPatch, gemm: Any) -> None:
+    """Transformer Engine 2.2 and 2.5 want a workspace (cpp_extensions/gemm.py), 2.11 has none."""
+    parts = ("", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.module", ".pytorch.module.base")
+    for part in parts:
+        name = f"transformer_engine{part}"
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    extensions: Any = sys.modules["transformer_engine.pytorch.cpp_extensions"]
+    extensions.general_gemm = gemm
+    base: Any = sys.modules["transformer_engine.pytorch.module.base"]
+    base.get_workspace = lambda: "workspace"
+    x, grad, main_grad = torch.ones(3, 2), torch.full((3, 4), 2.0), torch.ones(4, 2)
+    accumulate_weight_gradient(x, grad, main_grad)
+    assert torch.equal(main_grad, torch.full((4, 2), 7.0))
