@@ -181,11 +181,18 @@ def gathered(value: Any) -> list[Any]:
 
 
 def cudnn() -> dict[str, str]:
-    """Return the versions of cuDNN that PyTorch and Transformer Engine have loaded, which need not be one."""
-    found = {"torch": torch.backends.cudnn.version()}
-    with suppress(ImportError, AttributeError):  # not installed, or without the question
-        found["transformer_engine"] = import_module("transformer_engine_torch").get_cudnn_version()
-    return {name: _release(number) for name, number in found.items() if number}
+    """Return the versions of cuDNN that PyTorch and Transformer Engine have loaded, and the one that PyTorch was built with.
+
+    Not by torch.backends.cudnn.version(): where an older cuDNN is loaded than PyTorch was built with, that raises.
+    """
+    found = {}
+    with suppress(Exception):  # not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11: torch/backends/cudnn/__init__.py)
+        asked = import_module("torch._C._cudnn")
+        found["torch"] = ".".join(map(str, asked.getRuntimeVersion()))
+        found["torch_built_with"] = ".".join(map(str, asked.getCompileVersion()))
+    with suppress(Exception):  # not installed, or without the question
+        found["transformer_engine"] = _release(import_module("transformer_engine_torch").get_cudnn_version())
+    return found
 
 
 def _release(number: int) -> str:

@@ -153,8 +153,16 @@ def test_a_manifest_is_completed_at_the_end_and_keeps_earlier_gpus(tmp_path: Pat
     assert first.shared is True and second.shared is None and second.uuid == "GPU-3"
 
 
-@pytest.mark.parametrize(("number", "release"), [(91900, "9.19.0"), (90502, "9.5.2"), (8907, "8.9.7")])
-def test_a_version_of_cudnn_is_read_as_its_header_writes_it(number: int, release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
-    monkeypatch.setitem(sys.modules, "transformer_engine_torch", SimpleNamespace(get_cudnn_version=lambda: 91400))
-    assert devices.cudnn() == {"torch": release, "transformer_engine": "9.14.0"}
+@pytest.mark.parametrize(("number", "release"), [(91400, "9.14.0"), (90502, "9.5.2"), (8907, "8.9.7")])
+def test_both_versions_of_cudnn_are_read_where_pytorch_itself_refuses_to_tell(number: int, release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled  against (9, 19, 0) but found runtime version (9, 14, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
+    asked = SimpleNamespace(getRuntimeVersion=lambda: (9, 14, 0), getCompileVersion=lambda: (9, 19, 0))
+    monkeypatch.setitem(sys.modules, "torch._C._cudnn", asked)
+    monkeypatch.setitem(sys.modules, "transformer_engine_torch", SimpleNamespace(get_cudnn_version=lambda: number))
+    assert devices.cudnn() == {"torch": "9.14.0", "torch_built_with": "9.19.0", "transformer_engine": release}
+    monkeypatch.setitem(sys.modules, "transformer_engine_torch", None)
+    monkeypatch.setitem(sys.modules, "torch._C._cudnn", SimpleNamespace(getRuntimeVersion=refuse))
+    assert devices.cudnn() == {}
