@@ -187,7 +187,7 @@ def cudnn() -> dict[str, str]:
     """
     found = {}
     with suppress(Exception):  # not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11: torch/backends/cudnn/__init__.py)
-        asked = import_module("torch._C._cudnn")
+        asked = torch._C._cudnn
         found["torch"] = ".".join(map(str, asked.getRuntimeVersion()))
         found["torch_built_with"] = ".".join(map(str, asked.getCompileVersion()))
     with suppress(Exception):  # not installed, or without the question

@@ -160,9 +160,9 @@ def test_both_versions_of_cudnn_are_read_where_pytorch_itself_refuses_to_tell(nu
 
     monkeypatch.setattr(torch.backends.cudnn, "version", refuse)
     asked = SimpleNamespace(getRuntimeVersion=lambda: (9, 14, 0), getCompileVersion=lambda: (9, 19, 0))
-    monkeypatch.setitem(sys.modules, "torch._C._cudnn", asked)
+    monkeypatch.setattr(torch._C, "_cudnn", asked, raising=False)
     monkeypatch.setitem(sys.modules, "transformer_engine_torch", SimpleNamespace(get_cudnn_version=lambda: number))
     assert devices.cudnn() == {"torch": "9.14.0", "torch_built_with": "9.19.0", "transformer_engine": release}
     monkeypatch.setitem(sys.modules, "transformer_engine_torch", None)
-    monkeypatch.setitem(sys.modules, "torch._C._cudnn", SimpleNamespace(getRuntimeVersion=refuse))
+    monkeypatch.setattr(torch._C, "_cudnn", SimpleNamespace(getRuntimeVersion=refuse))
     assert devices.cudnn() == {}
