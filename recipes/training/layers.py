@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
+from nemo.collections.llm.gpt.model.gemma2 import Gemma2Config, Gemma2DotProductAttention, TERowParallelLinearLayerNorm
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
 from recipes.plan import Fp8
 from recipes.training.fp8.linear import Calls, fp8_linear
@@ -70,8 +71,68 @@ class Fp8RowParallelLinear(Fp8Mixin, RowParallelLinear):
     """RowParallelLinear in FP8."""
 
 
-class CpuAttention(DotProductAttention):
-    """Causal attention with BF16 operands and FP32 arithmetic, grouped queries included."""
+class NormedOutput(nn.Module):
+    """A row-parallel linear layer with a norm behind it, as in Gemma 2: NeMo v2.3.2 gpt/model/gemma2.py, TERowParallelLinearLayerNorm.
+
+    NeMo leaves the norm's epsilon at TENorm's default of 1e-5, and so does this.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = norm_of(config)(config, output_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the normed output, and the bias that is left to add."""
+        output, bias = super().forward(x)
+        return self.post_layernorm(output), bias
+
+
+class NormedRowParallelLinear(NormedOutput, RowParallelLinear):
+    """RowParallelLinear with a norm behind it."""
+
+
+class NormedFp8RowParallelLinear(NormedOutput, Fp8RowParallelLinear):
+    """RowParallelLinear in FP8 with a norm behind it."""
+
+
+class ShiftedNorm(nn.Module):
+    """RMSNorm or LayerNorm whose gain is stored less one, in FP32 arithmetic: PyTorch has none (Transformer Engine: zero_centered_gamma)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm over the last dimension, in the type of `x`."""
+        gain, shape = self.weight.float() + 1, x.shape[-1:]
+        if self.bias is None:
+            return rms_norm(x.float(), shape, gain, self.eps).to(x.dtype)
+        return layer_norm(x.float(), shape, gain, self.bias.float(), self.eps).to(x.dtype)
+
+
+def norm_of(config: Any) -> Any:
+    """Return the class of a model's norms: Transformer Engine's where it is there, else PyTorch's or, with a shifted gain, ours."""
+    from nemo.collections.llm.gpt.model.base import HAVE_TE
+
+    return ShiftedNorm if config.layernorm_zero_centered_gamma and not HAVE_TE else LayerNormImpl
+
+
+class CpuAttention(MegatronModule):  # type: ignore[misc]
+    """Causal attention with BF16 operands and FP32 arithmetic: grouped queries, sliding window, softcap and dropout.
+
+    It takes the place of Megatron-Core's DotProductAttention, which asserts that there is no window.  A window of (w, 0)
+    lets a query see w keys before its own, as Transformer Engine's (pytorch attention, get_swa_mask).  With a softcap c
+    scores become c tanh(score / c), and their scale is that of `query_pre_attn_scalar`, as in NeMo's Gemma 2; its window
+    does not reach them, for the plan has no longer sequences (recipes/model_rules.py).
+    """
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+        super().__init__(config=config)
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        self.scale = config.query_pre_attn_scalar**-0.5 if self.softcap else softmax_scale  # None: of the head's size
+        self.window: int | None = config.window_size[0] if config.window_size and not self.softcap else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Take (sequence, batch, heads, dim) and return (sequence, batch, heads * dim).
@@ -80,9 +141,33 @@ class CpuAttention(DotProductAttention):
         nothing but causality.
         """
         q, k, v = (t.permute(1, 2, 0, 3).float() for t in (query, key, value))
-        seen = ~attention_mask if _document_masks and attention_mask is not None else None
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1])
+        seen = self._seen(query.shape[0], attention_mask)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if self.softcap:
+            out = self._capped(q, k, v, seen, dropout)
+        else:
+            grouped = q.shape[1] != k.shape[1]
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped, dropout_p=dropout, scale=self.scale
+            )
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1).to(query.dtype)
+
+    def _seen(self, length: int, attention_mask: Tensor | None) -> Tensor | None:
+        """Return the keys that each query sees; None: all up to its own."""
+        seen = ~attention_mask if _document_masks and attention_mask is not None else None
+        if self.window is None or self.window >= length:
+            return seen
+        place = torch.arange(length)
+        before = place[:, None] - place
+        inside = (before >= 0) & (before <= self.window)
+        return inside if seen is None else seen & inside
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+        heads = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
+        scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * self.scale / self.softcap)
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if seen is None else seen
+        return nn.functional.dropout(scores.masked_fill(~seen, -torch.inf).softmax(-1), dropout) @ v
 
 
 _recipe: Fp8 | None = None
@@ -106,17 +191,36 @@ def _layer(config: Any, with_fp8: bool) -> ModuleSpec:
     spec = local_layer_spec(config)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = CpuAttention
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_of(config)
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm_of(config)
     if HAVE_TE:
         from megatron.core.extensions import transformer_engine as te
 
-        attention.core_attention = te.TEDotProductAttention
+        attention.core_attention = Gemma2DotProductAttention if _is_gemma2(config) else te.TEDotProductAttention
         attention.linear_qkv = mlp.linear_fc1 = te.TEColumnParallelLinear
-        attention.linear_proj = mlp.linear_fc2 = te.TERowParallelLinear
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = te.TENorm
     if with_fp8:
         attention.linear_qkv = mlp.linear_fc1 = Fp8ColumnParallelLinear
-        attention.linear_proj = mlp.linear_fc2 = Fp8RowParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = _row_parallel(config, with_fp8)
     return spec
+
+
+def _row_parallel(config: Any, with_fp8: bool) -> Any:
+    """Return the class of linear_proj and linear_fc2: in FP8 or not, with a norm behind it or not."""
+    from nemo.collections.llm.gpt.model.base import HAVE_TE
+
+    if with_fp8:
+        return NormedFp8RowParallelLinear if _is_gemma2(config) else Fp8RowParallelLinear
+    if not HAVE_TE:
+        return NormedRowParallelLinear if _is_gemma2(config) else RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+    return TERowParallelLinearLayerNorm if _is_gemma2(config) else TERowParallelLinear
+
+
+def _is_gemma2(config: Any) -> bool:
+    """Whether a model has the layers of Gemma 2: norms behind attention and MLP, and a softcap on its scores."""
+    return isinstance(config, Gemma2Config)
 
 
 def layer_spec(config: Any) -> TransformerBlockSubmodules:
@@ -124,7 +228,7 @@ def layer_spec(config: Any) -> TransformerBlockSubmodules:
     first, last = (_recipe.first_layers_bf16, _recipe.last_layers_bf16) if _recipe else (config.num_layers, 0)
     fp8_layers = range(first, config.num_layers - last)
     layers = [_layer(config, number in fp8_layers) for number in range(config.num_layers)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=LayerNormImpl)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(config))
 
 
 def fp8_modules(model: nn.Module) -> dict[str, Fp8Mixin]:

@@ -16,6 +16,7 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.fn.activation import openai_gelu
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer
@@ -238,6 +239,8 @@ def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     config: Any = recipe.model.config
     for fusion in FUSIONS:
         setattr(config, fusion, False)
+    if plan.model.fused_activation and plan.model.activation == "gelu":
+        config.activation_func = openai_gelu  # the fused kernel's approximation by tanh (MCore fusions/fused_bias_gelu.py)
     config.use_cpu_initialization = True
     _own_layers(recipe, plan)
     recipe.trainer.accelerator = "cpu"

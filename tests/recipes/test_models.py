@@ -1,0 +1,102 @@
+"""Every kind of dense decoder trains on the CPU, in BF16 and FP8, and computes what Hugging Face's model of the same weights does."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.compose import compose_plan
+from recipes.nemo_recipes import recipes_of
+from recipes.plan import Plan
+from recipes.run_folder import open_folder, rows_of, status_of
+from recipes.sizes import parameters
+
+pytestmark = pytest.mark.nemo
+ROOT = Path(__file__).parents[2]
+INSTALLED = recipes_of("2.3") or {}
+STEPS = 3
+SHIPPED = ("llama32_1b", "llama32_3b", "qwen25_7b", "mistral_7b", "gemma2_9b", "llama2_7b", "nemotron4_15b")
+# One recipe of every further architecture that NeMo 2.3 has.
+FURTHER = ("baichuan2_7b", "chatglm3_6b", "gemma_2b", "gpt3_175b", "llama31_8b", "mistral_nemo_12b", "nemotron3_4b", "starcoder2_3b", "starcoder_15b")
+COMPARED = ("llama32_1b", "llama2_7b", "qwen25_7b", "mistral_7b", "mistral_nemo_12b", "gemma2_9b", "gemma_2b", "nemotron4_15b", "starcoder2_3b")
+SIZES = "num_layers=3 hidden_size=64 ffn_hidden_size=128 num_attention_heads=4 num_query_groups=2 vocab_size=512 seq_length=64"
+RUN = f"max_steps={STEPS} eval_interval={STEPS} eval_batches=1 checkpoint_interval={STEPS} warmup_steps=0 max_lr=2e-3 min_lr=2e-3"
+
+
+def plan_of(recipe: str, *further: str) -> Plan:
+    """Return a plan of a recipe on the CPU, cut in depth and width; the shipped model's own file where there is one."""
+    model, small = INSTALLED[recipe].model, [f"model.{size}" for size in SIZES.split()]
+    small += ["model.head_size=32"] if model["head_size"] else []
+    small += ["model.sliding_window=16"] if recipe == "mistral_7b" else []
+    if recipe in SHIPPED:
+        named = [f"model={recipe}"]
+    else:
+        shape = [f"model.{name}={model[name]}" for name in ("activation", "tied_embeddings")]
+        named = ["model=llama3_tiny", f"model.name={recipe}", f"model.nemo_recipe={recipe}", *shape]
+    run = [f"train.{value}" for value in RUN.split()]
+    place = ["gpu=cpu", "logger=none", "mapping.global_batch=4", "mapping.micro_batch=2", "executor.threads=1"]
+    return compose_plan([*named, *small, *run, *place, *further])
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """Train and compare everything; return the run folders by recipe and precision, and the worker's answers by name."""
+    room = tmp_path_factory.mktemp("models")
+    own = [f"runs_dir={room / 'runs'}", f"data.root={room / 'data'}", f"data.sources=[{ROOT / 'recipes'}]"]
+    wanted = [(recipe, precision) for recipe in SHIPPED for precision in ("bf16", "fp8_current")] + [(recipe, "mxfp8") for recipe in FURTHER]
+    folders = {" ".join(cell): open_folder(plan_of(cell[0], f"precision={cell[1]}", *own)) for cell in wanted}
+    compare = [[recipe, plan_of(recipe, *own).model_dump_json()] for recipe in COMPARED]
+    file = room / "jobs.json"
+    file.write_text(json.dumps({"train": [str(f) for f in folders.values()], "compare": compare, "logs": str(room)}))
+    done = subprocess.run([sys.executable, "-m", "tests.recipes.model_worker", str(file)], cwd=ROOT, capture_output=True, text=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert done.returncode == 0, done.stderr[-2000:]
+    for answer in answers:
+        assert answer["rc"] == 0, _log(room, answer["name"])
+    return folders, {answer["name"]: answer for answer in answers}
+
+
+def _log(room: Path, name: str) -> str:
+    log = Path(name) / "log.txt" if "/" in name else room / f"{name}.txt"
+    return f"{name}: " + log.read_text()[-3000:]
+
+
+Jobs = tuple[dict[str, Path], dict[str, dict[str, Any]]]
+each: Callable[..., Any] = pytest.mark.parametrize
+
+
+@each("recipe", SHIPPED)
+@each("precision", ["bf16", "fp8_current"])
+def test_a_shipped_model_trains(jobs: Jobs, recipe: str, precision: str) -> None:
+    _trained(jobs[0][f"{recipe} {precision}"], in_fp8=precision != "bf16")
+
+
+@each("recipe", FURTHER)
+def test_every_other_architecture_trains_in_mxfp8(jobs: Jobs, recipe: str) -> None:
+    _trained(jobs[0][f"{recipe} mxfp8"], in_fp8=True)
+
+
+def _trained(folder: Path, in_fp8: bool) -> None:
+    rows = list(rows_of(folder / "metrics.jsonl"))
+    steps, heldout = [row for row in rows if "loss" in row], [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    assert status_of(folder) == "done" and [row["step"] for row in steps] == [1, 2, 3]
+    assert steps[0]["loss"] == pytest.approx(math.log(512), abs=0.1)  # as if it guessed
+    assert heldout[-1] < steps[0]["loss"] and all(math.isfinite(row["grad_norm"]) for row in steps)
+    assert all((row.get("fp8_gemms", 0) > 0) == in_fp8 for row in steps)
+
+
+@each("recipe", COMPARED)
+def test_logits_are_hugging_faces_within_fp32_rounding(jobs: Jobs, recipe: str) -> None:
+    answer = jobs[1][recipe]
+    assert answer["apart"] < 2e-5 * answer["scale"] and answer["scale"] > 1, answer
+
+
+@each("recipe", COMPARED)
+def test_parameters_are_as_many_as_hugging_faces_and_as_the_plan_counts(jobs: Jobs, recipe: str) -> None:
+    ours, theirs = jobs[1][recipe]["parameters"]
+    assert ours == theirs == parameters(plan_of(recipe).model)
