@@ -131,7 +131,8 @@ class CpuAttention(MegatronModule):  # type: ignore[misc]
     def __init__(self, config: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__(config=config)
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
-        self.scale = config.query_pre_attn_scalar**-0.5 if self.softcap else softmax_scale  # None: of the head's size
+        of_gemma2: float | None = getattr(config, "query_pre_attn_scalar", None)
+        self.scale = of_gemma2**-0.5 if of_gemma2 else softmax_scale  # None: of the head's size
         self.window: int | None = config.window_size[0] if config.window_size and not self.softcap else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
