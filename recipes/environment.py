@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recipes.nemo_recipes import recipe_of
 from recipes.plan import Plan
 
 NORM_SM_MARGIN = 16  # PerfEnvPlugin.layernorm_sm_margin
@@ -37,11 +38,24 @@ def _always(plan: Plan) -> list[Variable]:
     return [
         Variable("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "do not cache the memory of NCCL's buffers"),
         Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP costs memory"),
-        Variable("NVTE_FLASH_ATTN", "1", "needed beside the next for cuDNN's fused attention"),
-        Variable("NVTE_FUSED_ATTN", "1", "cuDNN's fused attention"),
+        *_attention(plan),
         Variable("NEMO_LOG_MEMORY_USAGE", "1", "print the memory that each rank allocates"),
         Variable("TOKENIZERS_PARALLELISM", "False", "no warnings from forked data workers"),
         Variable("HF_HUB_OFFLINE", "0" if on_the_hub else "1", "1: tokenizers come from disk; 0 where data.tokenizer names one on the hub"),
+    ]
+
+
+def _attention(plan: Plan) -> list[Variable]:
+    """Which attention Transformer Engine may choose; a recipe that chooses itself (Gemma: heads of 256) gets no other.
+
+    Megatron-Core (0.12.3 models/common/language_module/language_module.py:45) asserts that both agree.
+    """
+    recipe = recipe_of(plan.stack.versions["nemo"], plan.model.nemo_recipe)
+    if recipe and recipe.attention_backend == "flash":
+        return [Variable("NVTE_FLASH_ATTN", "1", "flash attention alone, as NeMo's recipe has it")]
+    return [
+        Variable("NVTE_FLASH_ATTN", "1", "needed beside the next for cuDNN's fused attention"),
+        Variable("NVTE_FUSED_ATTN", "1", "cuDNN's fused attention"),
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes.compose import compose_plan
+from recipes.environment import variables
 from recipes.errors import InputError
 from recipes.nemo_recipes import ARCHITECTURE, NEMO_RECIPES, SIZES, by_version, recipes_of
 from recipes.plan import Plan, plan_from_json
@@ -91,6 +92,14 @@ def test_a_softcap_goes_without_context_parallelism_and_beyond_no_window() -> No
     assert "set mapping.cp=1" in _refused("gemma2_9b", "mapping.cp=2")
     assert "use seq_length=4096" in _refused("gemma2_9b", "seq_length=8192")
     assert "sliding window" in _refused("mistral_7b", "mapping.cp=4", "model.num_query_groups=2")
+
+
+@pytest.mark.parametrize(("recipe", "fused"), [("gemma_2b", None), ("gemma_7b", None), ("gemma2_9b", "1"), ("qwen25_7b", "1")])
+def test_the_environment_allows_the_attention_that_the_recipe_chose(recipe: str, fused: str | None) -> None:
+    """Megatron-Core asserts for its flash backend, which Gemma's recipes choose, that NVTE_FUSED_ATTN is not 1."""
+    assert (INSTALLED[recipe].attention_backend == "flash") == (fused is None)
+    environment = {variable.name: variable.value for variable in variables(plan_of(recipe))}
+    assert environment["NVTE_FLASH_ATTN"] == "1" and environment.get("NVTE_FUSED_ATTN") == fused
 
 
 def _refused(recipe: str, *further: str) -> str:
