@@ -94,6 +94,10 @@ class Model(Frozen):
     embedding_scaling: bool | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
 
+    def is_built_as(self, other: Model) -> bool:
+        """Whether both are one network: all fields but the published schedule, which plans of older runs lack."""
+        return self.model_copy(update={"convergence": None}) == other.model_copy(update={"convergence": None})
+
     @property
     def head(self) -> int:
         """The size of an attention head."""

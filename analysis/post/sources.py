@@ -52,7 +52,8 @@ def whole_runs(runs: Sequence[Run]) -> list[Run]:
     whole = []
     for run in runs:
         reference, name = reference_of(run.plan), device(run)
-        if reference and reference.model == run.plan.model and (not name.startswith("NVIDIA") or run.plan.gpu.name in name.lower()):
+        own_gpu = not name.startswith("NVIDIA") or run.plan.gpu.name in name.lower()
+        if reference and reference.model.is_built_as(run.plan.model) and own_gpu:
             whole.append(run)
     return whole
 
