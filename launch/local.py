@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -96,11 +95,7 @@ def _checked(jobs: Sequence[Job]) -> list[str] | None:
 
 def _start(job: Job) -> Job:
     """Start a job in a session of its own: an interrupt from the keyboard is for the launcher, which asks the runs to stop."""
-    with socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        env = {**os.environ, "MASTER_PORT": str(port.getsockname()[1])}
-    if job.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if job.gpus else {})}
     with (job.folder / "log.txt").open("ab") as log:
         log.write(f"{SESSION}\n".encode())
         log.flush()

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from recipes.environment import Variable, variables
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan
-from recipes.run_folder import folder_of
+from recipes.run_folder import PORT_TAKEN, SESSION, folder_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 UNWRITABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes of a path that are no text
@@ -166,6 +166,8 @@ def _values(plan: Plan) -> dict[str, Any]:
         "task": task(plan),
         "requeue": plan.executor.max_restarts > 0,
         "python": sys.executable,
+        "session": SESSION,
+        "port_taken": PORT_TAKEN,
     }
 
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch import slurm
+from launch.causes import known_cause
 from launch.job import is_held
 from launch.submit import ENDED, submissions
 from recipes.cli import ArgumentParser
@@ -28,20 +29,8 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import SESSION, is_written, last_step, read_plan, rows_of, status_of
 
-LOG_TAIL_BYTES = 200_000
+LOG_TAIL_BYTES = 4_000_000  # a thousand ranks write as much after the first error
 
-# What a log says before a job dies, and what it means; the first that matches counts.
-CAUSES = (
-    (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "out of GPU memory: more mapping.recompute_layers, tp or pp"),
-    (r"oom[-_ ]kill|Out Of Memory|Detected \d+ oom", "out of host memory"),
-    (r"found (?:NaN|Inf) in|non_finite|loss is nan|the loss of step \d+ is", "NaN or Inf in loss or gradients"),
-    (r"Invalid MPI type", "srun knows no such MPI plugin: set cluster.mpi (srun --mpi=list names them) or null"),
-    (r"pyxis: .{0,40}(failed to import|image import)", "the container image cannot be imported: check cluster.container_image"),
-    (r"numactl: .{0,40}not found", "numactl is missing in the container: set cluster.numa_binding=false"),
-    (r"Watchdog caught collective operation timeout|NCCL.{0,40}timeout", "a rank hung: NCCL timed out"),
-    (r"^(?:\d+: )?Timeout \((\d+:\d\d:\d\d)\)!", r"no step for \1 hours (train.step_timeout_s): a rank hung, and log.txt shows where"),
-    (r"No space left on device|Disk quota exceeded", "the disk is full: make room, and the same launch command continues it"),
-)
 STATES = {
     "TIMEOUT": "the time limit: the same launch command continues it",
     "NODE_FAIL": "a node failed",
@@ -113,12 +102,6 @@ def judged(folder: Path, job: slurm.JobState | None) -> tuple[str, str]:
 def is_alive(folder: Path) -> bool:
     """Return whether a run on this machine lives, as far as can be told: it holds its folder, or there is nothing to hold."""
     return is_held(folder) is not False or is_written(folder)
-
-
-def known_cause(log: str) -> str | None:
-    """Return what a log's end says in words that are known."""
-    found = ((re.search(pattern, log, re.IGNORECASE | re.MULTILINE), meaning) for pattern, meaning in CAUSES)
-    return next((match.expand(meaning) for match, meaning in found if match), None)
 
 
 def cause(folder: Path) -> str:

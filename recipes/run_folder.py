@@ -31,6 +31,7 @@ from recipes.plan import Plan, plan_from_json
 
 SESSION = "--- a run of this folder begins"  # in log.txt: what stands before is of an earlier one
 CHECKPOINT = re.compile(r"step=(\d+)(-last)?")  # steps are counted from zero; -last: a copy, by earlier versions of this project
+PORT_TAKEN = "port_taken"  # a file by which rank 0 asks the job's script for a step with another port
 UNFINISHED = "-unfinished"  # NeMo's file beside a checkpoint that is being written or removed (v2.3.2, callbacks/model_checkpoint.py)
 LAST_WORDS_S = 60  # a job that is queued again may start before the one before it has died
 

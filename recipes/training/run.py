@@ -18,8 +18,8 @@ import torch
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
-from recipes.run_folder import SESSION, event, only_writer, read_plan, set_status
-from recipes.training import stop, watchdog
+from recipes.run_folder import PORT_TAKEN, event, only_writer, read_plan, set_status
+from recipes.training import rendezvous, stop, watchdog
 from recipes.training.ahead import log_without_waiting
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -50,9 +50,14 @@ def main(folder: Path) -> int:
     stop.listen()
     first = os.environ.get("RANK", "0") == "0"
     try:
+        rendezvous.bind()
         plan = read_plan(folder)
         with only_writer(folder) if first else nullcontext():
             return _train(plan, folder, first)
+    except rendezvous.PortTakenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        (folder / PORT_TAKEN).touch()
+        return 1
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -65,8 +70,6 @@ def main(folder: Path) -> int:
 
 
 def _train(plan: Plan, folder: Path, first: bool) -> int:
-    if first:
-        print(SESSION, flush=True)
     try:
         train = task(plan, folder)
         watchdog.got_further(plan.train.step_timeout_s)

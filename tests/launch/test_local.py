@@ -17,9 +17,9 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import SESSION, open_folder, set_status, status_of
 
-# What a script of the test does: it says when it began, with which GPUs and which port, and when it ended.
+# What a script of the test does: it writes when it began, with which GPUs, and when it ended.
 SCRIPT = """
-echo "$(date +%s.%N) begins ${CUDA_VISIBLE_DEVICES-none} $MASTER_PORT" >> $FOLDER/said
+echo "$(date +%s.%N) begins ${CUDA_VISIBLE_DEVICES-none}" >> $FOLDER/said
 sleep 0.7
 echo "$(date +%s.%N) ends" >> $FOLDER/said
 echo '{"status": "done", "reason": "", "step": 1}' > $FOLDER/status.json
@@ -36,24 +36,24 @@ def job(root: Path, name: str, num_gpus: int, *overrides: str, script: str = SCR
     return Job(plan, folder, path, os.open(folder / "script.sh", os.O_RDONLY))
 
 
-def said(jobs: Sequence[Job]) -> list[tuple[float, float, set[str], str]]:
-    """Return beginning, end, GPUs and port of each job."""
+def said(jobs: Sequence[Job]) -> list[tuple[float, float, set[str]]]:
+    """Return beginning, end and GPUs of each job."""
     found = []
     for one in jobs:
         begins, ends = (line.split() for line in (one.folder / "said").read_text().splitlines())
-        found.append((float(begins[0]), float(ends[0]), set(begins[2].split(",")), begins[3]))
+        found.append((float(begins[0]), float(ends[0]), set(begins[2].split(","))))
     return found
 
 
-def test_runs_side_by_side_share_no_gpu_and_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_side_by_side_share_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["0", "GPU-5ab1", "7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(names))
     jobs = [job(tmp_path, f"run{n}", wanted) for n, wanted in enumerate((1, 2, 2, 1, 1))]
     assert run_all(jobs) == 0
     found = said(jobs)
-    assert [len(got) for _, _, got, _ in found] == [1, 2, 2, 1, 1] and set().union(*(got for _, _, got, _ in found)) == set(names)
+    assert [len(got) for _, _, got in found] == [1, 2, 2, 1, 1] and set().union(*(got for _, _, got in found)) == set(names)
     together = [(a, b) for n, a in enumerate(found) for b in found[n + 1 :] if a[0] < b[1] and b[0] < a[1]]
-    assert together and not [pair for pair in together if pair[0][2] & pair[1][2] or pair[0][3] == pair[1][3]]
+    assert together and not [pair for pair in together if pair[0][2] & pair[1][2]]
 
 
 def test_a_run_on_the_cpu_takes_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

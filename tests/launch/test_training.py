@@ -1,6 +1,8 @@
 """Real runs through NeMo's llm.pretrain on this machine: what they write, that they resume, that two processes agree."""
 
 import json
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ TWICE = ["bf16", "fp8_delayed"]  # are paused; the one without and the one with 
 FP8_LINEARS = {"bf16": 0, "fp8_current": 2 * 4}  # the rest: 4 layers of 4 linear layers; current keeps the outer two in BF16
 
 pytestmark = pytest.mark.nemo
+
+
+@pytest.fixture(scope="module", autouse=True)
+def taken_port() -> Iterator[None]:
+    """A variable of the shell that names a port of another process's: no run of this machine may end for it."""
+    with socket.socket() as other, pytest.MonkeyPatch.context() as patch:
+        other.bind(("", 0))
+        other.listen()
+        patch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,121 @@
+"""The start of a job on many nodes: its script runs as Slurm would run it, with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from launch.job import PROJECT, write_job
+from launch.script import render
+from recipes.compose import compose_plan
+from recipes.run_folder import PORT_TAKEN, SESSION
+
+STARTS, HELD_PORTS = 200, 500
+# As the real one: beyond a pipe's buffer of names it writes again, when a reader of the first line has gone.
+SCONTROL = '[ "$1 $2" = "show hostnames" ] && exec seq -f "gpu-node-%05.0f" 1 "$NODES"'
+SRUN = 'echo "met at $MASTER_ADDR:$MASTER_PORT"'
+
+
+@pytest.fixture(scope="module")
+def held_ports() -> Iterator[set[int]]:
+    """Ports of which a script may choose none: other programs of this machine listen there."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4 * HELD_PORTS)), hard))
+    with ExitStack() as stack:
+        held = set[int]()
+        for port in range(20000, 30000, 10000 // HELD_PORTS):
+            listener = stack.enter_context(socket.socket())
+            with suppress(OSError):  # somebody else has it
+                listener.bind(("127.0.0.1" if port % 40 else "", port))
+                listener.listen()
+            held.add(port)
+        yield held
+
+
+def start(folder: Path, nodes: int, times: int = 1, scontrol: str = SCONTROL, srun: str = SRUN) -> tuple[list[int], str]:
+    """Run the script of a job on so many nodes, so often; return the exit codes and all output."""
+    size = [f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
+    script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size]))
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, does in (("scontrol", scontrol), ("srun", srun)):
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    job = {"RUN": str(script.parents[1]), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": f"gpu-node-[00001-{nodes:05}]", "NODES": str(nodes)}
+    env = {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
+    loop = 'for _ in $(seq "$2"); do bash "$1"; echo "code $?"; done'
+    done = subprocess.run(["bash", "-c", loop, "-", str(script), str(times)], env=env, capture_output=True, text=True)
+    return [int(code) for code in re.findall(r"^code (\d+)$", done.stdout, re.MULTILINE)], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("nodes", [64, 512, 2048])
+def test_every_start_finds_the_first_node_and_a_free_port(nodes: int, tmp_path: Path, held_ports: set[int]) -> None:
+    codes, log = start(tmp_path, nodes, STARTS)
+    met = re.findall(r"^met at (.+):(\d+)$", log, re.MULTILINE)
+    assert codes == [0] * STARTS and len(met) == STARTS
+    assert {first for first, _ in met} == {"gpu-node-00001"}
+    ports = {int(port) for _, port in met}
+    assert not ports & held_ports and len(ports) > STARTS // 2
+    assert log.count(SESSION) == STARTS  # what stands before it in a log is of an earlier job
+
+
+@pytest.mark.parametrize("scontrol", ["echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "exit 0"])
+def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(scontrol: str, tmp_path: Path) -> None:
+    codes, log = start(tmp_path, 2, scontrol=scontrol)
+    assert codes == [1] and "error: scontrol does not list the nodes of this job (gpu-node-[00001-00002])" in log
+    assert "met at" not in log
+
+
+# What rank 0 does where another process was faster, and what srun's exit code then is: that of the ranks which are killed.
+TAKEN = 'touch "$RUN/{file}"; exit 137'
+
+
+def test_a_step_whose_port_is_taken_starts_again_with_another(tmp_path: Path) -> None:
+    twice = 'echo step >> "$RUN/steps"; [ "$(wc -l < "$RUN/steps")" -gt 2 ] || {{ {taken}; }}'
+    codes, log = start(tmp_path, 64, srun=f"{SRUN}; {twice.format(taken=TAKEN.format(file=PORT_TAKEN))}")
+    ports = re.findall(r"^met at gpu-node-00001:(\d+)$", log, re.MULTILINE)
+    assert codes == [0] and len(ports) == 3 and log.count("the step starts again with another port") == 2
+    assert len(set(ports)) > 1
+
+
+@pytest.mark.parametrize(("ends", "code", "steps"), [(TAKEN.format(file=PORT_TAKEN), 137, 10), ("exit 137", 137, 1), ("exit 0", 0, 1)])
+def test_a_step_that_ends_otherwise_or_never_finds_a_port_ends_the_job(ends: str, code: int, steps: int, tmp_path: Path) -> None:
+    codes, log = start(tmp_path, 2, srun=f"{SRUN}; {ends}")
+    assert codes == [code] and log.count("met at") == steps
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_rank_0_leaves_a_port_that_is_taken(alone: bool, tmp_path: Path) -> None:
+    """Before anything else: the folder is no run folder.  A process alone needs no certain port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ranks = {"RANK": "0", "WORLD_SIZE": "1" if alone else "2", "MASTER_PORT": str(other.getsockname()[1])}
+        command = [sys.executable, "-m", "recipes.training.run", str(tmp_path)]
+        done = subprocess.run(command, env={**os.environ, **ranks}, cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / PORT_TAKEN).exists()) == ((2, False) if alone else (1, True))
+    assert ("is no run folder" if alone else f"port {ranks['MASTER_PORT']} of this node is taken") in done.stderr
+
+
+PIPE = re.compile(r"(?<!\|)\|(?!\|)")
+
+
+def test_no_script_has_a_pipeline_whose_reader_may_leave_early() -> None:
+    """Under pipefail the writer's SIGPIPE ends the script; a script of a job has no pipeline at all."""
+    scripts = [render(compose_plan(["num_gpus=2"])), render(compose_plan())]
+    for more in ([], ["cluster.vboost=true", "+cluster.token_files.HF_TOKEN=/f"], ["executor.max_restarts=0"]):
+        scripts.append(render(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *more])))
+    scripts.append((PROJECT / ".ci/run").read_text())
+    for script in scripts:
+        lines = [line.partition("   # ")[0] for line in script.splitlines() if not line.startswith("#")]
+        assert not [line for line in lines if PIPE.search(line)]
+    assert PIPE.search('first="$(scontrol show hostnames | head -n 1)"')
