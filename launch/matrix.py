@@ -27,8 +27,13 @@ PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
 GPUS = ("h100", "b200", "gb200")
 AXES = ("model", "precision", "gpu")
 PUBLISHED = {"model": MODELS, "precision": PRECISIONS, "gpu": GPUS}  # of NVIDIA's post
-# Shipped beside them: shown where they are named.  What conf/ has besides is the user's own, and is always shown.
-WHERE_NAMED = {"model": ("llama3_tiny", "llama3_130m"), "precision": (), "gpu": ("cpu", "h200", "gb300")}
+# Shipped beside them, and shown where they are named.  All other files are the user's own, and always shown.
+SMALLER = ("llama3_tiny", "llama3_130m", "llama32_1b", "llama32_3b", "llama2_7b", "mistral_7b")
+WHERE_NAMED = {
+    "model": (*SMALLER, "qwen25_7b", "qwen3_8b", "gemma2_9b"),
+    "precision": (),
+    "gpu": ("cpu", "h20", "h800", "h200", "gh200", "b300", "gb300", "rtx_pro_6000"),
+}
 
 
 def options(group: str) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch import slurm
-from launch.causes import known_cause
+from launch.causes import cause_of, known_cause
 from launch.job import is_held
 from launch.submit import ENDED, submissions
 from recipes.cli import ArgumentParser
@@ -29,7 +28,7 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import SESSION, is_written, last_step, read_plan, rows_of, status_of
 
-LOG_TAIL_BYTES = 4_000_000  # a thousand ranks write as much after the first error
+LOG_TAIL_BYTES = 2_000_000  # hundreds of ranks write as much after the first error
 
 STATES = {
     "TIMEOUT": "the time limit: the same launch command continues it",
@@ -105,15 +104,13 @@ def is_alive(folder: Path) -> bool:
 
 
 def cause(folder: Path) -> str:
-    """Return what a failed run died of: its own last word, or what its log says."""
-    events = [e for e in rows_of(folder / "events.jsonl") if e.get("event") in ("failed", "non_finite_loss")]
-    tail = _tail(folder / "log.txt")
-    if known := known_cause(tail):
-        return known
-    if events:
-        return str(events[-1].get("reason", "NaN or Inf in loss or gradients"))
-    own_word = re.findall(r"^(?:\d+: )?((?:srun: )?error: .{0,300})", tail, re.MULTILINE)
-    return str(own_word[-1]) if own_word else f"see {folder / 'log.txt'}"
+    """Return what a failed run died of, by its log and by what its rank 0 recorded in its newest session."""
+    events = rows_of(folder / "events.jsonl")
+    begins = [n for n, e in enumerate(events) if e.get("event") in ("submitted", "start", "resume")]
+    ends = ("failed", "non_finite_loss")
+    newest = [e for e in events[begins[-1] if begins else 0 :] if e.get("event") in ends]
+    reason = str(newest[-1].get("reason", "NaN or Inf in loss or gradients")) if newest else None
+    return cause_of(_tail(folder / "log.txt"), reason) or f"see {folder / 'log.txt'}"
 
 
 def _tail(log: Path) -> str:
