@@ -2,7 +2,7 @@
 
     python -m recipes.nemo_source                    compare the list with the NeMo that is installed
     python -m recipes.nemo_source SOURCE             the same with a source tree (a folder that holds nemo/)
-    python -m recipes.nemo_source SOURCE --write     write the rows of that version into the list
+    python -m recipes.nemo_source SOURCE --write     write the rows of that version into the list, and docs/models.md
     python -m recipes.nemo_source --model NAME       print a conf/model file for a recipe of the list
 
 A recipe is a module of nemo/collections/llm/recipes with a `pretrain_recipe`, or with a `finetune_recipe` alone.  Its
@@ -23,8 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recipes import nemo_page
 from recipes.cli import ArgumentParser
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.nemo_recipes import ARCHITECTURE, COLUMNS, NEMO_RECIPES, SIZES, by_version
 
@@ -189,7 +190,10 @@ def _row(source: Source, name: str, functions: dict[str, ast.FunctionDef]) -> Ro
     refused = _refused(source, functions.get("pretrain_recipe"), built, fields)
     values: Fields = {"nemo": source.version, "recipe": name, "refused": refused}
     if not refused:
-        values |= {"config": built.config} | _sizes(fields) | _architecture(source, built, fields)
+        try:
+            values |= {"config": built.config} | _sizes(fields) | _architecture(source, built, fields)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{name}: {built.config} has something that this command does not know: {one_line(str(error))}") from None
         values["performance_mode"] = "performance_mode" in _arguments(functions["pretrain_recipe"])
     return {column: _text(values.get(column)) for column in COLUMNS}
 
@@ -410,7 +414,9 @@ def _compare(found: Sequence[Row], version: str, to_write: bool) -> int:
     what = f"NeMo {version}: {len(found)} recipes, {dense} of them dense decoders"
     if to_write:
         write(found, version)
-        print(f"{what}; written to {NEMO_RECIPES.name}")
+        by_version.cache_clear()
+        nemo_page.PAGE.write_text(nemo_page.text(), encoding="utf-8")
+        print(f"{what}; written to {NEMO_RECIPES.name} and {nemo_page.PAGE.name}")
         return 0
     different = differences(found, version)
     print("\n".join([f"{what}; {len(different)} difference(s) from the list", *different]))

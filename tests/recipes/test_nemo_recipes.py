@@ -2,13 +2,15 @@
 
 import csv
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from recipes.compose import compose_plan
+from recipes import nemo_page
+from recipes.compose import CONF, compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
 from recipes.nemo_recipes import ARCHITECTURE, NEMO_RECIPES, SIZES, by_version, recipes_of
@@ -122,9 +124,64 @@ def test_the_list_is_sorted_and_written_as_the_command_writes_it(version: str) -
     assert rows == sorted(set(rows)) and version in dict(rows)
 
 
+def test_the_page_of_models_is_made_from_the_list() -> None:
+    page = nemo_page.text()
+    assert nemo_page.PAGE.read_text(encoding="utf-8") == page
+    assert all(f"| {name} |" in page for recipes in by_version().values() for name in recipes)
+
+
+@pytest.mark.parametrize("recipe", ["qwen2_7b", "gemma2_9b"])
+def test_a_model_file_that_the_command_prints_composes(recipe: str, tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    command = [sys.executable, "-m", "recipes.nemo_source", "--model", recipe]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
+    (conf / "model" / "mine.yaml").write_text(done.stdout)
+    plan = compose_plan(["model=mine", "gpu=b200", "num_gpus=8", "mapping.tp=2", "seq_length=4096", "experiment=throughput"], conf)
+    assert {field: getattr(plan.model, field) for field in ARCHITECTURE} == {field: INSTALLED[recipe].model[field] for field in ARCHITECTURE}
+
+
 def test_a_source_without_nemo_is_one_clear_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "recipes.nemo_source", str(tmp_path)], capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
     assert done.returncode == 2 and "nemo/package_info.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_source_with_an_activation_that_is_not_known_is_one_clear_line(tmp_path: Path) -> None:
+    """A NeMo of one recipe, whose configuration activates with something new."""
+    recipes, models = tmp_path / "nemo/collections/llm/recipes", tmp_path / "nemo/collections/llm/gpt/model"
+    recipes.mkdir(parents=True), models.mkdir(parents=True)
+    (tmp_path / "nemo/package_info.py").write_text("MAJOR = 9\nMINOR = 1\n")
+    (models / "new.py").write_text(NEW_MODEL)
+    (recipes / "new_1b.py").write_text(NEW_RECIPE)
+    command = [sys.executable, "-m", "recipes.nemo_source", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
+    assert done.returncode == 2 and "new_1b: NewConfig" in done.stderr and "mish" in done.stderr and "Traceback" not in done.stderr
+    (models / "new.py").write_text(NEW_MODEL.replace("mish", "silu"))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
+    assert done.returncode == 1 and "new_1b: not in the list" in done.stdout
+
+
+NEW_MODEL = """
+@dataclass
+class NewConfig(GPTConfig):
+    position_embedding_type: str = "rope"
+    share_embeddings_and_output_weights: bool = False
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    num_layers: int = 2
+    hidden_size: int = 64
+    num_attention_heads: int = 4
+    gated_linear_unit: bool = True
+    activation_func: Callable = F.mish
+    transformer_layer_spec: Callable = default_layer_spec
+"""
+NEW_RECIPE = """
+def model():
+    return run.Config(GPTModel, config=run.Config(NewConfig))
+
+def pretrain_recipe(dir=None, name="x", num_nodes=1, num_gpus_per_node=8):
+    return run.Partial(pretrain, model=model())
+"""
 
 
 @pytest.mark.nemo
