@@ -23,7 +23,7 @@ What was run: each dense decoder of NeMo 2.3 trained a few steps on the CPU, cut
 recipe builds for a GPU. `tests/recipes/test_models.py` repeats it for one recipe of each architecture, and compares the logits of
 nine with Hugging Face's model of the same weights: they agree within FP32 rounding. Of NeMo 2.4 all recipes below were built, and
 Qwen3 8B was trained and compared in the same way, once, on the sources of NeMo 2.4.0 and Megatron-Core 0.13.0rc1 in this project's
-environment. On GPUs only Llama 3 was run.
+environment. On GPUs Llama 3, Llama 3.1 405B and Nemotron-4 were run ([h200.md](h200.md)), no other architecture.
 
 ## Limits
 
