@@ -21,7 +21,7 @@ from recipes.flops import flops_per_token, mfu, peak_tflops
 from recipes.mapping_rules import MAPPING_RULES
 from recipes.memory import Memory, estimate, usable_gb
 from recipes.overlap import reopened, resolved
-from recipes.plan import Plan
+from recipes.plan import Model, Plan
 from recipes.rules import RULES, model_fits_gpu
 
 SETTINGS_KEYS = ("experiment", "settings")
@@ -127,6 +127,21 @@ def _recommended(plan: Plan, overrides: Sequence[str]) -> Forecast | None:
         return None
 
 
+def _beyond_the_rows(model: Model) -> str:
+    """Return what a model has that no published row had, which all are of Llama 3 and Nemotron-4; "" for such a model."""
+    found = {
+        "attention with a softcap": model.attention_softcap,
+        "a sliding window": model.sliding_window and not model.attention_softcap,
+        "norms of queries and keys": model.qk_norm,
+        "norms behind attention and MLP": model.post_norms,
+        "biases": model.qkv_bias or model.linear_bias,
+        "a gated activation function in two kernels": model.gated and model.fused_activation is False,
+        "GELU": model.activation in ("geglu", "gelu"),
+    }
+    parts = [what for what, has in found.items() if has]
+    return f"; none of them has {', '.join(parts)}, which {model.name} has" if parts else ""
+
+
 def values(found: Forecast, causal: bool) -> dict[str, Any]:
     """Return everything about a forecast as plain values, under the words that tables and JSON use."""
     plan, prediction, time = found.plan, found.prediction, found.step_time
@@ -146,7 +161,7 @@ def values(found: Forecast, causal: bool) -> dict[str, Any]:
         "step_time_s": time.value,
         "step_time_low_s": time.low,
         "step_time_high_s": time.high,
-        "interval": basis(plan.gpu),
+        "interval": basis(plan.gpu) + _beyond_the_rows(plan.model),
         "tokens_per_s_per_gpu": rate,
         "tokens_per_s_per_gpu_low": rate * time.value / time.high,
         "tokens_per_s_per_gpu_high": rate * time.value / time.low,

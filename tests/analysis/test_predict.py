@@ -41,6 +41,18 @@ def test_json_of_one_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert causal["tflops_per_gpu"] < row["tflops_per_gpu"] and causal["step_time_s"] == row["step_time_s"]  # type: ignore[operator]
 
 
+def test_an_architecture_that_no_row_has_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """And it costs: Gemma 2's scores go through memory, a window leaves fewer of them."""
+    eight = ["gpu=b200", "precision=bf16", "num_gpus=8", "mapping.tp=2", "mapping.global_batch=64"]
+    (gemma,), (mistral,), (llama,) = (printed(capsys, f"model={name}", *eight) for name in ("gemma2_9b", "mistral_7b", "llama3_8b"))
+    assert "none of them has attention with a softcap, norms behind attention and MLP" in str(gemma["interval"])
+    assert "a sliding window" in str(mistral["interval"]) and "none of them" not in str(llama["interval"])
+    plan = compose(["model=mistral_7b", *eight])
+    whole = plan.model_copy(update={"model": plan.model.model_copy(update={"sliding_window": None})})
+    attention = [forecast(p).prediction.terms["attention"] for p in (plan, whole)]
+    assert attention[0] == pytest.approx(0.75 * attention[1])  # 4096 - 4096^2 / (2 x 8192) keys, of 4096
+
+
 def test_both_speedups_are_named_and_differ_where_layouts_do() -> None:
     """70B on H100: FP8 is recommended in another layout than BF16; 8B in the same."""
     large, small = (forecast(compose(overrides), overrides) for overrides in (CELL, ["model=llama3_8b", *CELL[1:]]))
