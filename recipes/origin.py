@@ -125,6 +125,8 @@ def _read(path: Path, conf: Path) -> Any:
         raise InputError(f"{name} cannot be read ({error.strerror}); change its permissions, or remove it") from None
     except UnicodeDecodeError:
         raise InputError(f"{name} is no text in UTF-8; write it anew, or remove it") from None
+    except RecursionError:
+        raise InputError(f"{name} holds an anchor (&) that refers to itself; write its value out") from None
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise InputError(f"{name} is no valid YAML: {_problem(error)}; correct it, or remove the file") from None
 
