@@ -22,9 +22,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from recipes.data_files import wrong_data
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
-from recipes.plan import Plan
+from recipes.plan import Data, Frozen, Plan, Positive
 from recipes.rules import check
 from recipes.secret_values import refuse_secrets
 
@@ -64,14 +65,43 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
 
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
-    tree = compose_tree(overrides, conf)
+    tree = _without_secrets(compose_tree(overrides, conf))
+    _sizes_are_numbers(tree)
+    return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
+
+
+def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return `tree`; InputError where a value is no text or looks like a secret."""
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
     except UnicodeEncodeError:
         raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
     refuse_secrets(tree)
-    _sizes_are_numbers(tree)
-    return check(plan_from_tree(fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})))
+    return tree
+
+
+class _Tokens(Frozen):
+    """The part of a plan that decides which data sets are made."""
+
+    data: Data
+    vocab_size: Positive
+
+
+def compose_data(overrides: Sequence[str] = (), conf: Path = CONF) -> tuple[Data, int]:
+    """Return the data that `overrides` name and model.vocab_size, checked apart from the rest.
+
+    Preparing data needs neither a plan's memory nor its layout.  InputError as `compose_plan`.
+    """
+    tree = _without_secrets(compose_tree(overrides, conf))
+    model = tree.get("model")
+    size = model.get("vocab_size") if isinstance(model, dict) else None
+    try:
+        found = _Tokens.model_validate({"data": tree.get("data"), "vocab_size": size})
+    except ValidationError as error:
+        raise InputError(_first_problem(error)) from None
+    if wrong := wrong_data(found.data):
+        raise InputError(wrong)
+    return found.data, found.vocab_size
 
 
 def _sizes_are_numbers(tree: dict[str, Any]) -> None:
@@ -97,7 +127,8 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{where}: no such field in the plan; remove it, or see conf/ for the fields that there are"
     given = "" if problem["type"] == "missing" else f" (given: {one_line(repr(problem['input']))[:80]})"
-    return f"{where}: {problem['msg']}{given}; see conf/ for what it takes"
+    what = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}{given}; see conf/ for what it takes"
 
 
 def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
@@ -106,7 +137,11 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         return "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
     swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
     if swept:
-        return f"{swept}: several values make a sweep, and one is wanted here; give one, or python -m launch -m for a run of each"
+        key, _, values = swept.partition("=")
+        return (
+            f"{swept}: several values make a sweep, and one is wanted here; give one, "
+            f"a list as {key}=[{values}], or python -m launch -m for a run of each"
+        )
     wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
     key, _, value = wrong.partition("=")
     key = key.lstrip("+~")

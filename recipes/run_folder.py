@@ -166,7 +166,7 @@ def check_folder(plan: Plan) -> Path:
 def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor, when it pauses or gives up, and where values are from."""
     flat = flatten(plan.model_dump())
-    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s")
+    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s", "data.demo_text")
     said = ("mapping.source", "gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w", "gpu.source")  # of the GPU: for predictions alone
     return {k: v for k, v in flat.items() if not k.startswith((*place, *said))}
 
