@@ -25,6 +25,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
+from recipes.layout import fitted
 from recipes.origin import check_site, file_of
 from recipes.overlap import resolved
 from recipes.plan import Plan
@@ -75,8 +76,11 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items() if (key, value) != ("local", {})}  # an empty site file
 
 
-def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
-    """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
+def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, fit_layout: bool = True) -> Plan:
+    """Return the checked plan for `overrides`; raise InputError with one clear line otherwise.
+
+    `fit_layout`: whether a recommended layout may give way to one that fits (recipes.layout).
+    """
     tree = compose_tree(overrides, conf)
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
@@ -85,8 +89,9 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     refuse_secrets(tree)
     _sizes_are_numbers(tree)
     _bf16_layers_are_kept(tree, overrides)
-    filled = fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})
-    return check(resolved(plan_from_tree(filled, overrides, conf)))
+    tree = {k: v for k, v in tree.items() if k not in COMMAND_KEYS}
+    plan = plan_from_tree(fill(tree), overrides, conf)
+    return check(resolved(fitted(plan, tree, conf) if fit_layout else plan))
 
 
 def _free(override: str) -> str:

@@ -52,7 +52,7 @@ def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Plan:
     if not NAME.fullmatch(out.name):
         raise InputError(f"{out.name[:80]!r} is no name for a run; use letters, digits, '.', '_' and '-' in --out")
     stated = _stated(log)
-    plan = compose_plan([*(f"{key}={value}" for key, value in stated.items() if key not in given), *overrides])
+    plan = compose_plan([*(f"{key}={value}" for key, value in stated.items() if key not in given), *overrides], fit_layout=False)
     _agrees(log, plan, stated)
     return plan.model_copy(update={"run_name": out.name, "runs_dir": str(out.parent)})
 
