@@ -325,6 +325,7 @@ class Train(Frozen):
 
     `on_non_finite`: whether NaN or Inf in loss or gradients stops the run, or the step's update is skipped.
     `step_timeout_s`: a rank that gets no further for so long ends the job.
+    `log_interval`: steps between lines in the job's log; short runs write ten of them (`printed_every`).
     """
 
     max_steps: Positive
@@ -342,6 +343,12 @@ class Train(Frozen):
     stop_after: Positive | None
     on_non_finite: Literal["stop", "skip"] = "stop"
     step_timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 1800  # four months, well below what the clock of a thread takes
+    log_interval: Positive = 10
+
+    @property
+    def printed_every(self) -> int:
+        """Steps between two training lines of the job's log."""
+        return min(self.log_interval, max(1, self.max_steps // 10))
 
 
 class Settings(Frozen):

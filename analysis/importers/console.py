@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.importers.dialects import MEGATRON, NEMO, Dialect
-from analysis.importers.lines import blocks_of, rank_of
+from analysis.importers.lines import blocks_of, rank_of, significant
 from analysis.importers.log import Log
 from analysis.importers.ranks import one_stream
 from analysis.importers.scanner import Scanner
@@ -25,6 +25,10 @@ NEMO_MARK, MEGATRON_MARK = "Training epoch ", "iteration "
 NEMO_VALIDATING, MEGATRON_VALIDATING = "Validation: iteration", "validation loss at "
 NEMO_VALIDATION = re.compile(r"(?<!Sanity checking )Validation: iteration \d")
 NEMO_VALIDATION_LINE = re.compile(r"^([^\n]*Validation: iteration \d[^\n]*\n)", re.MULTILINE)  # between blocks of training lines
+NEMO_HELDOUT = re.compile(
+    r"Validation: iteration \d{1,9}/\d{1,9} \| global_step: (\d{1,15}) "
+    r"\| val_loss: (\d{1,15}(?:\.\d{1,15})?(?:e[-+]\d{1,2})?)\s*$",
+)
 MEGATRON_VALIDATION = re.compile(r"validation loss at iteration (\d{1,15}) \| lm loss value: (\d\.\d+E[-+]\d+) \|")
 
 
@@ -66,6 +70,8 @@ def _scan_lines(lines: Iterable[str], nemo: Scanner, megatron: Scanner, settings
             megatron.line(line, at)
         elif heldout := MEGATRON_VALIDATION.search(line):
             megatron.heldout.append((float(heldout[1]), float(heldout[2])))
+        elif heldout := NEMO_HELDOUT.search(line):  # this project's own
+            nemo.heldout.append((float(heldout[1]) + 1, float(heldout[2])))
         elif seen := NEMO_VALIDATION.search(line):
             nemo.pending.add(rank_of(line[: seen.start()]))
     nemo.flush()
@@ -79,12 +85,19 @@ def _log(scanner: Scanner, settings: Settings) -> Log:
         log.said.append(f"{scanner.garbled} training line(s) are cut or garbled and were left out")
     if not columns:
         return log
+    log.loss_digits = _loss_digits(columns.get("loss", np.zeros(0)), scanner.dialect)
     columns.setdefault("loss", np.full(len(scanner.ranks), np.nan))  # every step was NaN: Megatron prints no loss then
     columns["step"] = _steps(scanner.dialect, columns)
     kept = one_stream(scanner.ranks, columns["step"], columns["loss"], log.said)
     log.steps = {key: values[kept] for key, values in columns.items()}
     _finish(log, scanner)
     return log
+
+
+def _loss_digits(loss: Array, dialect: Dialect) -> int:
+    """Return the significant digits of printed losses: the dialect's, or more where the first thousand have more."""
+    printed = (repr(value) for value in loss[:1000].tolist() if np.isfinite(value))
+    return max(dialect.loss_digits, *map(significant, printed), 0)
 
 
 def _steps(dialect: Dialect, columns: dict[str, Array]) -> Array:
@@ -106,11 +119,13 @@ def _finish(log: Log, scanner: Scanner) -> None:
     log.total = int(steps["total"][-1]) + 1 - scanner.dialect.first_iteration if steps["total"].size else None
     if "step_time_ms" in steps:
         steps["step_time_s"] = steps["step_time_ms"] / 1000
+    if "memory_bytes" in steps:
+        steps["memory_gb"] = steps["memory_bytes"] / 1e9
     if scanner.heldout:
         log.heldout = dict(zip(("step", "heldout_loss"), np.array(scanner.heldout, dtype=np.float64).T, strict=True))
     elif "val_loss" in steps:
         _heldout_of_nemo(log)
-    for key in ("total", "iteration", "epoch", "global_step", "val_loss", "validated", "step_time_ms"):
+    for key in ("total", "iteration", "epoch", "global_step", "val_loss", "validated", "step_time_ms", "memory_bytes"):
         steps.pop(key, None)
 
 

@@ -1,9 +1,10 @@
 """The forms of training lines that are printed to a console, field by field.
 
 NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, ProgressPrinter) prints its logged metrics with four
-significant digits; iterations count from 0.  Megatron-LM (megatron/training/training.py, training_log) and
-Megatron-Bridge (src/megatron/bridge/training/utils/train_utils.py) print losses as `{:.6E}`, seven significant digits;
-iterations count from 1, every field ends with a bar, and a loss that is NaN is not printed at all.
+significant digits, this project with more (recipes/training/console.py); iterations count from 0.  Megatron-LM
+(megatron/training/training.py, training_log) and Megatron-Bridge (src/megatron/bridge/training/utils/train_utils.py)
+print losses as `{:.6E}`, seven significant digits; iterations count from 1, every field ends with a bar, and a loss that
+is NaN is not printed at all.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ NEMO = Dialect(
         "train_step_timing in s": "step_time_s",
         "global_batch_size": "global_batch",
         "val_loss": "val_loss",
+        "max_memory_allocated": "memory_bytes",
     },
     loss_digits=4,
     first_iteration=0,

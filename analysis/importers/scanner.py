@@ -17,7 +17,7 @@ from analysis.importers.lines import Rank, rank_of
 from analysis.metrics import Array
 
 MOST_SHAPES, RECENT = 2000, 8  # how many shapes are learned from one log, and how many of them are tried on a line
-PARTLY = frozenset({"grad_norm", "lr", "global_batch", "samples"})  # columns that a run can do without
+PARTLY = frozenset({"grad_norm", "lr", "global_batch", "samples", "memory_bytes"})  # columns that a run can do without
 TIMESTAMP = " [20"  # before Megatron's lines where no rank stands
 
 

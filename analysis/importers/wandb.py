@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.importers.lines import blocks_of
+from analysis.importers.lines import blocks_of, significant
 from analysis.importers.log import Log, join
 from analysis.importers.records import NAMES, STEP, TIME, Record, log_of
 from analysis.importers.settings import fp8_said
@@ -132,9 +131,3 @@ def _columns(path: Path, names: Sequence[str], run: str | None) -> tuple[int, di
     if run is not None and run not in owners:
         raise InputError(f"{path} holds no run {run[:80]!r} but {', '.join(owners)[:200] or 'no known metric'}; name one of them")
     return step, {i: name for i, (owner, name) in known.items() if run in (None, owner)}
-
-
-def significant(text: str) -> int:
-    """Return how many significant digits a printed number has."""
-    mantissa = re.split("[eE]", text)[0].lstrip("+-").replace(".", "").lstrip("0")
-    return len(mantissa) if math.isfinite(float(text)) else 0

@@ -116,6 +116,12 @@ def test_the_plan_is_immutable() -> None:
         compose_plan().seed = 2
 
 
+@pytest.mark.parametrize(("max_steps", "expected"), [(6, 1), (50, 5), (100, 10), (10_000, 10)])
+def test_a_run_prints_ten_lines_or_more(max_steps: int, expected: int) -> None:
+    assert compose_plan([f"train.max_steps={max_steps}", "train.warmup_steps=1"]).train.printed_every == expected
+    assert compose_plan([f"train.max_steps={max_steps}", "train.warmup_steps=1", "train.log_interval=1"]).train.printed_every == 1
+
+
 def test_sweep_is_the_product_of_its_axes() -> None:
     assert sweep(["precision=bf16,mxfp8", "seed=1,2"]) == [[f"precision={p}", f"seed={s}"] for p in ("bf16", "mxfp8") for s in (1, 2)]
 
