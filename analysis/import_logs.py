@@ -17,13 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.importers.checks import refuse_impossible
 from analysis.importers.detect import FORMATS, read
-from analysis.importers.folder import NAME, Vouched, plan_of, write
+from analysis.importers.folder import Vouched, write
 from analysis.importers.log import Log, settle
+from analysis.importers.planning import NAME, SCALE, Planned, plan_of
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.plan import Plan
+from recipes.run_folder import flatten
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,20 +37,23 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--same-data takes a name of letters, digits, '.', '_' and '-'; two runs with one name saw the same batches")
     log, files = read(args.sources, args.format, args.run)
     log = settle(log)
-    plan = plan_of(log, args.set, out)
+    planned = plan_of(log, args.set, out)
+    plan = planned.plan
     vouched = Vouched(args.same_data, args.assert_fp8, args.label)
     if vouched.fp8 and plan.precision.fp8 is None:
         raise InputError(f"--assert-fp8 says that FP8 ran, the plan precision={plan.precision.name}; set the precision that ran, or leave it out")
-    reason = write(out, log, plan, files, vouched)
-    for line in _summary(out, log, plan, vouched, reason):
+    refuse_impossible(log, planned)
+    reason = write(out, log, planned, files, vouched)
+    for line in _summary(out, log, planned, vouched, reason):
         print(one_line(line))
     return 0
 
 
-def _summary(out: Path, log: Log, plan: Plan, vouched: Vouched, reason: str) -> list[str]:
-    steps = log.steps["step"]
+def _summary(out: Path, log: Log, planned: Planned, vouched: Vouched, reason: str) -> list[str]:
+    plan, steps = planned.plan, log.steps["step"]
     lines = [f"{out}: {steps.size:,} training lines to step {int(steps[-1]):,}, {len(log.heldout.get('step', ()))} held-out losses, {log.format}"]
     lines += [f"note: {said}" for said in log.said]
+    lines += _asked(planned)
     if reason:
         lines.append(f"note: not a sound run: {reason}; analysis.compare will refuse it")
     if vouched.same_data is None:
@@ -56,6 +61,24 @@ def _summary(out: Path, log: Log, plan: Plan, vouched: Vouched, reason: str) -> 
     if plan.precision.fp8 and not vouched.fp8 and "fp8_gemms" not in log.steps:
         lines.append("note: nothing shows that FP8 ran; comparing it needs --assert-fp8, if you know that it did")
     return lines
+
+
+def _asked(planned: Planned) -> list[str]:
+    """Return what the log does not state, and what to do about it."""
+    values = flatten(planned.plan.model_dump())
+    if planned.plan.on_cpu:  # no layout, and no rate that a table would have
+        unknown, layout = [], [key for key in ("mapping.global_batch", "seq_length") if key in planned.assumed]
+    else:
+        unknown = [key for key in SCALE if key in planned.assumed]
+        layout = [key for key in planned.assumed if key not in SCALE]
+    layout = [f"{key.removeprefix('mapping.')}={values[key]}" for key in layout]
+    said = []
+    if layout:
+        said.append(f"note: the log does not state {', '.join(layout)}: taken from the model and its recommended layout; name what ran with --set")
+    if unknown:
+        ask = " ".join(f"{key}=…" for key in unknown)
+        said.append(f"note: the log does not state {' and '.join(unknown)}, so tables have no rate per GPU; import it again with --set {ask}")
+    return said
 
 
 def parser() -> ArgumentParser:

@@ -25,10 +25,11 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
+from recipes.mapping_rules import Rule
 from recipes.origin import check_site, file_of
 from recipes.overlap import resolved
 from recipes.plan import Plan
-from recipes.rules import check
+from recipes.rules import RULES, check
 from recipes.secret_values import refuse_secrets
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -75,8 +76,8 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items() if (key, value) != ("local", {})}  # an empty site file
 
 
-def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
-    """Return the checked plan for `overrides`; raise InputError with one clear line otherwise."""
+def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequence[Rule] = RULES) -> Plan:
+    """Return the plan for `overrides`, checked by `rules`; InputError with one clear line otherwise."""
     tree = compose_tree(overrides, conf)
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
@@ -86,7 +87,7 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF) -> Plan:
     _sizes_are_numbers(tree)
     _bf16_layers_are_kept(tree, overrides)
     filled = fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})
-    return check(resolved(plan_from_tree(filled, overrides, conf)))
+    return check(resolved(plan_from_tree(filled, overrides, conf)), rules)
 
 
 def _free(override: str) -> str:

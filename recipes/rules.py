@@ -7,6 +7,7 @@ the cell first (can this stack run this recipe on this device?), then the shapes
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.errors import InputError
@@ -250,9 +251,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(plan: Plan) -> Plan:
+def check(plan: Plan, rules: Sequence[Rule] = RULES) -> Plan:
     """Return `plan` if every rule lets it pass; raise InputError with the first refusal."""
-    for rule in RULES:
+    for rule in rules:
         if refusal := rule(plan):
             raise InputError(refusal)
     return plan

@@ -1,9 +1,10 @@
 """The forms of training lines that are printed to a console, field by field.
 
 NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, ProgressPrinter) prints its logged metrics with four
-significant digits; iterations count from 0.  Megatron-LM (megatron/training/training.py, training_log) and
-Megatron-Bridge (src/megatron/bridge/training/utils/train_utils.py) print losses as `{:.6E}`, seven significant digits;
-iterations count from 1, every field ends with a bar, and a loss that is NaN is not printed at all.
+significant digits, this project with more (recipes/training/console.py); iterations count from 0.  Megatron-LM
+(megatron/training/training.py, training_log) and Megatron-Bridge (src/megatron/bridge/training/utils/train_utils.py)
+print losses as `{:.6E}`, seven significant digits; iterations count from 1, every field ends with a bar, and a loss that
+is NaN is not printed at all.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ NEMO = Dialect(
         "train_step_timing in s": "step_time_s",
         "global_batch_size": "global_batch",
         "val_loss": "val_loss",
+        "max_memory_allocated": "memory_bytes",
+        "max_memory_reserved": "reserved_bytes",
+        "peak_memory_usage": "reserved_bytes",  # nemo/lightning/pytorch/strategies/megatron_strategy.py:721, v2.3.2
+        "tokens_per_sec_per_gpu": "tokens_per_s",
+        "tokens_per_s_per_gpu": "tokens_per_s",
+        "TFLOPS_per_GPU": "tflops",
     },
     loss_digits=4,
     first_iteration=0,
@@ -63,6 +70,8 @@ MEGATRON = Dialect(
         "elapsed time per iteration (s)": "step_time_s",
         "consumed samples": "samples",
         "global batch size": "global_batch",
+        "throughput per GPU (TFLOP/s/GPU)": "tflops",
+        "tokens per gpu per second (tgs)": "tokens_per_s",
         "number of skipped iterations": "skipped",
         "number of nan iterations": "nan",
     },

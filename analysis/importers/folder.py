@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,19 +18,18 @@ import numpy as np
 import orjson
 
 from analysis.importers.log import MOST_STEPS, Log, why_unsound
-from analysis.importers.settings import says_fp8
+from analysis.importers.planning import NAME as NAME
+from analysis.importers.planning import Planned
 from analysis.metrics import Array
-from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import event, set_status, write_json
 
 ROWS = 1 << 14  # written at a time
 WHOLE = ("step", "tokens", "fp8_gemms")  # columns of whole numbers
-UNWRITTEN = ("samples", "global_batch", "skipped", "nan")  # columns that are read, and no metrics of a run folder
-AXES = ("model", "precision", "gpu")
+# Columns that are read, and no metrics of a run folder.
+UNWRITTEN = ("samples", "global_batch", "skipped", "nan", "tokens_per_s", "tflops")
 MOST_EVENTS = 1000
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -41,45 +39,6 @@ class Vouched:
     same_data: str | None = None
     fp8: bool = False
     label: str | None = None
-
-
-def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Plan:
-    """Return the plan of an imported run: the user's overrides, and what the log itself states."""
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    unsaid = [] if "experiment" in given else [axis for axis in AXES if axis not in given]
-    if unsaid:
-        raise InputError(f"a log does not say which {', '.join(unsaid)} it is of; name it: --set {' '.join(f'{axis}=…' for axis in unsaid)}")
-    if not NAME.fullmatch(out.name):
-        raise InputError(f"{out.name[:80]!r} is no name for a run; use letters, digits, '.', '_' and '-' in --out")
-    stated = _stated(log)
-    plan = compose_plan([*(f"{key}={value}" for key, value in stated.items() if key not in given), *overrides])
-    _agrees(log, plan, stated)
-    return plan.model_copy(update={"run_name": out.name, "runs_dir": str(out.parent)})
-
-
-def _stated(log: Log) -> dict[str, str]:
-    """Return the overrides that the log states: its steps, its global batch, its layout."""
-    steps = log.total or int(log.steps["step"][-1])
-    batches = np.unique(log.steps.get("global_batch", np.zeros(0)))
-    batch = {"mapping.global_batch": f"{int(batches[0])}"} if batches.size == 1 and batches[0] >= 1 else {}
-    if batches.size > 1:
-        log.said.append("the global batch changes during the run; the plan holds one, and tokens are those of the samples where they are printed")
-    warm_up = {"train.warmup_steps": f"{min(10, max(0, steps - 1))}"} if steps <= 10 else {}
-    return {"train.max_steps": f"{steps}", **warm_up, **batch, **log.settings}
-
-
-def _agrees(log: Log, plan: Plan, stated: dict[str, str]) -> None:
-    """Raise InputError where the user's plan says otherwise than the log."""
-    ours = {"mapping.global_batch": plan.mapping.global_batch, "num_gpus": plan.num_gpus, "seq_length": plan.seq_length}
-    ours |= {f"mapping.{key}": getattr(plan.mapping, key) for key in ("tp", "pp", "cp", "micro_batch")}
-    for key, value in ours.items():
-        if key in stated and stated[key] != str(value):
-            raise InputError(f"the log says {key}={stated[key]}, the plan {key}={value}; leave it out of --set, or name the log that belongs to it")
-    if plan.train.max_steps < log.steps["step"][-1]:
-        raise InputError(f"the log goes to step {int(log.steps['step'][-1])}, the plan to {plan.train.max_steps}; set train.max_steps to the run's")
-    fp8 = says_fp8(log.fp8)
-    if fp8 is not None and fp8 != (plan.precision.fp8 is not None):
-        raise InputError(f"the log says {', '.join(log.fp8)}, the plan precision={plan.precision.name}; set the precision that ran")
 
 
 def metrics_of(log: Log, plan: Plan) -> dict[str, Array]:
@@ -92,8 +51,9 @@ def metrics_of(log: Log, plan: Plan) -> dict[str, Array]:
     return {"step": steps["step"], "tokens": tokens, "loss": steps["loss"], **{k: v for k, v in steps.items() if k not in UNWRITTEN}}
 
 
-def write(out: Path, log: Log, plan: Plan, files: Sequence[Path], vouched: Vouched) -> str:
+def write(out: Path, log: Log, planned: Planned, files: Sequence[Path], vouched: Vouched) -> str:
     """Write the run folder `out`; return why it is no sound run, or ""."""
+    plan = planned.plan
     metrics = metrics_of(log, plan)
     reason = why_unsound(log, plan.train.max_steps)
     part = out.with_name(out.name + ".part")
@@ -104,7 +64,7 @@ def write(out: Path, log: Log, plan: Plan, files: Sequence[Path], vouched: Vouch
     except OSError as error:
         raise InputError(f"{part} cannot be written ({error.strerror}); choose another --out or make room") from None
     try:
-        _fill(part, log, plan, metrics, manifest_of(log, plan, metrics, files, vouched), reason)
+        _fill(part, log, plan, metrics, manifest_of(log, planned, metrics, files, vouched), reason)
         part.rename(out)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}); choose another --out or make room") from None
@@ -142,8 +102,9 @@ def _printed(name: str, values: Array) -> list[bytes]:
     return orjson.dumps(exact, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
 
 
-def manifest_of(log: Log, plan: Plan, metrics: dict[str, Array], files: Sequence[Path], vouched: Vouched) -> dict[str, Any]:
+def manifest_of(log: Log, planned: Planned, metrics: dict[str, Array], files: Sequence[Path], vouched: Vouched) -> dict[str, Any]:
     """Return what is known of an imported run, what is missing and what the user vouches for."""
+    plan = planned.plan
     loss = vouched.label or ("emulated" if plan.emulated and plan.precision.fp8 else "measured")
     facts: dict[str, Any] = {
         "code": None,
@@ -162,7 +123,10 @@ def manifest_of(log: Log, plan: Plan, metrics: dict[str, Array], files: Sequence
             "sources": [{"name": file.name, "sha256": _sha256(file)} for file in files],
             "missing": [name for name, known in facts.items() if known is None],
             "asserted": [f"plan ({plan.precision.name})", *(["same data"] if vouched.same_data else []), *(["fp8"] if vouched.fp8 else [])],
-            "fp8_in_log": log.fp8,
+            "stated": planned.stated,
+            "assumed": planned.assumed,
+            "memory_gb": log.memory_gb,
+            "reserved_gb": log.reserved_gb,
             "loss_digits": log.loss_digits,
             "log_interval": log.interval,
             "planned_steps": log.total,

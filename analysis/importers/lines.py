@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -47,3 +48,9 @@ def _encoding(head: bytes) -> str:
 def rank_of(prefix: str) -> Rank:
     """Return the numbers of the process that printed a line, from what stands before it; () without a label."""
     return tuple(int(a or b or c) for a, b, c in RANK.findall(prefix))
+
+
+def significant(text: str) -> int:
+    """Return how many significant digits a printed number has."""
+    mantissa = re.split("[eE]", text)[0].lstrip("+-").replace(".", "").lstrip("0")
+    return len(mantissa) if math.isfinite(float(text)) else 0

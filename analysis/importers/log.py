@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.importers.facts import Facts
 from analysis.metrics import Array
 from recipes.errors import InputError
 
@@ -24,11 +25,11 @@ class Log:
     """A run as its log tells it.
 
     `steps`: columns of n values in the order they were written: "step" (from 1), "loss" (nats), where there are such
-    "grad_norm", "lr", "step_time_s", "samples" (consumed so far), "global_batch", "skipped" and "nan" (iterations), and
-    "fp8_gemms", "tokens", "memory_gb" of our own loggers.  `heldout`: "step", "heldout_loss".
+    "grad_norm", "lr", "step_time_s", "samples" (consumed so far), "global_batch", "skipped" and "nan" (iterations),
+    "memory_gb", "tokens_per_s" and "tflops" (both per GPU), and "fp8_gemms" and "tokens" of our own loggers.  `heldout`: "step", "heldout_loss".
     `loss_digits`: significant digits that the loss was printed with, None where it was stored whole.
-    `total`: the steps planned.  `settings`: Hydra overrides that the log itself states.  `fp8`: what its configuration
-    says of FP8.  `said`: what a reader should know.
+    `total`: the steps planned.  `facts`: what the log states about its own run.  `memory_gb`, `reserved_gb`: the peak of
+    memory allocated, and of what the allocator held, in 1e9 bytes.  `said`: what a reader should know.
     """
 
     format: str
@@ -37,8 +38,9 @@ class Log:
     loss_digits: int | None = None
     total: int | None = None
     interval: int = 1
-    settings: dict[str, str] = field(default_factory=dict)
-    fp8: list[str] = field(default_factory=list)
+    facts: Facts = field(default_factory=Facts)
+    memory_gb: float | None = None
+    reserved_gb: float | None = None
     said: list[str] = field(default_factory=list)
 
 
@@ -124,7 +126,10 @@ def join(logs: Sequence[Log]) -> Log:
         if log.heldout:
             first.heldout = {k: np.concatenate([first.heldout.get(k, np.zeros(0)), v]) for k, v in log.heldout.items()}
         first.total = log.total or first.total
-        first.settings |= log.settings
-        first.fp8 = sorted({*first.fp8, *log.fp8})
+        first.facts.merge(log.facts)
+        first.memory_gb, first.reserved_gb = (
+            max((value for value in pair if value is not None), default=None)
+            for pair in ((first.memory_gb, log.memory_gb), (first.reserved_gb, log.reserved_gb))
+        )
         first.said += [line for line in log.said if line not in first.said]
     return first

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -18,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.importers.lines import blocks_of
+from analysis.importers.facts import Facts
+from analysis.importers.lines import blocks_of, significant
 from analysis.importers.log import Log, join
 from analysis.importers.records import NAMES, STEP, TIME, Record, log_of
-from analysis.importers.settings import fp8_said
 from recipes.errors import InputError
 
 OFFLINE, TABLE = "W&B offline run", "W&B table"
@@ -36,7 +35,7 @@ def read_offline(paths: Sequence[Path]) -> Log:
 
 
 def _offline(path: Path) -> Log:
-    history, fp8, said = list[Record](), set[str](), list[str]()
+    history, facts, said = list[Record](), Facts(), list[str]()
     for record in _protocol(path, said):
         kind = record.WhichOneof("record_type")
         if kind == "history":
@@ -44,9 +43,9 @@ def _offline(path: Path) -> Log:
         elif kind in ("config", "run"):
             config = record.config if kind == "config" else record.run.config
             for item in config.update:
-                fp8 |= fp8_said(f"{item.key or '.'.join(item.nested_key)}={item.value_json}")
+                facts.configuration({item.key or ".".join(item.nested_key): _json(item.value_json)})
     log = log_of(history, OFFLINE)
-    log.fp8, log.said = sorted(fp8), [*log.said, *said]
+    log.facts, log.said = facts, [*log.said, *said]
     return log
 
 
@@ -81,12 +80,19 @@ def _of_items(items: Any) -> list[Record]:
     return [{**clock, **{key: value for key, value in found.items() if key in NAMES}, STEP: step}]
 
 
-def _json_number(text: str) -> float | None:
+def _json(text: str) -> Any:
     try:
-        value = json.loads(text)
-        number = isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_number(text: str) -> float | None:
+    value = _json(text)
+    number = isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
+    try:
         return float(value) if number and not isinstance(value, bool) else None
-    except (ValueError, OverflowError, RecursionError):
+    except OverflowError:
         return None
 
 
@@ -132,9 +138,3 @@ def _columns(path: Path, names: Sequence[str], run: str | None) -> tuple[int, di
     if run is not None and run not in owners:
         raise InputError(f"{path} holds no run {run[:80]!r} but {', '.join(owners)[:200] or 'no known metric'}; name one of them")
     return step, {i: name for i, (owner, name) in known.items() if run in (None, owner)}
-
-
-def significant(text: str) -> int:
-    """Return how many significant digits a printed number has."""
-    mantissa = re.split("[eE]", text)[0].lstrip("+-").replace(".", "").lstrip("0")
-    return len(mantissa) if math.isfinite(float(text)) else 0

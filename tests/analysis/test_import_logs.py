@@ -222,7 +222,7 @@ def test_a_megatron_log_becomes_a_run_with_its_validations_and_layout(bring: Run
     run = load_run(bring("run", lines))
     assert run.steps["loss"] == pytest.approx(loss, abs=5.1e-7) and run.steps["step_time_s"][0] == pytest.approx(0.1712)
     assert run.heldout["heldout_loss"].tolist() == [2.5] and run.plan.mapping.micro_batch == 4
-    assert run.manifest["imported"]["loss_digits"] == 7 and run.manifest["imported"]["fp8_in_log"] == ["fp8=none"]
+    assert run.manifest["imported"]["loss_digits"] == 7 and run.manifest["imported"]["stated"]["precision"] == "bf16"
     assert "SECRET" not in "".join(p.read_text() for p in run.folder.iterdir())
 
 
@@ -363,7 +363,7 @@ def test_a_real_offline_run_of_wandb_is_read_without_a_server(tmp_path: Path) ->
     assert main([str(folder), "--out", str(tmp_path / "run"), *FP8]) == 0
     run = load_run(tmp_path / "run")
     assert run.steps["loss"].tolist() == loss and run.heldout["step"].tolist() == [20, 40, 60]
-    assert run.manifest["imported"]["fp8_in_log"] == ["fp8=hybrid"] and "SECRET" not in (tmp_path / "run" / "manifest.json").read_text()
+    assert run.manifest["imported"]["stated"]["precision.fp8.format"] == "hybrid" and "SECRET" not in (tmp_path / "run" / "manifest.json").read_text()
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.wandb")} == before
     (file,) = before
     (tmp_path / "cut.wandb").write_bytes(file.read_bytes()[:-40000])
@@ -482,10 +482,11 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([tmp_path / "epochs.log", *TINY], "more than one epoch"),
         ([tmp_path / "run.csv", *TINY], "no column of steps"),
         ([log, "--set", "precision=bf16"], "which model, gpu it is of"),
+        ([log, "--set", "model=llama3_tiny", "gpu=cpu"], "which precision it is of"),
         ([log, "--set", "model=llama3_tiny", "gpu=cpu", "precision=fp4"], "precision=fp4"),
-        ([log, *TINY, "mapping.global_batch=16"], "the log says mapping.global_batch=8"),
+        ([log, *TINY, "mapping.global_batch=16"], "the log states mapping.global_batch=8"),
         ([log, *TINY, "train.max_steps=30"], "goes to step 60, the plan to 30"),
-        ([tmp_path / "fp8.log", *TINY], "the log says fp8=hybrid, the plan precision=bf16"),
+        ([tmp_path / "fp8.log", *TINY], "the log states FP8 (fp8 hybrid), --set precision=bf16"),
         ([log, *TINY, "--assert-fp8"], "--assert-fp8"),
         ([log, *TINY, "--same-data", "a b"], "--same-data takes a name"),
         ([log, *TINY, "--run", "a"], "--run chooses"),

@@ -1,0 +1,88 @@
+"""Can the numbers of an imported run be true together?  Rates, utilisation and memory are checked before it is written.
+
+A wrong number of GPUs, batch or sequence length makes every rate wrong and leaves no other trace, so a log that prints
+a rate of its own is compared with ours, and one whose utilisation is above 100 % is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analysis.importers.log import Log
+from analysis.importers.planning import SCALE, Planned
+from recipes.errors import InputError
+from recipes.flops import flops_per_token, mfu, peak_tflops
+
+FAR = 1.25  # by how much a printed rate may differ from ours: rounding, evaluations in the time, another count of FLOPs
+COUNTS = {"step_time_s": "step time", "tokens_per_s": "tokens/s per GPU", "tflops": "TFLOP/s per GPU"}
+MOST_MEMORY = 1.05  # of what the GPU's data sheet says: GB and GiB
+
+
+def refuse_impossible(log: Log, planned: Planned) -> None:
+    """Raise InputError, with the likely cause, for numbers that cannot be true together."""
+    plan = planned.plan
+    if plan.on_cpu:
+        return
+    _refuse_memory(log, planned)
+    unknown = [key for key in SCALE if key in planned.assumed]
+    printed = {name: median for name in COUNTS if (median := _median(log, name)) is not None}
+    if unknown:
+        if {"tokens_per_s", "tflops"} & printed.keys():
+            what = " and ".join(COUNTS[name] for name in printed if name != "step_time_s")
+            ask = " ".join(f"{key}=…" for key in unknown)
+            raise InputError(f"the log prints {what}, and nothing states {' and '.join(unknown)}, on which they depend; add --set {ask}")
+        return
+    if "step_time_s" in printed:
+        rate = plan.tokens_per_step / plan.num_gpus / printed["step_time_s"]
+        _refuse_rates(planned, rate, printed)
+    elif "tokens_per_s" in printed:
+        _refuse_rates(planned, printed["tokens_per_s"], printed)
+
+
+def _median(log: Log, name: str) -> float | None:
+    """Return the median of a column after the first tenth of it, which is warm-up; None where it has no value above 0."""
+    values = log.steps.get(name, np.zeros(0))
+    values = values[values.size // 10 :]
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(np.median(values)) if values.size else None
+
+
+def _refuse_rates(planned: Planned, rate: float, printed: dict[str, float]) -> None:
+    plan = planned.plan
+    theirs = printed.get("tokens_per_s")
+    if theirs is not None and not rate / FAR <= theirs <= rate * FAR:
+        raise InputError(f"the log prints {theirs:,.0f} tokens/s per GPU, and its step time gives {rate:,.0f}: {_cause(planned, theirs / rate)}")
+    low, high = (rate * flops_per_token(plan.model, plan.seq_length, causal) / 1e12 for causal in (True, False))
+    theirs = printed.get("tflops")
+    if theirs is not None and not low / FAR <= theirs <= high * FAR:
+        share = theirs / (high if theirs > high else low)
+        raise InputError(f"the log prints {theirs:,.0f} TFLOP/s per GPU, and its step time gives {low:,.0f} to {high:,.0f}: {_cause(planned, share)}")
+    peak = peak_tflops(plan.gpu, plan.precision)
+    share = mfu(rate, plan.model, plan.seq_length, True, peak) if peak else 0.0
+    if share > 1:
+        above = f"an MFU of {share:.0%} of {plan.gpu.name}'s {peak:g} TFLOP/s"
+        raise InputError(f"the step time gives {above}, which is impossible: {_cause(planned, 1 / share)}")
+
+
+def _cause(planned: Planned, share: float) -> str:
+    """Return what is likely to be wrong where a rate should be `share` times ours."""
+    plan = planned.plan
+    fitting = {  # key of the plan: what it is, and what it would have to be
+        "num_gpus": (plan.num_gpus, plan.num_gpus / share),
+        "mapping.global_batch": (plan.mapping.global_batch, plan.mapping.global_batch * share),
+        "seq_length": (plan.seq_length, plan.seq_length * share),
+    }
+    doubtful = {key: values for key, values in fitting.items() if key not in planned.stated}
+    if not doubtful:
+        others = f"model={plan.model.name}, gpu={plan.gpu.name} or precision={plan.precision.name}"
+        return f"the log states number of GPUs, batch and sequence, so {others} is not what ran"
+    named = ", ".join(f"{key}={now} (about {fits:,.0f} would fit)" for key, (now, fits) in doubtful.items())
+    return f"the log does not state {named}; set what ran, or name the model and GPU that did"
+
+
+def _refuse_memory(log: Log, planned: Planned) -> None:
+    have = planned.plan.gpu.memory_gb
+    peak = max((value for value in (log.memory_gb, log.reserved_gb) if value is not None), default=0.0)
+    if have and peak > MOST_MEMORY * have:
+        gpu = planned.plan.gpu.name
+        raise InputError(f"the log's memory peaks at {peak:,.0f} GB, and {gpu} has {have:g}; name the GPU that ran")
