@@ -66,12 +66,12 @@ def _summary(out: Path, log: Log, planned: Planned, vouched: Vouched, reason: st
 def _asked(planned: Planned) -> list[str]:
     """Return what the log does not state, and what to do about it."""
     values = flatten(planned.plan.model_dump())
-    if planned.plan.on_cpu:  # no layout, and no rate that a table would have
-        unknown, layout = [], [key for key in ("mapping.global_batch", "seq_length") if key in planned.assumed]
-    else:
-        unknown = [key for key in SCALE if key in planned.assumed]
-        layout = [key for key in planned.assumed if key not in SCALE]
-    layout = [f"{key.removeprefix('mapping.')}={values[key]}" for key in layout]
+    on_cpu = planned.plan.on_cpu  # where there is no layout, and no rate that a table would have
+    unknown = [key for key in SCALE if key in planned.assumed and not on_cpu]
+    filled = [key for key in planned.assumed if key not in SCALE]
+    if on_cpu:
+        filled = [key for key in planned.assumed if key in ("mapping.global_batch", "seq_length")]
+    layout = [f"{key.removeprefix('mapping.')}={values[key]}" for key in filled]
     said = []
     if layout:
         said.append(f"note: the log does not state {', '.join(layout)}: taken from the model and its recommended layout; name what ran with --set")

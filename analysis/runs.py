@@ -86,6 +86,11 @@ class Run:
         return np.asarray(0.5 * 10.0 ** (np.floor(np.log10(np.maximum(np.abs(loss), 1e-9))) + 1 - digits))
 
     @property
+    def has_rate(self) -> bool:
+        """Whether tokens/s/GPU follow from the step time: not where an import had to assume what they depend on."""
+        return not {"num_gpus", "mapping.global_batch"}.intersection(self.imported.get("assumed", []))
+
+    @property
     def is_base(self) -> bool:
         """Whether this is a BF16 run, which the others are compared with."""
         return self.plan.precision.fp8 is None
@@ -148,12 +153,14 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(said, dict):
         return {}
     digits, interval = said.get("loss_digits"), said.get("log_interval")
-    asserted = said.get("asserted")
+    asserted, assumed, memory = said.get("asserted"), said.get("assumed"), said.get("memory_gb")
     return {
         "format": one_line(str(said.get("format", "log"))),
         "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
         "log_interval": interval if isinstance(interval, int) and interval > 0 else 1,
         "asserted": [one_line(str(what)) for what in asserted] if isinstance(asserted, list) else [],
+        "assumed": [one_line(str(what)) for what in assumed] if isinstance(assumed, list) else [],
+        "memory_gb": memory if isinstance(memory, int | float) and memory > 0 else None,
     }
 
 

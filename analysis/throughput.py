@@ -81,7 +81,7 @@ def rows(runs: Sequence[Run], causal: bool = False) -> list[Row]:
 def _row(run: Run, base: Run | None, causal: bool) -> Row:
     plan, time = run.plan, step_time(run)
     first, last = window(run)
-    rate = _tokens_a_gpu(run) / time.value
+    rate = _tokens_a_gpu(run) / time.value if run.has_rate else None
     whole = reference_of(plan)
     return {
         "run": run.name,
@@ -92,7 +92,7 @@ def _row(run: Run, base: Run | None, causal: bool) -> Row:
         "precision": plan.precision.name,
         "gpu": plan.gpu.name,
         "device": device(run),
-        "num_gpus": plan.num_gpus,
+        "num_gpus": None if "num_gpus" in run.imported.get("assumed", []) else plan.num_gpus,
         "layout": _layout(run),
         "seq_length": plan.seq_length,
         "step_time_s": time.value,
@@ -124,38 +124,40 @@ def _against(base: Run | None, run: Run) -> Row:
         pair = "its own base" if base is run else "no BF16 run of its model, depth, GPU, stack and settings"
         alone: Row = {"base": base.name if base else None, "pair": pair, "pair_gpu": None, "also_differs": []}
         return {**alone, "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
-    differs, ratio = beside_precision(base, run), faster(base, run)
+    differs = beside_precision(base, run)
+    ratio = faster(base, run) if base.has_rate and run.has_rate else None
     other = [each for each in differs if not each.startswith(LAYOUT)]
     named = {"base": base.name, "pair": mapping_label(differs), "pair_gpu": devices.together(base, run), "also_differs": other}
-    return {**named, "speedup_over_bf16": ratio.value, **_ends(ratio)}
+    return {**named, "speedup_over_bf16": ratio and ratio.value, **_ends(ratio)}
 
 
 def _ends(interval: Interval | None) -> Row:
     return {"speedup_low": interval.low if interval else None, "speedup_high": interval.high if interval else None}
 
 
-def _flops(run: Run, rate: float, causal: bool) -> Row:
+def _flops(run: Run, rate: float | None, causal: bool) -> Row:
     """Return model TFLOP/s a GPU and MFU, against the dense peak of the format that the linear layers multiply in."""
     model, gpu, length = run.plan.model, run.plan.gpu, run.plan.seq_length
     peak = peak_tflops(gpu, run.plan.precision)
     return {
-        "tflops_per_gpu": rate * flops_per_token(model, length, causal) / 1e12,
+        "tflops_per_gpu": rate * flops_per_token(model, length, causal) / 1e12 if rate else None,
         "flops_convention": "causal attention" if causal else "full attention",
-        "mfu": mfu(rate, model, length, causal, peak) if peak else None,
+        "mfu": mfu(rate, model, length, causal, peak) if peak and rate else None,
         "peak_tflops": peak,
         "peak": f"{gpu.name} {'BF16' if run.is_base else 'FP8'} dense",
     }
 
 
 def _peak(run: Run) -> float | None:
-    return float(run.steps["memory_gb"].max()) if "memory_gb" in run.steps else None
+    """Return the peak of allocated memory in GB; a log may print it once and not with each step."""
+    return float(run.steps["memory_gb"].max()) if "memory_gb" in run.steps else run.imported.get("memory_gb")
 
 
-def _published(run: Run, rate: float) -> Row:
-    row = published_of(run)
+def _published(run: Run, rate: float | None) -> Row:
+    row = published_of(run) if rate else None
     return {
         "published_tokens_per_s_per_gpu": row.tokens_per_s_per_gpu if row else None,
-        "share_of_published": rate / row.tokens_per_s_per_gpu if row else None,
+        "share_of_published": rate / row.tokens_per_s_per_gpu if row and rate else None,
         "published_source": f"{row.source}, NeMo {row.nemo}" if row else None,
     }
 
@@ -167,11 +169,11 @@ def cells(values: Row) -> dict[str, str]:
     return {
         "model": f"{values['model']}{cut}",
         "precision": values["precision"],
-        "GPUs": f"{values['num_gpus']} {values['gpu']}",
+        "GPUs": f"{values['num_gpus'] or '?'} {values['gpu']}",
         "layout": f"{values['layout']} seq{values['seq_length']}",
         "step, s": f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to {values['step_time_high_s']:.3f})",
         "steps": f"{values['first_timed_step']} to {values['last_timed_step']}",
-        "tokens/s/GPU": f"{values['tokens_per_s_per_gpu']:,.0f}",
+        "tokens/s/GPU": number(values["tokens_per_s_per_gpu"], 0),
         "speedup": _speedup(values),
         "pair": _pair(values) if values["base"] != values["run"] else "–",
         "TFLOP/s": number(values["tflops_per_gpu"], 0),

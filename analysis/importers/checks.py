@@ -34,9 +34,9 @@ def refuse_impossible(log: Log, planned: Planned) -> None:
         return
     if "step_time_s" in printed:
         rate = plan.tokens_per_step / plan.num_gpus / printed["step_time_s"]
-        _refuse_rates(planned, rate, printed)
+        _refuse_rates(log, planned, rate, printed)
     elif "tokens_per_s" in printed:
-        _refuse_rates(planned, printed["tokens_per_s"], printed)
+        _refuse_rates(log, planned, printed["tokens_per_s"], printed)
 
 
 def _median(log: Log, name: str) -> float | None:
@@ -47,7 +47,7 @@ def _median(log: Log, name: str) -> float | None:
     return float(np.median(values)) if values.size else None
 
 
-def _refuse_rates(planned: Planned, rate: float, printed: dict[str, float]) -> None:
+def _refuse_rates(log: Log, planned: Planned, rate: float, printed: dict[str, float]) -> None:
     plan = planned.plan
     theirs = printed.get("tokens_per_s")
     if theirs is not None and not rate / FAR <= theirs <= rate * FAR:
@@ -55,16 +55,16 @@ def _refuse_rates(planned: Planned, rate: float, printed: dict[str, float]) -> N
     low, high = (rate * flops_per_token(plan.model, plan.seq_length, causal) / 1e12 for causal in (True, False))
     theirs = printed.get("tflops")
     if theirs is not None and not low / FAR <= theirs <= high * FAR:
-        share = theirs / (high if theirs > high else low)
+        share = theirs / (high if log.format.startswith("NeMo") else low)  # NeMo counts full attention
         raise InputError(f"the log prints {theirs:,.0f} TFLOP/s per GPU, and its step time gives {low:,.0f} to {high:,.0f}: {_cause(planned, share)}")
     peak = peak_tflops(plan.gpu, plan.precision)
     share = mfu(rate, plan.model, plan.seq_length, True, peak) if peak else 0.0
     if share > 1:
         above = f"an MFU of {share:.0%} of {plan.gpu.name}'s {peak:g} TFLOP/s"
-        raise InputError(f"the step time gives {above}, which is impossible: {_cause(planned, 1 / share)}")
+        raise InputError(f"the step time gives {above}, which is impossible: {_cause(planned, 1 / share, 'at least')}")
 
 
-def _cause(planned: Planned, share: float) -> str:
+def _cause(planned: Planned, share: float, about: str = "about") -> str:
     """Return what is likely to be wrong where a rate should be `share` times ours."""
     plan = planned.plan
     fitting = {  # key of the plan: what it is, and what it would have to be
@@ -76,7 +76,8 @@ def _cause(planned: Planned, share: float) -> str:
     if not doubtful:
         others = f"model={plan.model.name}, gpu={plan.gpu.name} or precision={plan.precision.name}"
         return f"the log states number of GPUs, batch and sequence, so {others} is not what ran"
-    named = ", ".join(f"{key}={now} (about {fits:,.0f} would fit)" for key, (now, fits) in doubtful.items())
+    bound = {"num_gpus": about, "mapping.global_batch": about.replace("least", "most"), "seq_length": about.replace("least", "most")}
+    named = ", ".join(f"{key}={now} ({bound[key]} {fits:,.0f} would fit)" for key, (now, fits) in doubtful.items())
     return f"the log does not state {named}; set what ran, or name the model and GPU that did"
 
 

@@ -121,11 +121,12 @@ ELSEWHERE = frozenset({"ddp", "checkpoint", "tokenizer", "profiling", "logger"})
 
 DEEPEST = 8  # sections within sections
 
-VALUE = r"['\"]?(?P<value>[-+\w.]{1,40})['\"]?"
+VALUE = r"['\"]?(?P<value>[-+]?[\w.][-+\w.]{0,39})['\"]?"
 PREFIX = r"^(?:.{0,80}?[\]:>]\s)?"  # a rank, a time stamp, "[NeMo I ... file:line]"
 ARGUMENT = re.compile(rf"{PREFIX}\s*(?P<name>\w{{2,40}}) \.{{2,}} {VALUE}\s*$")
 YAML = re.compile(rf"{PREFIX}(?P<indent>\s*)(?P<name>\w{{2,40}}):(?:\s+{VALUE})?,?\s*$")
-NAMED = re.compile(rf"(?<![\w.$-])(?:--)?(?P<name>[A-Za-z0-9][\w-]{{1,40}})['\"]?(?:\s*[=:]\s*|\s){VALUE}(?![\w.]*[({{])")
+WORD = r"[A-Za-z0-9][\w-]{1,40}"
+NAMED = re.compile(rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}")
 PRESET = re.compile(rf"\b({'|'.join(PRESETS)})\b")
 WORLD = re.compile(r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b")
 USING = re.compile(r"\b([a-z-]{5,30}) size: (\d{1,7})")
@@ -175,7 +176,7 @@ class Facts:
             self._entry(len(entry["indent"]), entry["name"], entry["value"])
         elif any(word in line for word in ("_", "fp8", "nproc", "nnodes")):
             for found in NAMED.finditer(line):
-                name = found["name"].replace("-", "_")
+                name = (found["flag"] or found["name"]).replace("-", "_")
                 if name in INLINE or name in LAUNCHER:
                     self.add(name, found["value"])
 
@@ -188,7 +189,8 @@ class Facts:
     def configuration(self, tree: Mapping[str, Any], parents: Sequence[str] = ()) -> None:
         """Read a configuration as nested or flat names (`model/num_layers`, `model.num_layers`)."""
         for key, value in tree.items():
-            *within, name = [*parents, *re.split(r"[./]", str(key))]
+            path = [*parents, *re.split(r"[./]", str(key))]
+            within, name = path[:-1], path[-1]
             if isinstance(value, dict) and set(value) == {"value"}:  # as W&B keeps it
                 value = value["value"]
             if isinstance(value, dict) and len(within) < DEEPEST:

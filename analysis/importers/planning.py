@@ -75,6 +75,7 @@ def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Planned:
     assumed = [
         key for key in (*SCALE, "seq_length", *LAYOUT) if key not in {*stated, *given} and not (key.startswith("mapping.") and "mapping" in given)
     ]
+    early.setdefault("train.max_steps", f"{int(log.steps['step'][-1])}")
     plan = _composed([*(f"{key}={value}" for key, value in early.items()), *overrides], assumed)
     plan = _completed(plan, stated, given)
     if plan.precision.fp8 is None and (fp8 := log.facts.fp8_is_on()):
@@ -89,9 +90,8 @@ def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Planned:
 def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return one value for each key that the log states, and the log's words for it."""
     found = log.facts.stated()
-    steps = log.total or int(log.steps["step"][-1])
-    named = found.pop("train.max_steps", {})
-    found["train.max_steps"] = {f"{steps}": f"{steps} steps"} if log.total or len(named) != 1 else named
+    if log.total:
+        found["train.max_steps"] = {f"{log.total}": f"{log.total} steps"}
     for key, value, what in _from_columns(log):
         found[key] = {value: what}
     for key, values in list(found.items()):
@@ -207,7 +207,7 @@ def _model_of(log: Log) -> str:
     stated = log.facts.stated()
     sizes = {name: next(iter(stated[f"model.{name}"])) for name in SHAPES if f"model.{name}" in stated}
     found = [model.name for model in _models() if all(str(getattr(model, name)) == size for name, size in sizes.items())]
-    return f" ({', '.join(found)} has its sizes)" if len(sizes) > 2 and 0 < len(found) < 4 else ""
+    return f" ({', '.join(found)}: its sizes)" if len(sizes) > 2 and 0 < len(found) < 4 else ""
 
 
 def _models() -> list[Model]:

@@ -485,7 +485,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([log, "--set", "model=llama3_tiny", "gpu=cpu"], "which precision it is of"),
         ([log, "--set", "model=llama3_tiny", "gpu=cpu", "precision=fp4"], "precision=fp4"),
         ([log, *TINY, "mapping.global_batch=16"], "the log states mapping.global_batch=8"),
-        ([log, *TINY, "train.max_steps=30"], "goes to step 60, the plan to 30"),
+        ([log, *TINY, "train.max_steps=30"], "the log states train.max_steps=60"),
         ([tmp_path / "fp8.log", *TINY], "the log states FP8 (fp8 hybrid), --set precision=bf16"),
         ([log, *TINY, "--assert-fp8"], "--assert-fp8"),
         ([log, *TINY, "--same-data", "a b"], "--same-data takes a name"),
