@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from launch.job import reserved, write_job
 from launch.local import Job, run_all
 from launch.script import render
+from launch.state import check_idle
 from launch.submit import submit_all
 from launch.summary import summary, table
 from recipes.axes import check_single, with_axes
@@ -24,6 +25,8 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
 from recipes.run_folder import check_folder, folder_of, status_of
+
+PROBE_S = 1  # launch.status takes a folder's lock for an instant, to see whether it is free
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,7 +81,10 @@ def launch(found: Sequence[Plan]) -> int:
     here = [plan for plan in todo if plan.executor.kind == "local"]
     submit_all([plan for plan in todo if plan.executor.kind == "slurm"])
     with ExitStack() as stack:
-        locks = [stack.enter_context(reserved(plan, wait=False)) for plan in here]
+        locks = [stack.enter_context(reserved(check_folder(plan), PROBE_S)) for plan in here]
+        for plan in here:
+            check_idle(folder_of(plan))
+            (folder_of(plan) / "stop").unlink(missing_ok=True)
         jobs = [Job(plan, folder_of(plan), write_job(plan), lock) for plan, lock in zip(here, locks, strict=True)]
         code = run_all(jobs) if jobs else 0
     for plan in here:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 from launch.script import job_folder, render
 from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.run_folder import check_folder, open_folder, write_json
+from recipes.run_folder import open_folder, write_json
 from recipes.secret_values import has_secret
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -51,35 +52,43 @@ def private() -> Iterator[None]:
 
 
 @contextmanager
-def reserved(plan: Plan, wait: bool) -> Iterator[int]:
-    """Keep other launches away from the plan's run folder, and other people from what is written into it.
+def reserved(folder: Path, patience_s: float) -> Iterator[int]:
+    """Keep other launches away from a run folder, and other people from what is written into it.
 
     Yields the lock's file descriptor, which a child process may go on holding.
 
-    InputError where the folder cannot be written, or where another one has it and `wait` is False.
+    InputError where the folder cannot be written, or where another launch has it for longer than `patience_s`.
     """
     with private():
-        file = _lock(check_folder(plan) / "job", wait)
+        file = _lock(folder / "job", patience_s)
         try:
             yield file
         finally:
             os.close(file)
 
 
-def _lock(job: Path, wait: bool) -> int:
+def _lock(job: Path, patience_s: float) -> int:
     try:
         job.mkdir(parents=True, exist_ok=True)
         file = os.open(job / "lock", os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise _unwritable(job, error) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:  # a file system without locks is no reason not to train
-            return file
-        os.close(file)
-        raise InputError(f"{job.parent}: another launch runs it on this machine; wait for it, or choose another run_name") from None
+    deadline = time.monotonic() + patience_s
+    while not _taken(file):
+        if time.monotonic() > deadline:
+            os.close(file)
+            raise InputError(f"{job.parent}: another launch runs it on this machine; wait for it, or choose another run_name")
+        time.sleep(0.2)
     return file
+
+
+def _taken(file: int) -> bool:
+    """Take the lock; True on a file system without locks as well, which is no reason not to train."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in NO_LOCKS
+    return True
 
 
 def is_held(folder: Path) -> bool | None:

@@ -21,10 +21,10 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from launch.status import cause
+from launch.state import cause, check_unwritten
 from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.run_folder import SESSION, is_written, last_step, status_of
+from recipes.run_folder import SESSION, last_step, status_of
 
 TORCHRUN_KILLS_S = 45  # it gives its processes 30 s after SIGTERM
 
@@ -81,9 +81,8 @@ def _needs(job: Job) -> int:
 
 def _checked(jobs: Sequence[Job]) -> list[str] | None:
     """Return the free GPUs; InputError where a job wants more, or another process still writes its folder."""
-    taken = next((job.folder for job in jobs if is_written(job.folder)), None)
-    if taken:
-        raise InputError(f"{taken}: a process of an earlier launch still trains it; wait for it, or end it with `touch {taken / 'stop'}`")
+    for job in jobs:
+        check_unwritten(job.folder)
     free = gpus() if any(map(_needs, jobs)) else None
     most = max(jobs, key=_needs)
     if free is not None and len(free) < _needs(most):

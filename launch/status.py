@@ -13,36 +13,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from launch import slurm
-from launch.causes import cause_of, known_cause
-from launch.job import is_held
-from launch.submit import ENDED, submissions
+from launch.state import asked, judged, submitted
 from recipes.cli import ArgumentParser
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.run_folder import SESSION, is_written, last_step, read_plan, rows_of, status_of
-
-LOG_TAIL_BYTES = 2_000_000  # hundreds of ranks write as much after the first error
-
-STATES = {
-    "TIMEOUT": "the time limit: the same launch command continues it",
-    "NODE_FAIL": "a node failed",
-    "OUT_OF_MEMORY": "out of host memory",
-    "PREEMPTED": "preempted",
-    "BOOT_FAIL": "a node did not boot",
-    "DEADLINE": "the deadline of the job",
-}
+from recipes.run_folder import last_step, read_plan
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: `status` is queued, running, done, paused, failed, cancelled or new; `why` is empty where there is nothing to say."""
+    """One run.
+
+    `status` is queued, starting, running, done, paused, failed, cancelled, new or unknown; `why` is empty where nothing is to be told.
+    """
 
     run: str
     status: str
@@ -60,12 +49,10 @@ def runs_under(folder: Path) -> list[Path]:
     return [path for path in found if not any(other in path.parents for other in found)]
 
 
-def row(folder: Path, states: dict[int, slurm.JobState]) -> Row:
-    """Return what is known of a run."""
-    plan, newest, jobs = read_plan(folder), last_step(folder), submissions(folder)
-    known = [states[job] for job in jobs if job in states]
-    job = next((j for j in known if not j.state.startswith(ENDED)), known[-1] if known else None)
-    status, why = judged(folder, job)
+def row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
+    """Return what is known of a run, with Slurm's answers about its jobs."""
+    plan, newest, jobs = read_plan(folder), last_step(folder), submitted(folder)
+    status, why, job = judged(folder, answers)
     step, loss = (value if isinstance(value, int | float) else None for value in (newest.get("step"), newest.get("loss")))
     return Row(
         run=str(folder),
@@ -73,60 +60,16 @@ def row(folder: Path, states: dict[int, slurm.JobState]) -> Row:
         step=int(step) if step is not None and math.isfinite(step) else 0,
         max_steps=plan.train.max_steps,
         loss=loss,
-        job_id=job.job_id if job else jobs[-1] if jobs else None,
+        job_id=job.job_id if job else jobs[-1].job_id if jobs else None,
         restarts=job.restarts if job else 0,
         why=why,
     )
 
 
-def judged(folder: Path, job: slurm.JobState | None) -> tuple[str, str]:
-    """Return a run's status and why, from its folder and its job."""
-    said = status_of(folder)
-    if said == "done":
-        return "done", ""
-    if job is None and said == "running" and not is_alive(folder):
-        gone = "its process is gone, killed or with its machine: the same launch command continues it"
-        return "failed", known_cause(_tail(folder / "log.txt")) or gone
-    if job is None or job.state.startswith("COMPLETED"):
-        return said, cause(folder) if said == "failed" else ""
-    if job.state.startswith(("PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "SPECIAL_EXIT")):
-        return "queued", job.reason
-    if not job.state.startswith(ENDED):
-        return ("running" if said in ("running", "paused") else "starting"), ""
-    if job.state.startswith("CANCELLED"):
-        return "cancelled", "by a user or an administrator"
-    return "failed", next((why for state, why in STATES.items() if job.state.startswith(state)), "") or cause(folder)
-
-
-def is_alive(folder: Path) -> bool:
-    """Return whether a run on this machine lives, as far as can be told: it holds its folder, or there is nothing to hold."""
-    return is_held(folder) is not False or is_written(folder)
-
-
-def cause(folder: Path) -> str:
-    """Return what a failed run died of, by its log and by what its rank 0 recorded in its newest session."""
-    events = rows_of(folder / "events.jsonl")
-    begins = [n for n, e in enumerate(events) if e.get("event") in ("submitted", "start", "resume")]
-    ends = ("failed", "non_finite_loss")
-    newest = [e for e in events[begins[-1] if begins else 0 :] if e.get("event") in ends]
-    reason = str(newest[-1].get("reason", "NaN or Inf in loss or gradients")) if newest else None
-    return cause_of(_tail(folder / "log.txt"), reason) or f"see {folder / 'log.txt'}"
-
-
-def _tail(log: Path) -> str:
-    """Return the end of what the newest session wrote."""
-    if not log.exists():
-        return ""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        return file.read().decode(errors="replace").rpartition(SESSION)[2]
-
-
 def rows(folders: Sequence[Path]) -> list[Row]:
-    """Return a row for each run folder; Slurm is asked once for all."""
-    jobs = [job for folder in folders for job in submissions(folder)]
-    states = slurm.states(jobs) if jobs else {}
-    return [row(folder, states) for folder in folders]
+    """Return a row for each run folder; Slurm is asked once for all of their jobs."""
+    answers = asked(folders)
+    return [row(folder, answers[folder]) for folder in folders]
 
 
 def shown(found: Sequence[Row]) -> Table:
@@ -148,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         folders = [run for given in args.runs or [Path("runs")] for run in _runs(given)]
-        found: list[Any] = rows(folders)
+        found = rows(folders)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -156,7 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([asdict(r) for r in found], indent=1))
     else:
         Console().print(shown(found))
-    return 0
+    return _unknown(found)
+
+
+def _unknown(found: Sequence[Row]) -> int:
+    """Report runs whose state is not known on one line; return the exit code."""
+    unknown = [r for r in found if r.status == "unknown"]
+    if not unknown:
+        return 0
+    several = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    print(f"error: the state of {unknown[0].run}{several} is not known: {one_line(unknown[0].why)}", file=sys.stderr)
+    return EXIT_WRONG_INPUT
 
 
 def _runs(given: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ SESSION = "--- a run of this folder begins"  # in log.txt: what stands before is
 CHECKPOINT = re.compile(r"step=(\d+)(-last)?")  # steps are counted from zero; -last: a copy, by earlier versions of this project
 PORT_TAKEN = "port_taken"  # a file by which rank 0 asks the job's script for a step with another port
 UNFINISHED = "-unfinished"  # NeMo's file beside a checkpoint that is being written or removed (v2.3.2, callbacks/model_checkpoint.py)
+FLOCK = "hhqqi"  # struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))
 LAST_WORDS_S = 60  # a job that is queued again may start before the one before it has died
 
 
@@ -77,15 +79,21 @@ def only_writer(folder: Path, patience_s: float = LAST_WORDS_S) -> Iterator[None
         yield
 
 
-def is_written(folder: Path) -> bool:
-    """Return whether a process holds the run folder; not to be asked by that process, which would let go."""
-    if not (folder / "lock").exists():
-        return False
+def is_written(folder: Path) -> bool | None:
+    """Return whether a process holds the run folder; None where its lock cannot be asked (no right to read it, no locks there).
+
+    The lock is asked, not taken, so that a run that is about to start is not refused.  Not to be asked by the process that
+    holds it, which would let go.
+    """
     try:
-        with (folder / "lock").open("r+") as file:
-            return _lock(file.fileno()) is False
-    except OSError:  # a file system that cannot be written
+        with (folder / "lock").open("rb") as file:
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except FileNotFoundError:
         return False
+    except OSError:
+        return None
+    return bool(kind != fcntl.F_UNLCK)
 
 
 def _lock(file: int) -> bool | None:

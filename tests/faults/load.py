@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.submit import submissions
+from launch.state import submitted
 from recipes.run_folder import read_plan
 from tests.analysis.conftest import curve, own_noise, write
 from tests.faults.mutations import fresh
@@ -108,7 +108,7 @@ def many_jobs(count: int, folder: Path) -> Outcome:
     done, seconds, peak = measured("launch", "-m", *SLURM, seeds, f"runs_dir={folder}/runs", env=env)
     for n in range(1, count + 1):
         run = folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}"
-        jobs = submissions(run) if run.exists() else []
+        jobs = submitted(run) if run.exists() else []
         wrong = None if len(jobs) == 1 and whole(run) else f"{run.name}: {len(jobs)} jobs, {done.stderr[-200:]}"
         outcome.add("submitted once, job folder whole", lost=wrong)
     outcome.measured.append(said(f"{count} jobs planned and submitted", seconds, peak))
@@ -128,9 +128,9 @@ def many_jobs_on_slurm(count: int, folder: Path) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="slurm") as short, Slurm(Path(short) / "slurm") as slurm:  # Unix sockets want short paths
         env = {name: slurm.env[name] for name in ("SLURM_CONF", "PATH")}
         done, seconds, peak = measured("launch", "-m", *SLURM, *site, seeds, f"runs_dir={folder}/runs", env=env)
-        jobs = {n: submissions(folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}") for n in range(1, count + 1)}
+        jobs = {n: submitted(folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}") for n in range(1, count + 1)}
         for n, ids in jobs.items():
-            ended = slurm.wait(str(ids[0]), "COMPLETED", timeout=120) if len(ids) == 1 else f"{len(ids)} jobs: {done.stderr[-200:]}"
+            ended = slurm.wait(str(ids[0].job_id), "COMPLETED", timeout=120) if len(ids) == 1 else f"{len(ids)} jobs: {done.stderr[-200:]}"
             outcome.add("submitted once, run by Slurm", lost=None if ended == "COMPLETED" else f"seed {n}: {ended}")
     outcome.measured.append(said(f"{count} jobs planned and submitted to a real Slurm", seconds, peak))
     return outcome
@@ -155,7 +155,7 @@ def two_launches(count: int, folder: Path) -> Outcome:
         command = [sys.executable, "-m", "launch", *SLURM, f"runs_dir={folder}/runs{n}", "run_name=one"]
         _together([command] * 2, env)
         run = folder / f"runs{n}" / "one"
-        jobs = submissions(run)
+        jobs = submitted(run)
         outcome.add("one job, job folder whole", lost=None if len(jobs) == 1 and whole(run) else f"{len(jobs)} jobs; whole: {whole(run)}")
     return outcome
 

@@ -17,9 +17,10 @@ from launch.__main__ import main
 from launch.job import PROJECT, code, snapshot, write_job
 from launch.matrix import main as matrix
 from launch.matrix import options
-from launch.slurm import JobState, refusal
+from launch.slurm import refusal
 from recipes.compose import compose_plan
 from recipes.run_folder import SESSION, append_line, event, set_status
+from tests.launch.standins import Standins
 
 CELL = ["model=llama31_405b", "precision=fp8_current", "gpu=h100", "experiment=throughput"]
 SECRET = "hf_" + secrets.token_hex(16)  # not in any file, not even this one
@@ -269,13 +270,26 @@ OUTCOMES = [
 
 
 @pytest.mark.parametrize(("state", "said", "log", "expected"), OUTCOMES)
-def test_status_says_what_became_of_a_run_and_why(state: str, said: str, log: str, expected: tuple[str, str], run: Path) -> None:
+def test_status_says_what_became_of_a_run_and_why(
+    state: str,
+    said: str,
+    log: str,
+    expected: tuple[str, str],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if said != "new":
         set_status(run, said)
     (run / "log.txt").write_text(log)
-    found = status.row(run, {41: JobState(41, state, "Resources" if state == "PENDING" else "", restarts=2)})
-    assert found.status == expected[0] and expected[1] in found.why
-    assert (found.step, found.loss, found.job_id, found.restarts) == (7, 3.25, 41, 2)
+    standins = Standins(tmp_path / "slurm", monkeypatch)
+    standins.put(41, state, f"{run}/job/job.sbatch")
+    monkeypatch.setenv("REASON", "Resources" if state == "PENDING" else "None")
+    assert status.main([str(run), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["status"] == expected[0] and expected[1] in found["why"]
+    assert (found["step"], found["loss"], found["job_id"], found["restarts"]) == (7, 3.25, 41, 2)
 
 
 def test_status_of_a_run_on_this_machine_comes_from_its_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

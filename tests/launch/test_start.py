@@ -41,9 +41,9 @@ def held_ports() -> Iterator[set[int]]:
         yield held
 
 
-def start(folder: Path, nodes: int, times: int = 1, scontrol: str = SCONTROL, srun: str = SRUN) -> tuple[list[int], str]:
+def start(folder: Path, nodes: int, times: int = 1, scontrol: str = SCONTROL, srun: str = SRUN, name: str = "run") -> tuple[list[int], str]:
     """Run the script of a job on so many nodes, so often; return the exit codes and all output."""
-    size = [f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
+    size = [f"run_name={name}", f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
     script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size]))
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
@@ -73,6 +73,27 @@ def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(scontrol: str, tm
     codes, log = start(tmp_path, 2, scontrol=scontrol)
     assert codes == [1] and "error: scontrol does not list the nodes of this job (gpu-node-[00001-00002])" in log
     assert "met at" not in log
+
+
+@pytest.mark.parametrize(("left", "trains"), [("", False), ("please\n", False), ("before the time limit of job 76\n", True), (None, True)])
+def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(left: str | None, trains: bool, tmp_path: Path) -> None:
+    """The request that a script makes before its own time limit is for that job alone."""
+    run = tmp_path / "runs" / "one"
+    start(tmp_path, 2, times=0, name="one")
+    if left is not None:
+        (run / "stop").write_text(left)
+    codes, log = start(tmp_path, 2, name="one")
+    assert codes == [0] and ("met at" in log) == trains and ("the run was stopped" in log) != trains
+    assert (run / "stop").exists() != trains
+
+
+@pytest.mark.parametrize(("asked", "requeued"), [("", True), ('touch "$RUN/stop"; ', False)], ids=["time limit alone", "a user too"])
+def test_before_its_time_limit_a_job_queues_itself_again_unless_its_user_stopped_it(asked: str, requeued: bool, tmp_path: Path) -> None:
+    paused = """echo '{"status": "paused"}' > "$RUN/status.json" """
+    warned = f'{asked}kill -USR1 "$PPID"; while [ ! -e "$RUN/stop" ]; do sleep 0.05; done; sleep 0.2; {paused}'
+    queue = f'[ "$1" = requeue ] && {{ echo "queued again"; kill -9 "$PPID"; }}; {SCONTROL}'
+    _, log = start(tmp_path, 2, scontrol=queue, srun=warned)
+    assert ("queued again\n" in log) == requeued and ("not queued again: the run was stopped" in log) != requeued
 
 
 # What rank 0 does where another process was faster, and what srun's exit code then is: that of the ranks which are killed.

@@ -14,7 +14,7 @@ from unittest import mock
 
 from launch import status
 from launch.__main__ import main as launch
-from launch.submit import submissions
+from launch.state import submitted
 from tests.faults.commands import call
 from tests.faults.load import SLURM
 from tests.faults.registry import Outcome, Unavailable, fault
@@ -60,7 +60,7 @@ def _broken_and_continued(slurm: Slurm, run: Path, how: str, command: list[str],
 
 
 def _job(run: Path) -> str:
-    return str(submissions(run)[-1])
+    return str(submitted(run)[-1].job_id)
 
 
 def _trained_until(slurm: Slurm, run: Path, step: int) -> str | None:
@@ -83,7 +83,7 @@ def _killed(slurm: Slurm, run: Path, command: list[str], draw: random.Random, ev
     if wrong := call(launch, command).wrong((0,)):
         return f"launched again: {wrong}"
     slurm.wait(_job(run), "COMPLETED", timeout=240)
-    return None if len(submissions(run)) == 2 else f"{len(submissions(run))} jobs"
+    return None if len(submitted(run)) == 2 else f"{len(submitted(run))} jobs"
 
 
 def _warned(slurm: Slurm, run: Path) -> str | None:

@@ -20,7 +20,7 @@ from launch import cancel, resume, status
 from launch.__main__ import main
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
 from launch.script import nodes, render
-from launch.submit import submissions
+from launch.state import submitted
 from recipes.compose import compose_plan
 from recipes.run_folder import rows_of, status_of
 from tests.launch.slurm.cluster import Slurm
@@ -45,7 +45,7 @@ def site(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 
 
 def job_of(folder: Path) -> str:
-    return str(submissions(folder)[-1])
+    return str(submitted(folder)[-1].job_id)
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -173,7 +173,7 @@ def test_a_cancelled_run_is_resumed_in_the_same_folder(site: Slurm, tmp_path: Pa
         )
         == 0
     )
-    assert "queued or running already" in capsys.readouterr().out and len(submissions(folder)) == 1
+    assert "queued or running already" in capsys.readouterr().out and len(submitted(folder)) == 1
     assert cancel.main([str(folder)]) == 0
     until(lambda: status.rows([folder])[0].status == "cancelled", "the cancellation", 60)
     time.sleep(12)  # a requeue would have brought it back by now
@@ -181,7 +181,7 @@ def test_a_cancelled_run_is_resumed_in_the_same_folder(site: Slurm, tmp_path: Pa
     assert resume.main([str(folder)]) == 0
     site.wait(job_of(folder), "COMPLETED", timeout=240)
     assert [step for step, _ in losses(folder)] == list(range(1, 21))
-    assert len(submissions(folder)) == 2 and status.rows([folder])[0].status == "done"
+    assert len(submitted(folder)) == 2 and status.rows([folder])[0].status == "done"
 
 
 def test_a_sweep_of_four_jobs_and_a_chain(site: Slurm, tmp_path: Path) -> None:
@@ -199,10 +199,10 @@ def test_a_sweep_of_four_jobs_and_a_chain(site: Slurm, tmp_path: Path) -> None:
     ]
     assert main(chain) == 0
     folders = status.runs_under(tmp_path)
-    assert len(folders) == 5 and len(submissions(tmp_path / "chain")) == 2
+    assert len(folders) == 5 and len(submitted(tmp_path / "chain")) == 2
     for folder in folders:
-        for job in submissions(folder):
-            site.wait(str(job), "COMPLETED", timeout=300)
+        for job in submitted(folder):
+            site.wait(str(job.job_id), "COMPLETED", timeout=300)
     assert {row.status for row in status.rows(folders)} == {"done"}
     assert "the run is done already" in (tmp_path / "chain/log.txt").read_text()
 

@@ -1,0 +1,254 @@
+"""Slurm is asked, and its answer is believed only where it is one: through the commands, with stand-ins for Slurm's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import cancel, resume, status
+from launch.__main__ import main
+from launch.slurm import user
+from recipes.run_folder import append_line, set_status
+from tests.launch.standins import Standins
+
+PLAN = ["executor=slurm", "cluster.account=a", "cluster.mpi=null", "cluster.container_runtime=none", "gpu=cpu", "run_name=one"]
+LOST = {
+    "timeout": "Socket timed out",
+    "controller": "Unable to contact slurm controller",
+    "quiet": "code 1",
+    "garbage": "503",
+    "half": "100",
+    "error-and-0": "Zero Bytes",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Standins:
+    monkeypatch.setattr("launch.submit.LOOKS_S", (0,))  # a real Slurm is looked at for longer
+    return Standins(tmp_path / "slurm", monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+def launch(run: Path, *more: str) -> int:
+    return main([*PLAN, f"runs_dir={run.parent}", *more])
+
+
+def row(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return what `launch.status` tells of the run."""
+    capsys.readouterr()
+    code = status.main([str(run), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (code == 2) == (found["status"] == "unknown")
+    return dict(found)
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line of a refusal."""
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    return line
+
+
+def test_a_running_job_is_not_submitted_again(slurm: Standins, run: Path) -> None:
+    assert launch(run) == launch(run) == 0
+    assert slurm.ids == [1001]
+
+
+@pytest.mark.parametrize("failure", LOST)
+def test_no_answer_is_never_taken_for_no_job(failure: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    script, code = run / "job/job.sbatch", run / "job/code"
+    before = (script.stat().st_ino, code.stat().st_ino)
+    slurm.patch.setenv("SQUEUE", failure)
+    for command in (lambda: launch(run), lambda: cancel.main([str(run)]), lambda: resume.main([str(run)])):
+        capsys.readouterr()
+        assert command() == 2
+        assert LOST[failure] in refused(capsys)
+    assert (script.stat().st_ino, code.stat().st_ino) == before and slurm.ids == [1001] and slurm.state(1001) == "RUNNING"
+    assert not [call for call in slurm.calls if call.startswith("scancel")]
+    found = row(run, capsys)
+    assert found["status"] == "unknown" and LOST[failure] in found["why"]
+    slurm.patch.delenv("SQUEUE")
+    assert row(run, capsys)["status"] == "starting" and cancel.main([str(run)]) == 0 and slurm.state(1001) == "CANCELLED"
+
+
+def test_a_job_that_squeue_does_not_know_is_gone(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    (slurm.jobs / "1001").unlink()
+    slurm.put(1001 + 1, "RUNNING", "/elsewhere/job.sbatch")
+    found = row(run, capsys)
+    assert found["status"] == "failed" and "1001 is no longer known to Slurm" in found["why"]
+    slurm.account(f"1001|TIMEOUT|None|{user()}|tests|sbatch --parsable {run}/job/job.sbatch")
+    assert "time limit" in row(run, capsys)["why"]
+    assert launch(run) == 0 and slurm.ids == [1001, 1002]
+
+
+@pytest.mark.parametrize("how", ["taken", "silent", "killed"])
+def test_a_job_whose_number_was_lost_is_found(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.put(7, "RUNNING", "/elsewhere/one/job/job.sbatch")
+    slurm.patch.setenv("SBATCH", how)
+    assert launch(run) == 0 and launch(run) == 0
+    assert slurm.ids == [7, 1001] and row(run, capsys)["job_id"] == 1001
+
+
+@pytest.mark.parametrize("how", ["taken", "silent"])
+def test_a_lost_number_is_looked_for_before_the_next_submission(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", how)
+    slurm.patch.setenv("SQUEUE", "timeout")
+    for _ in range(2):
+        assert launch(run) == 2 and "not known" in refused(capsys)
+    assert slurm.ids == [1001] and row(run, capsys)["status"] == "unknown"
+    assert cancel.main([str(run)]) == 2
+    slurm.patch.delenv("SQUEUE")
+    assert row(run, capsys)["job_id"] == 1001
+    assert launch(run) == 0 and slurm.ids == [1001]
+    assert cancel.main([str(run)]) == 0 and slurm.state(1001) == "CANCELLED"
+
+
+def test_a_job_that_slurm_never_took_is_submitted_by_the_next_launch(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "not-taken")
+    assert launch(run) == 2 and "Unable to contact" in refused(capsys)
+    slurm.patch.delenv("SBATCH")
+    assert launch(run) == 0 and slurm.ids == [1001]
+
+
+def test_a_lost_job_that_has_ended_is_found_in_the_accounts(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "not-taken")
+    assert launch(run) == 2
+    slurm.patch.delenv("SBATCH")
+    slurm.account(f"900|FAILED|None|{user()}|tests|sbatch --parsable {run}/job/job.sbatch")
+    assert row(run, capsys)["job_id"] == 900
+    assert launch(run) == 0 and slurm.ids == [1001]
+
+
+def test_a_queue_that_does_not_tell_scripts_leaves_a_lost_job_unknown(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "not-taken")
+    assert launch(run) == 2
+    slurm.put(1001, "RUNNING", "")
+    capsys.readouterr()
+    assert launch(run) == 2 and "of which script job 1001 is" in refused(capsys)
+
+
+def test_a_refusal_is_no_lost_answer(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "refused")
+    assert launch(run) == 2 and "cluster.account" in refused(capsys)
+    assert not (run / "job/submitting").exists()
+
+
+@pytest.mark.parametrize("how", ["cluster", "wrapped"])
+def test_an_answer_with_a_clusters_name_or_beside_other_lines(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", how)
+    assert launch(run) == 0 and launch(run) == 0 and slurm.ids == [1001]
+    assert row(run, capsys)["status"] == "starting"
+    assert cancel.main([str(run)]) == 0
+    (order,) = [call for call in slurm.calls if call.startswith("scancel")]
+    assert order == ("scancel --clusters=east 1001" if how == "cluster" else "scancel 1001")
+
+
+def test_a_chain_whose_second_link_is_lost_keeps_the_first(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "second-lost")
+    assert launch(run, "executor.chain=3") == 2
+    assert "job 1001 is submitted and stays" in refused(capsys)
+    assert launch(run, "executor.chain=3") == 0 and slurm.ids == [1001]
+
+
+STATES = {
+    "PENDING": "queued",
+    "CONFIGURING": "queued",
+    "REQUEUED": "queued",
+    "REQUEUE_HOLD": "queued",
+    "REQUEUE_FED": "queued",
+    "SPECIAL_EXIT": "queued",
+    "RESV_DEL_HOLD": "queued",
+    "SUSPENDED": "queued",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "STAGE_OUT": "running",
+    "SIGNALING": "running",
+    "RESIZING": "running",
+    "STOPPED": "running",
+    "REVOKED": "unknown",
+    "LAUNCH_FAILED": "unknown",
+    "OF_A_LATER_SLURM": "unknown",
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "failed",
+    "BOOT_FAIL": "failed",
+    "DEADLINE": "failed",
+    "PREEMPTED": "failed",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_of_a_job(state: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that has not certainly ended is not submitted again; a state that the code does not know is named."""
+    assert launch(run) == 0
+    set_status(run, "running")
+    slurm.set(1001, state)
+    found = row(run, capsys)
+    assert found["status"] == STATES[state] and (STATES[state] != "unknown" or state in found["why"])
+    code, submits = launch(run), STATES[state] in ("failed", "cancelled")
+    assert code == (2 if STATES[state] == "unknown" else 0)
+    assert slurm.ids == ([1001, 1002] if submits else [1001])
+
+
+@pytest.mark.parametrize("other", [{"who": "mallory"}, {"script": "/home/other/runs/two/job/job.sbatch"}])
+@pytest.mark.parametrize("recorded", ["by this version", "by an older one"])
+def test_a_number_that_is_another_jobs_now(
+    recorded: str, other: dict[str, str], slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(run) == 0
+    if recorded == "by an older one" and "script" in other:
+        (run / "job/submitted.jsonl").unlink()
+        append_line(run / "job/submitted.jsonl", {"job_id": 1001})
+    slurm.put(1001, "RUNNING", **{"script": f"{run}/job/job.sbatch", **other})
+    assert row(run, capsys)["status"] == "failed"
+    assert cancel.main([str(run)]) == 0 and slurm.state(1001) == "RUNNING"
+    assert launch(run) == 0 and slurm.ids == [1001, 1002]
+
+
+def test_filters_of_the_users_shell_hide_no_job(slurm: Standins, run: Path) -> None:
+    """squeue takes options from SQUEUE_PARTITION and others, which would hide the job."""
+    assert launch(run) == 0
+    wrapper = slurm.jobs.with_name("tools") / "squeue"
+    text = wrapper.read_text().replace("#!/bin/sh", '#!/bin/sh\n[ -n "$SQUEUE_PARTITION$SLURM_CLUSTERS" ] && exit 0')
+    wrapper.write_text(text)
+    slurm.patch.setenv("SQUEUE_PARTITION", "debug")
+    slurm.patch.setenv("SLURM_CLUSTERS", "west")
+    assert launch(run) == 0 and slurm.ids == [1001]
+
+
+def test_cancel_tries_every_run_and_exits_with_2_where_slurm_did_not_take_the_order(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(run) == 0
+    slurm.patch.setenv("SCANCEL", "timeout")
+    capsys.readouterr()
+    assert cancel.main([str(run.parent / "none"), str(run)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "Socket timed out" in lines[1] and "may still wait or run" in lines[1]
+
+
+def test_a_run_here_is_not_started_beside_its_job(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    script = (run / "job/job.sbatch").read_text()
+    capsys.readouterr()
+    assert launch(run, "executor=local") == 2 and "job 1001 is queued or running" in refused(capsys)
+    assert (run / "job/job.sbatch").read_text() == script and not (run / "job/local.sh").exists()
+
+
+def test_a_run_that_its_user_stopped_stays_stopped(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The links of its chain are left alone until a launch is asked for again, which removes the request when none is active."""
+    assert launch(run, "executor.chain=2") == 0
+    (run / "stop").touch()
+    capsys.readouterr()
+    assert launch(run, "executor.chain=2") == 0 and "was asked to stop" in capsys.readouterr().out and (run / "stop").exists()
+    for job in (1001, 1002):
+        slurm.set(job, "COMPLETED")
+    assert launch(run) == 0 and slurm.ids == [1001, 1002, 1003] and not (run / "stop").exists()
