@@ -95,6 +95,13 @@ def _settings(tree: Tree) -> None:
         settings["precision_aware_optimizer"] = tree["precision"]["fp8"] is None
     if settings.get("overlap_param_gather_with_optimizer_step", False) is None:
         settings["overlap_param_gather_with_optimizer_step"] = bool(mapping["pp"] > 1 and mapping["vp"] > 1 and tree["num_gpus"] > _smallest(mapping))
+    if settings.get("check_gradients", False) is None:
+        settings["check_gradients"] = _scripts(tree).get("check_gradients", True)
+
+
+def _scripts(tree: Tree) -> Tree:
+    """Return what the stack's file says of its performance scripts."""
+    return dict(tree["stack"].get("scripts") or {})
 
 
 def _precision(tree: Tree) -> None:
@@ -103,11 +110,23 @@ def _precision(tree: Tree) -> None:
         return
     fp8 = precision["fp8"] = dict(precision["fp8"])
     if fp8.get("param_gather", False) is None:
-        stack = tree["stack"]  # one that emulates FP8 has no FP8 parameters
-        possible = not stack.get("emulates_fp8") and not tree["settings"]["precision_aware_optimizer"]
-        fp8["param_gather"] = possible and (stack["fp8_parameters_with_fsdp"] or not tree["mapping"]["fsdp"])
+        fp8["param_gather"] = _keeps_fp8_parameters(tree, fp8)
     if tree["settings"]["bf16_layers"] is False:
         fp8["first_layers_bf16"] = fp8["last_layers_bf16"] = 0
+
+
+def _keeps_fp8_parameters(tree: Tree, fp8: Tree) -> bool:
+    """Whether parameters are kept in FP8 where nobody asked: where stack, optimizer and layout can.
+
+    Under MXFP8 not where checkpoints are written.  Its values by columns come from the main parameters; read back from
+    a checkpoint they would come from those by rows, and a run would not continue to the numbers of an unbroken one.
+    """
+    stack, settings, fsdp = tree["stack"], tree["settings"], tree["mapping"]["fsdp"]
+    if stack.get("emulates_fp8") or settings["precision_aware_optimizer"]:
+        return False
+    if fp8["scaling"] == "mxfp8":
+        return bool(_scripts(tree).get("mxfp8_parameters")) and not fsdp and not settings["checkpoints"]
+    return bool(stack["fp8_parameters_with_fsdp"] or not fsdp)
 
 
 def _graphs(tree: Tree) -> None:

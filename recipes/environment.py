@@ -1,8 +1,8 @@
 """Environment variables of a training job on GPUs, each with its reason.
 
-NeMo 25.04 sets them in three places (v2.3.2 scripts/performance/utils.py:68-76, nemo/lightning/run/plugins.py
-PerfEnvPlugin, and the scripts of single models); here they follow from the plan alone, so that a job's script can be
-printed and tested without NeMo.
+NeMo sets them in three places (v2.3.2 scripts/performance/utils.py:68-76, nemo/lightning/run/plugins.py
+PerfEnvPlugin, and the scripts of single models).  Here they follow from the plan alone, so that a job's script can be
+printed and tested without NeMo.  What versions of NeMo set differently is data of the stack (conf/stack).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def variables(plan: Plan) -> list[Variable]:
     own = [Variable(name, value, "cluster.environment") for name, value in plan.cluster.environment.items()]
     if plan.on_cpu:
         return own
-    return [*_always(plan), *_connections(plan), *_pipeline(plan), *_norms(plan), *own]
+    return [*_always(plan), *_connections(plan), *_pipeline(plan), *_norms(plan), *_of_stack(plan), *own]
 
 
 def _always(plan: Plan) -> list[Variable]:
@@ -80,14 +80,16 @@ def _pipeline(plan: Plan) -> list[Variable]:
 
 
 def _norms(plan: Plan) -> list[Variable]:
-    """Norms beside communication: room for it, and cuDNN's norms under FSDP and for the 340B (pretrain_nemotron4_340b.py).
+    """Leave multiprocessors to communication beside norms; not on one GPU, where nothing is communicated.
 
-    Not on one GPU, where nothing overlaps: there the margin costs about 1 % of an FP8 step of Llama 3 8B, and cuDNN
-    refuses the 340B's norm (Transformer Engine 2.11, H200).
+    There the margin costs about 1 % of an FP8 step of Llama 3 8B (H200, Transformer Engine 2.11).
     """
     if plan.num_gpus == 1:
         return []
-    margin = [Variable(f"NVTE_{way}_LAYERNORM_SM_MARGIN", str(NORM_SM_MARGIN), "leave multiprocessors to communication") for way in ("FWD", "BWD")]
-    if not plan.mapping.fsdp and plan.model.name != "nemotron4_340b":
-        return margin
-    return margin + [Variable(f"NVTE_NORM_{way}_USE_CUDNN", "1", "norms that overlap with FSDP's communication") for way in ("FWD", "BWD")]
+    return [Variable(f"NVTE_{way}_LAYERNORM_SM_MARGIN", str(NORM_SM_MARGIN), "leave multiprocessors to communication") for way in ("FWD", "BWD")]
+
+
+def _of_stack(plan: Plan) -> list[Variable]:
+    """Return what the scripts of the stack's NeMo set beside, as conf/stack has it."""
+    found = (variable for variable in plan.stack.scripts.variables if variable.where.holds(plan))
+    return [Variable(variable.name, variable.value, variable.why) for variable in found]

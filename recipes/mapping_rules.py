@@ -169,7 +169,10 @@ def cuda_graphs_are_possible(plan: Plan) -> str | None:
 
 
 def fp8_parameters_are_possible(plan: Plan) -> str | None:
-    """transformer_config.py: no FP8 parameters with MXFP8; and not every stack can shard them under FSDP (conf/stack).
+    """transformer_config.py (0.12): no FP8 parameters with MXFP8; and not every stack can shard them under FSDP (conf/stack).
+
+    MXFP8's go through the gradient buffer of Megatron-Core 0.13's DistributedDataParallel, which its FSDP has not
+    (distributed/custom_fsdp @ 03f77931).
 
     megatron/core/optimizer/__init__.py:350 has the precision-aware optimizer keep what BF16 parameters lack to FP32, 16 bits each; given FP8
     parameters, Transformer Engine 2.11's FusedAdam raises at the first update (measured on an H200).
@@ -178,10 +181,12 @@ def fp8_parameters_are_possible(plan: Plan) -> str | None:
     if fp8 is None or not fp8.param_gather:
         return None
     off = "set precision.fp8.param_gather=false"
-    if fp8.scaling in ("mxfp8", "subchannel") or plan.stack.emulates_fp8:
+    kept_in_mxfp8 = fp8.scaling == "mxfp8" and plan.stack.scripts.mxfp8_parameters
+    if (fp8.scaling in ("mxfp8", "subchannel") and not kept_in_mxfp8) or plan.stack.emulates_fp8:
         return f"precision.fp8.param_gather: no parameters are kept in FP8 under {fp8.scaling} scaling with {plan.stack.name}; {off}"
-    if plan.mapping.fsdp and not plan.stack.fp8_parameters_with_fsdp:
-        return f"precision.fp8.param_gather: {plan.stack.name} cannot shard FP8 parameters with mapping.fsdp; {off}"
+    if plan.mapping.fsdp and (kept_in_mxfp8 or not plan.stack.fp8_parameters_with_fsdp):
+        what = "MXFP8" if kept_in_mxfp8 else "FP8"
+        return f"precision.fp8.param_gather: {plan.stack.name} cannot shard {what} parameters with mapping.fsdp; {off}"
     if plan.settings.precision_aware_optimizer:
         return f"precision.fp8.param_gather: settings.precision_aware_optimizer keeps the rest of BF16 parameters, FP8 ones have none; {off}"
     return None

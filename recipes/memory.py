@@ -171,8 +171,8 @@ def _blackwell(plan: Plan) -> bool:
 
 
 def _shards(plan: Plan) -> int:
-    """Return the ranks that share optimizer state: data- and context-parallel (MCore's distributed optimizer)."""
-    return plan.data_parallel * plan.mapping.cp
+    """Return the ranks that share optimizer state: data- and context-parallel (MCore's distributed optimizer), of one instance."""
+    return plan.data_parallel * plan.mapping.cp // plan.optimizer_instances
 
 
 def _state(plan: Plan, weights: Weights) -> dict[str, float]:

@@ -202,13 +202,80 @@ class Userbuffers(Frozen):
     fails: dict[Literal["bf16_layers", "fsdp"] | Scaling, CannotOverlap]
 
 
+class Where(Frozen):
+    """Which plans something is for: all, or those on some GPUs, of some NeMo recipes, with or without FSDP.
+
+    `gpus` and `not_gpus` are names of conf/gpu; a GPU counts as the one that it is `mapped_like` too.  `recipes`
+    are the models' `nemo_recipe`.  `several_gpus`: not where a single GPU trains, as nothing is communicated there.
+    """
+
+    gpus: tuple[Name, ...] | None = Field(default=None, strict=False)
+    not_gpus: tuple[Name, ...] = Field(default=(), strict=False)
+    recipes: tuple[Name, ...] | None = Field(default=None, strict=False)
+    fsdp: bool | None = None
+    several_gpus: bool = False
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether the plan is one of them."""
+        names = {plan.gpu.name, plan.gpu.mapped_like}
+        return (
+            (self.gpus is None or not names.isdisjoint(self.gpus))
+            and names.isdisjoint(self.not_gpus)
+            and (self.recipes is None or plan.model.nemo_recipe in self.recipes)
+            and self.fsdp in (None, plan.mapping.fsdp)
+            and not (self.several_gpus and plan.num_gpus == 1)
+        )
+
+
+class ScriptVariable(Frozen):
+    """An environment variable that a stack's performance scripts set, why, and where that is written."""
+
+    name: Variable
+    value: Value
+    why: Text
+    source: Text
+    where: Where = Where()
+
+
+class WholeBuffers(Frozen):
+    """GEMMs of a layer whose userbuffers are gathered in pieces as they are, not two at once (`aggregate` is off)."""
+
+    gemms: tuple[Name, ...] = Field(strict=False)
+    source: Text
+    where: Where
+
+
+class OptimizerInstances(Frozen):
+    """How many GPUs share one copy of the optimizer's state; more GPUs have more copies."""
+
+    gpus_per_instance: Positive
+    source: Text
+    where: Where
+
+
+class Scripts(Frozen):
+    """What the performance scripts of a stack's NeMo set beside the layout, where versions differ.
+
+    `check_gradients`: Megatron-Core's check_for_nan_in_grad under settings that measure speed.  `mxfp8_parameters`:
+    whether parameters under MXFP8 are kept in FP8 and gathered, without overlap, through the gradient buffer.
+    `fsdp_average_in_collective`: whether FSDP averages BF16 gradients in the collective (FP32 ones it never does).
+    """
+
+    variables: tuple[ScriptVariable, ...] = Field(default=(), strict=False)
+    check_gradients: bool = True
+    mxfp8_parameters: bool = False
+    fsdp_average_in_collective: bool = False
+    without_aggregate: tuple[WholeBuffers, ...] = Field(default=(), strict=False)
+    optimizer_instances: tuple[OptimizerInstances, ...] = Field(default=(), strict=False)
+
+
 class Stack(Frozen):
     """A set of versions and what it can do, by scaling.
 
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
     parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
     `userbuffers`: None where the stack's file does not say what they can do.  `graphs_drop_bf16_layers`: why CUDA
-    graphs run layers in FP8 that are kept in BF16 (None: they do not).
+    graphs run layers in FP8 that are kept in BF16 (None: they do not).  `scripts`: what its performance scripts set.
     """
 
     name: Name
@@ -221,6 +288,7 @@ class Stack(Frozen):
     missing: dict[Scaling, Missing]
     userbuffers: Userbuffers | None = None
     graphs_drop_bf16_layers: str | None = None
+    scripts: Scripts = Scripts()
 
 
 class Mapping(Frozen):
@@ -355,6 +423,8 @@ class Settings(Frozen):
     `batch`: which global batch a plan takes that names none: the one that the model was trained with, or the layout's.
     `adam_kernel`: what updates parameters with BF16 moments, Transformer Engine's FusedAdam or this project's Triton kernel.
     `swiglu_backward`: whose kernel computes SwiGLU's gradient, the one that Megatron-Core has PyTorch compile or Transformer Engine's.
+    `check_gradients`: whether Megatron-Core looks for NaN and Inf in gradients before they are reduced, which waits for
+    the device; without it the loss of the next step shows them.
     """
 
     name: Name
@@ -371,6 +441,7 @@ class Settings(Frozen):
     batch: Literal["model", "layout"] = "layout"
     adam_kernel: Literal["transformer_engine", "triton"] = "transformer_engine"
     swiglu_backward: Literal["megatron_core", "transformer_engine"] = "megatron_core"
+    check_gradients: bool = True
 
 
 class Bar(Frozen):
@@ -424,6 +495,13 @@ class Plan(Frozen):
     def data_parallel(self) -> int:
         """The number of model replicas."""
         return self.num_gpus // (self.mapping.tp * self.mapping.pp * self.mapping.cp)
+
+    @property
+    def optimizer_instances(self) -> int:
+        """Copies of what FSDP shards, each over its own share of the data-parallel ranks; 1 where the stack's scripts make none."""
+        found = (each for each in self.stack.scripts.optimizer_instances if each.where.holds(self))
+        copies = next((self.num_gpus // each.gpus_per_instance for each in found if self.num_gpus % each.gpus_per_instance == 0), 1)
+        return copies if copies and self.data_parallel * self.mapping.cp % copies == 0 else 1
 
     @property
     def tokens_per_step(self) -> int:

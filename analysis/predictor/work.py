@@ -253,6 +253,7 @@ def step(plan: Plan, hw: Hardware, layers: int, layers_in_fp8: int, tables: int)
     in_fp8 = layers_in_fp8 * matrices(plan)
     everything = linear + tables * plan.model.vocab_size / m.tp * plan.model.hidden_size
     primary = in_fp8 if fp8 and fp8.param_gather else 0.0
+    gathered = 0.0 if fp8 and fp8.scaling == "mxfp8" else primary  # MXFP8's parameters are gathered in BF16 (recipes/training/gpu.py)
     share = (ranks - 1) / ranks / ring_bandwidth(hw, ranks, m.tp)
     state = 2 * FP32 + 2 * (2 * FP32 if plan.settings.adam_moments == "fp32" else 2 * BF16)
     owned = everything / ranks * (state + 2 * _gradient(plan) + BF16 + (0 if plan.settings.precision_aware_optimizer else 3 * FP32))
@@ -261,7 +262,7 @@ def step(plan: Plan, hw: Hardware, layers: int, layers_in_fp8: int, tables: int)
     copies = in_fp8 * (2 if primary else CASTS[fp8.scaling]) if fp8 else 0.0
     return Step(
         reduce=0.0 if m.fsdp else _gradient(plan) * everything * share,
-        gather=0.0 if m.fsdp else (primary + BF16 * (everything - primary)) * share,
+        gather=0.0 if m.fsdp else (gathered + BF16 * (everything - gathered)) * share,
         domains=domains(hw, ranks, m.tp),
         optimizer_bytes=owned + zeroed + written,
         cast_bytes=copies,
@@ -269,14 +270,19 @@ def step(plan: Plan, hw: Hardware, layers: int, layers_in_fp8: int, tables: int)
 
 
 def fully_sharded(plan: Plan, hw: Hardware, in_fp8: bool) -> tuple[float, float]:
-    """Return seconds that FSDP gathers a layer's parameters forward, and gathers them and scatters their gradients backward."""
+    """Return seconds that FSDP gathers a layer's parameters forward, and gathers them and scatters their gradients backward.
+
+    Where it shards over a part of the ranks, the parts add up their shards of the gradients, over the network.
+    """
     m, fp8 = plan.mapping, plan.precision.fp8
     if not m.fsdp:
         return 0.0, 0.0
-    ranks = plan.data_parallel * m.cp
+    copies = plan.optimizer_instances
+    ranks = plan.data_parallel * m.cp // copies
     each = matrices(plan) * (ranks - 1) / ranks / ring_bandwidth(hw, ranks, m.tp)
     gather = each * (1 if in_fp8 and fp8 and fp8.param_gather else BF16)
-    return gather, gather + each * _gradient(plan)
+    added = 2 * (copies - 1) / copies * matrices(plan) / ranks / hw.network
+    return gather, gather + (each + added) * _gradient(plan)
 
 
 def pipeline(plan: Plan, hw: Hardware) -> float:

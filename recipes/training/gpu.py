@@ -54,6 +54,8 @@ def for_gpu(recipe: run.Partial, plan: Plan) -> None:
     _overlap(recipe, plan)
     if plan.mapping.fsdp:
         _fsdp(recipe, plan)
+    if plan.precision.fp8 and plan.precision.fp8.scaling == "mxfp8" and plan.precision.fp8.param_gather:
+        _mxfp8_parameters(recipe)
 
 
 def precision_plugin(plan: Plan) -> run.Config:
@@ -110,8 +112,10 @@ def _userbuffers(plan: Plan) -> Any:
     name = USERBUFFERS.get((plan.model.nemo_recipe, blackwell))
     if name is None:
         return None
-    schedule = getattr(userbuffers, "userbuffers_" + name.format(dtype="fp8" if plan.precision.fp8 else "bf16"))
-    return _as_config(schedule)
+    schedule = _as_config(getattr(userbuffers, "userbuffers_" + name.format(dtype="fp8" if plan.precision.fp8 else "bf16")))
+    for gemm in (gemm for each in plan.stack.scripts.without_aggregate if each.where.holds(plan) for gemm in each.gemms):
+        getattr(schedule, gemm).aggregate = False
+    return schedule
 
 
 def _as_config(value: Any) -> Any:
@@ -126,7 +130,21 @@ def _fsdp(recipe: run.Partial, plan: Plan) -> None:
     recipe.model.config.init_model_with_meta_device = True
     recipe.model.config.gradient_accumulation_fusion = False
     recipe.trainer.strategy.fsdp = "megatron"
-    ddp = recipe.trainer.strategy.ddp
+    ddp, scripts = recipe.trainer.strategy.ddp, plan.stack.scripts
     ddp.data_parallel_sharding_strategy = "optim_grads_params"
-    ddp.average_in_collective = False
+    ddp.average_in_collective = scripts.fsdp_average_in_collective and not plan.settings.grad_reduce_in_fp32
     ddp.keep_fp8_transpose_cache_when_using_custom_fsdp = False
+    if plan.optimizer_instances > 1:
+        recipe.trainer.strategy.num_distributed_optimizer_instances = plan.optimizer_instances
+
+
+def _mxfp8_parameters(recipe: run.Partial) -> None:
+    """Parameters kept in MXFP8, gathered in BF16 through the gradient buffer and cast: without overlap.
+
+    Megatron-Core 0.13 distributed_data_parallel.py:551-556 and distributed_data_parallel_config.py:117 (@ 03f77931), whose
+    assertion wants `fp8_param_gather` beside, which NeMo v2.4.0's scripts leave out.
+    """
+    ddp = recipe.trainer.strategy.ddp
+    ddp.fp8_param_gather = ddp.reuse_grad_buf_for_mxfp8_param_ag = True
+    recipe.optim.config.reuse_grad_buf_for_mxfp8_param_ag = True
+    comm_overlap(recipe).overlap_param_gather = False

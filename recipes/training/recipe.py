@@ -186,7 +186,7 @@ def _non_finite(recipe: run.Partial, plan: Plan) -> None:
     A constant scale of 1 changes no bit (megatron/core/optimizer/__init__.py, v0.12.3: ConstantGradScaler).  NeMo takes it from the
     precision plugin, which overwrites the optimizer's.
     """
-    recipe.trainer.strategy.ddp.check_for_nan_in_grad = plan.train.on_non_finite == "stop"
+    recipe.trainer.strategy.ddp.check_for_nan_in_grad = plan.settings.check_gradients and plan.train.on_non_finite == "stop"
     if plan.train.on_non_finite == "skip":
         recipe.trainer.plugins.fp16_loss_scale = 1.0
 
