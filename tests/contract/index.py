@@ -174,8 +174,10 @@ def absent_names(stacks: Sequence[str]) -> dict[str, str]:
 
 
 def refuses(stack: str, what: str) -> bool:
-    """Return whether a stack's own file refuses a scaling, or the emulation of FP8."""
+    """Return whether a stack's own file refuses a scaling, the emulation of FP8, or parameters kept in MXFP8."""
     text = _yaml(ROOT / "conf" / "stack" / f"{stack}.yaml")
+    if what == "parameters in MXFP8":
+        return not text["scripts"]["mxfp8_parameters"]
     return not text["emulates_fp8"] if what == "emulation" else what in text["missing"]
 
 
