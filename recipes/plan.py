@@ -393,6 +393,7 @@ class Train(Frozen):
 
     `on_non_finite`: whether NaN or Inf in loss or gradients stops the run, or the step's update is skipped.
     `step_timeout_s`: a rank that gets no further for so long ends the job.
+    `log_interval`: steps between training lines in the job's log, at most a tenth of the run (`is_printed`).
     """
 
     max_steps: Positive
@@ -410,6 +411,12 @@ class Train(Frozen):
     stop_after: Positive | None
     on_non_finite: Literal["stop", "skip"] = "stop"
     step_timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 1800  # four months, well below what the clock of a thread takes
+    log_interval: Positive = 10
+
+    def is_printed(self, step: int) -> bool:
+        """Return whether the job's log gets a line for a step: each `log_interval`, at least ten, and the last."""
+        interval = min(self.log_interval, max(1, self.max_steps // 10))
+        return step % interval == 0 or step == self.max_steps
 
 
 class Settings(Frozen):

@@ -176,7 +176,7 @@ def check_folder(plan: Plan) -> Path:
 def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor, when it pauses or gives up, and where values are from."""
     flat = flatten(plan.model_dump())
-    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s")
+    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s", "train.log_interval")
     said = ("mapping.source", "settings.batch", "model.convergence", "gpu.source")
     for_predictions = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w")
     abilities = ("gpu.nvlink_multicast", "stack.fp8.", "stack.missing", "stack.userbuffers", "stack.graphs_")

@@ -53,9 +53,9 @@ def settle(log: Log) -> Log:
         raise InputError(f"the {log.format} counts steps that are no whole numbers from 1; it was changed or is no training log; name another")
     _say_resumes(log, steps)
     log.steps = _rows(log.steps, last_word(steps))
+    last = log.steps["step"][-1]
     _put_on_grid(log)
     if log.heldout:
-        last = log.steps["step"][-1]
         log.heldout = _rows(log.heldout, last_word(log.heldout["step"]) & (log.heldout["step"] <= last))
     return log
 

@@ -25,6 +25,7 @@ from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
 from recipes.training import devices, stop, watchdog
 from recipes.training.ahead import Moment, Number
+from recipes.training.console import training_line, validation_line
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import code, complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
@@ -171,6 +172,8 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             **({f"gpu_{name}": value for name, value in asdict(ended.gpu).items()} if ended.gpu else {}),
         }
         self._write(trainer, row)
+        if self.plan.train.is_printed(step):
+            print(training_line(row, trainer.current_epoch, self.plan), flush=True)
         self._judge(row, skipped)
         if self._is_diagnosed(step):
             self._write_diagnostics(step)
@@ -216,6 +219,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.heldout.clear()
         if trainer.is_global_zero and step % self.plan.train.eval_interval == 0:
             self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
+            print(validation_line(step, loss, self.plan), flush=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last step and what else ran on the GPUs, and give the last checkpoint its time."""

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +25,10 @@ from analysis.compare import main as compare
 from analysis.import_logs import main
 from analysis.report import main as report
 from analysis.runs import load_run
+from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import rows_of
+from recipes.training.console import training_line, validation_line
 from tests.analysis.conftest import Maker, curve, own_noise
 
 N = 60
@@ -606,7 +609,9 @@ def test_the_logs_of_a_real_run_hold_the_numbers_of_its_folder(tmp_path: Path) -
     (again / "plan.json").write_bytes((ours / "plan.json").read_bytes())
     done = subprocess.run([sys.executable, "-c", code, str(again)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    (tmp_path / "log.txt").write_text(done.stdout + done.stderr)
+    ours_printed = re.compile(r"tokens_per_s_per_gpu|Validation: .*val_loss")
+    lines = (done.stdout + done.stderr).splitlines(keepends=True)
+    (tmp_path / "log.txt").write_text("".join(line for line in lines if not ours_printed.search(line)))
     loss, heldout = ([r[key] for r in rows_of(ours / "metrics.jsonl") if key in r] for key in ("loss", "heldout_loss"))
     sources = {"log": tmp_path / "log.txt", "tensorboard": ours / "tensorboard", "wandb": next(ours.rglob("offline-run-*"))}
     for name, source in sources.items():
@@ -617,6 +622,24 @@ def test_the_logs_of_a_real_run_hold_the_numbers_of_its_folder(tmp_path: Path) -
         assert run.heldout["heldout_loss"] == pytest.approx(heldout[: len(run.heldout["step"])], abs=printed)
         assert run.heldout["step"].tolist() == ([2, 4] if name == "log" else [2, 4, 6])  # no training line follows the last evaluation
         assert ("fp8_gemms" in run.steps) == (name != "log")
+
+
+def test_an_evaluation_after_the_last_line_of_our_own_log_is_kept(tmp_path: Path) -> None:
+    """57 steps print every fifth and the last; of an evaluation every 19 steps, the last is beyond that grid."""
+    cell = ["model=llama3_tiny", "precision=bf16", "gpu=cpu", "train.max_steps=57", "train.eval_interval=19"]
+    plan, lines = compose_plan(cell), list[str]()
+    for step in range(1, 58):
+        row = {"step": step, "loss": 8 - step / 57, "grad_norm": 1.5, "lr": 1e-4, "step_time_s": 0.25, "memory_gb": 1.5}
+        if plan.train.is_printed(step):
+            lines.append(training_line({**row, "tokens_per_s_per_gpu": 1e4}, 0, plan))
+        if step % plan.train.eval_interval == 0:
+            lines.append(validation_line(step, 8 - step / 57, plan))
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    assert main([str(tmp_path / "log.txt"), "--out", str(tmp_path / "run"), "--set", *cell]) == 0
+    run = load_run(tmp_path / "run")
+    assert run.heldout["step"].tolist() == [19, 38, 57] and run.steps["step"].tolist()[-1] >= 55
+    assert run.heldout["heldout_loss"] == pytest.approx(8 - run.heldout["step"] / 57, rel=5e-7)
+    assert run.steps["memory_gb"].tolist() == [1.5] * run.steps["step"].size
 
 
 def test_importing_logs_loads_nothing_heavy() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from analysis import import_logs
 from launch.__main__ import main
 from recipes.run_folder import rows_of, status_of
 from tests.recipes.test_evaluate import write_corpus
@@ -87,6 +88,31 @@ def test_diagnostics_name_every_fp8_layer_and_role(precision: str, runs: Path) -
     rows = rows_of(folder(runs, "whole", precision) / "fp8.jsonl")
     assert len(rows) == 3 * 3 * FP8_LINEARS.get(precision, 4 * 4)  # steps 1, 3, 6; three roles
     assert all(r["amax"] > 0 for r in rows)
+
+
+# What a log prints with fewer digits than the run folder holds: relative rounding of seven and of six significant digits.
+PRINTED = {"loss": 5e-7, "heldout_loss": 5e-7, "grad_norm": 5e-6, "lr": 5e-6, "step_time_s": 5e-6, "memory_gb": 5e-7}
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut"])
+@pytest.mark.parametrize("precision", TWICE)
+def test_the_log_of_a_run_holds_the_numbers_of_its_folder(precision: str, kind: str, runs: Path, tmp_path: Path) -> None:
+    """Read by our own importer, of a run that was resumed too; also with the labels of srun, which writes one log for all."""
+    run, labelled = folder(runs, kind, precision), tmp_path / "log.txt"
+    text = (run / "log.txt").read_text()
+    labelled.write_text("".join(f"0: {line}" for line in text.splitlines(keepends=True)))
+    cell = ["model=llama3_tiny", "gpu=cpu", f"precision={precision}", *(o for o in SHORT if o.startswith("train."))]
+    written = rows_of(run / "metrics.jsonl")
+    for log in (run / "log.txt", labelled):
+        out = tmp_path / f"imported-{log.parent.name}"
+        assert import_logs.main([str(log), "--out", str(out), "--set", *cell]) == 0
+        for kept in ("loss", "heldout_loss"):
+            found = [row for row in rows_of(out / "metrics.jsonl") if kept in row]
+            expected = [row for row in written if kept in row]
+            assert [row["step"] for row in found] == [row["step"] for row in expected] and found
+            for name, rounding in PRINTED.items():
+                wanted = [row[name] for row in expected if name in row]
+                assert [row[name] for row in found if name in row] == pytest.approx(wanted, rel=rounding)
 
 
 def test_every_precision_saw_the_same_batches(runs: Path) -> None:

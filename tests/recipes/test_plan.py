@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -114,6 +114,15 @@ def test_parameters_are_counted_to_the_last(model: str) -> None:
 def test_the_plan_is_immutable() -> None:
     with pytest.raises(ValidationError):
         compose_plan().seed = 2
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "interval", "expected"),
+    [(3, 10, [1, 2, 3]), (50, 10, range(5, 51, 5)), (57, 20, [*range(5, 56, 5), 57]), (400, 20, range(20, 401, 20)), (12, 1, range(1, 13))],
+)
+def test_a_run_prints_ten_lines_or_more(max_steps: int, interval: int, expected: Sequence[int]) -> None:
+    train = compose_plan([f"train.max_steps={max_steps}", "train.warmup_steps=1", f"train.log_interval={interval}"]).train
+    assert [step for step in range(1, max_steps + 1) if train.is_printed(step)] == list(expected)
 
 
 def test_sweep_is_the_product_of_its_axes() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from analysis.importers.console import read as read_console
 from launch import cancel, resume, status
 from launch.__main__ import main
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
@@ -103,6 +104,9 @@ def test_two_nodes_of_two_processes_train_to_the_losses_of_one(precision: str, l
     assert one[0][1] == pytest.approx(four[0][1], rel=1e-6)  # before the first update only the sum over ranks differs
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in four], rel=2e-3)
     assert facts(cluster)["order_sha256"] == facts(here)["order_sha256"]
+    printed = read_console(cluster / "log.txt").steps  # rank 0 alone prints, with srun's label
+    assert [step for step, _ in four] == printed["step"].tolist()
+    assert [loss for _, loss in four] == pytest.approx(printed["loss"].tolist(), rel=1e-6)
     flags = {flag for _, _, flag in site.pyxis_flags(job)}
     assert "container-image=nvcr.io#nvidia/nemo:25.04" in flags
     assert any(flag.startswith("container-mounts=") for flag in flags)
