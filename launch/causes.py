@@ -169,10 +169,6 @@ ROOTS = (
         "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and cluster.partition",
     ),
     (
-        r"sudo: .{0,40}(?:required|not found|no tty)|sudo: command not found",
-        "a node lets nobody use sudo: set cluster.vboost=false",
-    ),
-    (
         r"^(?:\S+: )?cat: (?:\S+): (?:no such file|permission denied)",
         "a node cannot read a file of cluster.token_files: see log.txt for which",
     ),

@@ -115,6 +115,11 @@ def srun_flags(plan: Plan) -> list[str]:
     return [*flags, *c.extra_srun]
 
 
+def boosts(plan: Plan) -> bool:
+    """Return whether the job steers power to the tensor cores of its GPUs."""
+    return plan.cluster.vboost and plan.executor.kind == "slurm" and not plan.on_cpu
+
+
 def task(plan: Plan) -> str:
     """Return what bash runs in each process ($1 the interpreter, $2 the run folder, $3 the code): check the node, name the rank, train.
 
@@ -165,6 +170,7 @@ def _values(plan: Plan) -> dict[str, Any]:
         "srun_flags": srun_flags(plan),
         "task": task(plan),
         "requeue": plan.executor.max_restarts > 0,
+        "vboost": boosts(plan),
         "python": sys.executable,
         "session": SESSION,
         "port_taken": PORT_TAKEN,

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.script import described, nodes
+from launch.script import boosts, described, nodes
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.fit import is_tight
@@ -36,9 +36,23 @@ def summary(plan: Plan) -> dict[str, Any]:
         "mapping": described(plan),
         "schedule": schedule(plan),
         "tp_overlap": {"on": overlaps_tp(plan), "why_off": why_off(plan)},
+        "vboost": {"on": boosts(plan), "why_off": vboost_off(plan)},
         "memory_gb_per_gpu": memory and _memory_facts(plan, memory),
         "differs_from_convergence": settings_differences(plan),
     }
+
+
+def vboost_off(plan: Plan) -> str | None:
+    """Return why the GPUs of a plan that measures speed keep their usual clocks, and how to change it.
+
+    NeMo's performance scripts ask for vboost in every run (v2.3.2 scripts/performance/llm, enable_vboost=True).
+    """
+    command = "sudo nvidia-smi boost-slider --vboost 1"
+    if plan.on_cpu or plan.settings.batch != "layout" or boosts(plan):
+        return None
+    if plan.executor.kind == "local":
+        return f"executor=local leaves it as it is; run `{command}` before, as NVIDIA's scripts do"
+    return f"NVIDIA's scripts run `{command}`; set cluster.vboost=true where nodes allow it"
 
 
 def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
@@ -69,6 +83,7 @@ def table(plan: Plan) -> str:
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
         **({"TP overlap": f"off: {why}"} if (why := facts["tp_overlap"]["why_off"]) else {}),
+        **({"vboost": f"off: {why}"} if (why := facts["vboost"]["why_off"]) else {}),
         "tokens a step": f"{facts['tokens_per_step']:,}",
         "schedule": _schedule(facts["schedule"]),
         "data": _data(plan),

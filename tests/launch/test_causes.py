@@ -77,7 +77,6 @@ LINES = [
     ("RuntimeError: CUDA error: an illegal memory access was encountered", "CUDA_LAUNCH_BLOCKING"),
     ("ModuleNotFoundError: No module named 'megatron.core'", "module megatron.core is missing"),
     ("task: line 1: python: command not found", "cluster.python"),
-    ("sudo: a password is required", "cluster.vboost=false"),
     ("cat: /home/me/.hf: No such file or directory", "token_files"),
     ("OSError: 401 Client Error: Unauthorized for url: https://huggingface.co/meta-llama/x", "HF_TOKEN"),
     ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", "data.tokenizer"),

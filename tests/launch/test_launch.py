@@ -43,6 +43,26 @@ def test_the_plan_says_where_throughput_settings_differ_from_those_that_train_we
     assert job["summary"]["memory_gb_per_gpu"]["predicted"] > 0 and job["plan"]["num_gpus"] == 1024
 
 
+@pytest.mark.parametrize(
+    ("overrides", "on", "why"),
+    [
+        ([*CELL, "settings=tuned"], False, "set cluster.vboost=true"),
+        ([*CELL, "cluster.vboost=true"], True, None),
+        ([*CELL, "cluster.vboost=true", "executor=local"], False, "executor=local"),
+        (["model=llama3_8b", "gpu=h100"], False, None),
+        (["model=llama3_tiny", "executor=slurm", "cluster.vboost=true"], False, None),
+    ],
+)
+def test_a_plan_for_throughput_says_whether_vboost_is_on(overrides: list[str], on: bool, why: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*overrides, "--json"]) == 0
+    (job,) = json.loads(capsys.readouterr().out)
+    found = job["summary"]["vboost"]
+    assert found["on"] is on and ("sudo" in job["script"]) is on
+    assert found["why_off"] is None if why is None else why in found["why_off"]
+    assert main([*overrides, "dry_run=true"]) == 0
+    assert ("vboost" in capsys.readouterr().err) is (why is not None)
+
+
 def test_a_dry_run_needs_nothing_heavy() -> None:
     code = (
         "import sys; from launch.__main__ import main; import contextlib, io\n"

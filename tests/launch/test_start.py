@@ -41,16 +41,30 @@ def held_ports() -> Iterator[set[int]]:
         yield held
 
 
-def start(folder: Path, nodes: int, times: int = 1, scontrol: str = SCONTROL, srun: str = SRUN, name: str = "run") -> tuple[list[int], str]:
+def start(
+    folder: Path,
+    nodes: int,
+    *more: str,
+    times: int = 1,
+    scontrol: str = SCONTROL,
+    srun: str = SRUN,
+    name: str = "run",
+) -> tuple[list[int], str]:
     """Run the script of a job on so many nodes, so often; return the exit codes and all output."""
     size = [f"run_name={name}", f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
-    script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size]))
+    script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size, *more]))
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
     for name, does in (("scontrol", scontrol), ("srun", srun)):
         (tools / name).write_text(f"#!/bin/sh\n{does}\n")
         (tools / name).chmod(0o755)
-    job = {"RUN": str(script.parents[1]), "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": f"gpu-node-[00001-{nodes:05}]", "NODES": str(nodes)}
+    job = {
+        "RUN": str(script.parents[1]),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": f"gpu-node-[00001-{nodes:05}]",
+        "NODES": str(nodes),
+        "SLURM_NNODES": str(nodes),
+    }
     env = {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
     loop = 'for _ in $(seq "$2"); do bash "$1"; echo "code $?"; done'
     done = subprocess.run(["bash", "-c", loop, "-", str(script), str(times)], env=env, capture_output=True, text=True)
@@ -59,7 +73,7 @@ def start(folder: Path, nodes: int, times: int = 1, scontrol: str = SCONTROL, sr
 
 @pytest.mark.parametrize("nodes", [64, 512, 2048])
 def test_every_start_finds_the_first_node_and_a_free_port(nodes: int, tmp_path: Path, held_ports: set[int]) -> None:
-    codes, log = start(tmp_path, nodes, STARTS)
+    codes, log = start(tmp_path, nodes, times=STARTS)
     met = re.findall(r"^met at (.+):(\d+)$", log, re.MULTILINE)
     assert codes == [0] * STARTS and len(met) == STARTS
     assert {first for first, _ in met} == {"gpu-node-00001"}
@@ -125,6 +139,17 @@ def test_rank_0_leaves_a_port_that_is_taken(alone: bool, tmp_path: Path) -> None
         done = subprocess.run(command, env={**os.environ, **ranks}, cwd=PROJECT, capture_output=True, text=True)
     assert (done.returncode, (tmp_path / PORT_TAKEN).exists()) == ((2, False) if alone else (1, True))
     assert ("is no run folder" if alone else f"port {ranks['MASTER_PORT']} of this node is taken") in done.stderr
+
+
+@pytest.mark.parametrize(("sudo", "warns"), [("exit 0", 0), ("echo 'sudo: a password is required' >&2; exit 1", 1), ("exit 127", 1)])
+def test_a_node_that_refuses_vboost_trains_without_it(sudo: str, warns: int, tmp_path: Path) -> None:
+    srun = f'case "$*" in *sudo*) {sudo} ;; esac; {SRUN}'
+    codes, log = start(tmp_path, 2, "cluster.vboost=true", srun=srun)
+    assert codes == [0] and log.count("met at") == 1
+    assert log.count("warning: vboost is off on some node") == warns
+    assert "sudo" not in log  # launch.status looks for the cause of a failure there
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "vboost.txt").read_text() == ("sudo: a password is required\n" if "password" in sudo else "")
 
 
 PIPE = re.compile(r"(?<!\|)\|(?!\|)")
