@@ -24,8 +24,7 @@ from analysis.tabular import Table
 from recipes.compose import compose_plan
 from recipes.defaults import recommended
 from recipes.errors import InputError
-from recipes.fit import fits as fits_in_memory
-from recipes.fit import is_tight
+from recipes.fit import state
 from recipes.memory import estimate, usable_gb
 from recipes.validation import validation
 
@@ -55,7 +54,7 @@ def memory(results: Sequence[Path]) -> str:
 
 
 def _refused(each: Row) -> bool:
-    return not fits_in_memory(each.plan) and not is_tight(each.plan)
+    return state(each.plan) == "refused"
 
 
 def _peaks(kind: str, format: str, rows: pd.DataFrame) -> dict[str, str]:

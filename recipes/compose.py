@@ -25,11 +25,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
+from recipes.layout import fitted
 from recipes.mapping_rules import Rule
 from recipes.origin import check_site, file_of
 from recipes.overlap import resolved
 from recipes.plan import Plan
-from recipes.rules import RULES, check
+from recipes.rules import RULES, check, model_fits_gpu
 from recipes.secret_values import refuse_secrets
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -77,7 +78,11 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
 
 
 def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequence[Rule] = RULES) -> Plan:
-    """Return the plan for `overrides`, checked by `rules`; InputError with one clear line otherwise."""
+    """Return the plan for `overrides`, checked by `rules`; InputError with one clear line otherwise.
+
+    A recommended layout may give way to one that fits (recipes.layout), unless memory is not among the rules: that of a run
+    which has happened stays.
+    """
     tree = compose_tree(overrides, conf)
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
@@ -86,8 +91,9 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequen
     refuse_secrets(tree)
     _sizes_are_numbers(tree)
     _bf16_layers_are_kept(tree, overrides)
-    filled = fill({k: v for k, v in tree.items() if k not in COMMAND_KEYS})
-    return check(resolved(plan_from_tree(filled, overrides, conf)), rules)
+    tree = {k: v for k, v in tree.items() if k not in COMMAND_KEYS}
+    plan = plan_from_tree(fill(tree), overrides, conf)
+    return check(resolved(fitted(plan, tree, conf) if model_fits_gpu in rules else plan), rules)
 
 
 def _free(override: str) -> str:

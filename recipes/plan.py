@@ -427,6 +427,8 @@ class Settings(Frozen):
     `adam_moments`: their type; BF16 needs the precision-aware optimizer.  `count_zero_gradients`: whether Megatron-Core 0.12
     may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
     `gradient_accumulation_fusion`: whether weight gradients are added to the gradient buffer inside their GEMM.
+    `layout`: whether a recommended layout that leaves no margin of memory gives way to the nearest that does
+    (recipes.layout).
     `batch`: which global batch a plan takes that names none: the one that the model was trained with, or the layout's.
     `adam_kernel`: what updates parameters with BF16 moments, Transformer Engine's FusedAdam or this project's Triton kernel.
     `swiglu_backward`: whose kernel computes SwiGLU's gradient, the one that Megatron-Core has PyTorch compile or Transformer Engine's.
@@ -449,6 +451,7 @@ class Settings(Frozen):
     adam_kernel: Literal["transformer_engine", "triton"] = "transformer_engine"
     swiglu_backward: Literal["megatron_core", "transformer_engine"] = "megatron_core"
     check_gradients: bool = True
+    layout: Literal["fitting", "recommended"] = "recommended"
 
 
 class Bar(Frozen):

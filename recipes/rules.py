@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.errors import InputError
-from recipes.fit import does_not_fit
+from recipes.fit import state
 from recipes.mapping_rules import MAPPING_RULES, Rule
+from recipes.memory import estimate, usable_gb
 from recipes.model_rules import MODEL_RULES
+from recipes.nearest import MORE_GPUS, nearest, overrides
 from recipes.plan import Plan
 from recipes.sizes import training_state_gb
 
@@ -224,11 +226,26 @@ def data_is_in_the_container(plan: Plan) -> str | None:
 
 
 def model_fits_gpu(plan: Plan) -> str | None:
-    """On GPUs, the predicted memory of the fullest pipeline stage must leave a margin."""
-    return does_not_fit(plan)
+    """On GPUs, the fullest pipeline stage must not exceed the memory by more than the estimate's error."""
+    if plan.on_cpu or state(plan) != "refused":
+        return None
+    memory, have = estimate(plan), usable_gb(plan) or 0
+    largest = f"{memory.dominant} alone {memory.terms[memory.dominant] / 1e9:,.0f} GB"
+    cell = f"{plan.model.name} in {plan.precision.name}"
+    what = f"{cell} needs about {memory.total_gb:,.0f} GB a GPU, {largest}"
+    return f"{what}; {plan.gpu.name} has {have:,.0f} GB to give; {_memory_remedy(plan)}"
 
 
-RULES: tuple[Rule, ...] = (
+def _memory_remedy(plan: Plan) -> str:
+    """Return the nearest layout that every rule takes and that fits with a margin, as overrides."""
+    found = nearest(plan, BEFORE_MEMORY, times=MORE_GPUS)
+    if found is not None:
+        return f"use {overrides(plan, found)} (about {estimate(found).total_gb:,.0f} GB)"
+    most = MORE_GPUS[-1]
+    return f"no recomputation, larger tp, cp or pp, or up to {most} times the GPUs makes it fit; use a GPU with more memory or a smaller model"
+
+
+BEFORE_MEMORY: tuple[Rule, ...] = (
     cell_is_supported,
     *MODEL_RULES,
     delayed_keeps_no_bf16_layers,
@@ -247,8 +264,8 @@ RULES: tuple[Rule, ...] = (
     time_limit_leaves_time,
     cpu_runs_what_is_emulated,
     model_fits_machine,
-    model_fits_gpu,
 )
+RULES: tuple[Rule, ...] = (*BEFORE_MEMORY, model_fits_gpu)
 
 
 def check(plan: Plan, rules: Sequence[Rule] = RULES) -> Plan:

@@ -177,7 +177,7 @@ def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor, when it pauses or gives up, and where values are from."""
     flat = flatten(plan.model_dump())
     place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s", "train.log_interval")
-    said = ("mapping.source", "settings.batch", "model.convergence", "gpu.source")
+    said = ("mapping.source", "settings.batch", "settings.layout", "model.convergence", "gpu.source")
     for_predictions = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w")
     abilities = ("gpu.nvlink_multicast", "stack.fp8.", "stack.missing", "stack.userbuffers", "stack.graphs_")
     flat["mapping.tp_overlap"] = overlaps_tp(plan)  # older plans leave it open

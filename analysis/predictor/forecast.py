@@ -16,7 +16,7 @@ from analysis.predictor.stored import Interval, basis, constants, speedup_basis,
 from recipes.compose import COMMAND_KEYS, compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill
 from recipes.errors import InputError
-from recipes.fit import fits, is_tight
+from recipes.fit import state
 from recipes.flops import flops_per_token, mfu, peak_tflops
 from recipes.mapping_rules import MAPPING_RULES
 from recipes.memory import Memory, estimate, usable_gb
@@ -174,7 +174,7 @@ def values(found: Forecast, causal: bool) -> dict[str, Any]:
         "memory_gb": found.memory.total_gb,
         "memory_terms_gb": {name: value / 1e9 for name, value in found.memory.terms.items()},
         "memory_usable_gb": have,
-        "memory_fits": "fits" if fits(plan) else "tight" if is_tight(plan) else "does not fit",
+        "memory_fits": state(plan).replace("refused", "does not fit"),
         "speedup_interval": speedup_basis(plan.precision.name) if plan.precision.fp8 else None,
         **_speedup("speedup_over_bf16", found.speedup_iso, found.iso),
         **_speedup("speedup_over_bf16_best_mapping", found.speedup_best, found.best),
@@ -185,4 +185,4 @@ def _speedup(name: str, ratio: Interval | None, base: Forecast | None) -> dict[s
     known = {name: None, f"{name}_low": None, f"{name}_high": None, f"{name}_base_fits": None}
     if ratio is None or base is None:
         return known
-    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_base_fits": fits(base.plan) or is_tight(base.plan)}
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high, f"{name}_base_fits": state(base.plan) != "refused"}

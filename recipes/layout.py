@@ -1,0 +1,85 @@
+"""Which layout does a cell get under settings that train?  NVIDIA's, or the nearest that fits with a margin.
+
+NVIDIA's recommended layouts were made for speed: gradients in BF16, no BF16 layers, a fused loss.  With
+settings for convergence some leave no room, or need more than there is.  `fitted` then takes the nearest
+layout (recipes.nearest) and `mapping.source` says what changed and why.  It changes nothing where a
+field of the layout was given, nor under settings that measure speed (`settings.layout`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from recipes.defaults import FOR_BF16, LOOKED_UP, fill
+from recipes.fit import fits
+from recipes.memory import estimate, usable_gb
+from recipes.nearest import differing, nearest
+from recipes.plan import Plan
+from recipes.rules import BEFORE_MEMORY
+
+Tree = dict[str, Any]
+# Fields of the layout that memory depends on: who gives one has chosen the layout.
+CHOSEN = (
+    "tp",
+    "pp",
+    "cp",
+    "vp",
+    "micro_batch",
+    "fsdp",
+    "recompute_layers",
+    "offload_layers",
+)
+FOR_MEMORY = "for memory"
+
+
+def fitted(plan: Plan, tree: Tree, conf: Path) -> Plan:
+    """Return the plan in the nearest layout that fits with a margin, where its own is only recommended.
+
+    `tree` is what the plan was filled from.  With mapping=iso every precision of the cell gets the same
+    layout, so it must fit for all of them.
+    """
+    looked_up = plan.mapping.source.split(":")[0] in LOOKED_UP
+    if plan.on_cpu or plan.settings.layout == "recommended" or not looked_up:
+        return plan
+    if any(tree["mapping"].get(key) is not None for key in CHOSEN) or not _passes(plan):
+        return plan
+    sharing = _sharing(plan, tree, conf)
+    if all(map(fits, [plan, *sharing])):
+        return plan
+    found = nearest(plan, BEFORE_MEMORY, sharing)
+    return plan if found is None else _with_reason(plan, found, sharing)
+
+
+def _passes(plan: Plan) -> bool:
+    return not any(rule(plan) for rule in BEFORE_MEMORY)
+
+
+def _sharing(plan: Plan, tree: Tree, conf: Path) -> list[Plan]:
+    """Return the cell's plans in the other precisions that share its layout: all, with mapping=iso."""
+    if not plan.mapping.source.startswith(FOR_BF16):
+        return []
+    found = []
+    for path in sorted((conf / "precision").glob("*.yaml")):
+        try:
+            precision = OmegaConf.to_container(OmegaConf.load(path))
+            other = Plan.model_validate(fill({**tree, "precision": precision}))
+        except (OmegaConfBaseException, ValidationError, OSError, ValueError):
+            continue  # a file that makes no plan is refused where it is asked for
+        if other.precision.name != plan.precision.name and _passes(other):
+            found.append(other)
+    return found
+
+
+def _with_reason(plan: Plan, found: Plan, sharing: list[Plan]) -> Plan:
+    """Return the plan that was found, with what changed and why in its mapping's source."""
+    worst = max([plan, *sharing], key=lambda each: estimate(each).total_gb)
+    whose = "" if worst is plan else f" in {worst.precision.name}"
+    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}"
+    changed = ", ".join(f"{key} {old} → {new}" for key, (old, new) in differing(plan, found).items())
+    source = f"{plan.mapping.source}; {FOR_MEMORY} ({needs}): {changed}"
+    return found.model_copy(update={"mapping": found.mapping.model_copy(update={"source": source})})
