@@ -11,7 +11,7 @@ from rich.table import Table
 from launch.script import boosts, described, nodes
 from recipes.compose import compose_plan
 from recipes.errors import InputError
-from recipes.fit import is_tight
+from recipes.fit import ESTIMATE_ERROR, is_tight, state
 from recipes.memory import Memory, estimate, usable_gb
 from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
@@ -34,6 +34,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "global_batch": plan.mapping.global_batch,
         "tokens_per_step": plan.tokens_per_step,
         "mapping": described(plan),
+        "layout": plan.mapping.source,
         "schedule": schedule(plan),
         "tp_overlap": {"on": overlaps_tp(plan), "why_off": why_off(plan)},
         "vboost": {"on": boosts(plan), "why_off": vboost_off(plan)},
@@ -57,7 +58,14 @@ def vboost_off(plan: Plan) -> str | None:
 
 def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
     terms = {name: size / 1e9 for name, size in memory.terms.items()}
-    return {"predicted": memory.total_gb, "terms": terms, "dominant": memory.dominant, "usable": usable_gb(plan), "tight": is_tight(plan)}
+    return {
+        "predicted": memory.total_gb,
+        "terms": terms,
+        "dominant": memory.dominant,
+        "usable": usable_gb(plan),
+        "tight": is_tight(plan),
+        "state": state(plan),
+    }
 
 
 def settings_differences(plan: Plan) -> dict[str, tuple[Any, Any]]:
@@ -82,6 +90,7 @@ def table(plan: Plan) -> str:
         "model": f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters, {plan.precision.name}, {plan.stack.name}",
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
+        "layout": facts["layout"],
         **({"TP overlap": f"off: {why}"} if (why := facts["tp_overlap"]["why_off"]) else {}),
         **({"vboost": f"off: {why}"} if (why := facts["vboost"]["why_off"]) else {}),
         "tokens a step": f"{facts['tokens_per_step']:,}",
@@ -118,7 +127,8 @@ def _data(plan: Plan) -> str:
 
 def _memory(memory: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {size:.0f}" for name, size in sorted(memory["terms"].items(), key=lambda item: -item[1]) if size >= 0.5)
-    tight = "; tight: it may run out of memory, mapping.recompute_layers=… makes room" if memory["tight"] else ""
+    within = f"within the {ESTIMATE_ERROR:.0%} by which the estimate may be off"
+    tight = f"; tight: {within}, mapping.recompute_layers=… makes room" if memory["tight"] else ""
     return f"{memory['predicted']:.0f} GB a GPU of {memory['usable']:.0f} usable (predicted): {parts}{tight}"
 
 

@@ -74,9 +74,51 @@ def _mapping(tree: Tree) -> None:
     known = {**{key: int(row[key] or 1) for key in SIZES}, **{key: row[key] == "1" for key in FLAGS}}
     changed = [key for key, value in known.items() if mapping[key] not in (None, value)]
     changed += ["num_gpus"] if tree["num_gpus"] not in (None, int(row["num_gpus"])) else []
-    mapping.update({key: value for key, value in known.items() if mapping[key] is None})
-    mapping["source"] = "; changed: ".join([f"{mapping['source']}: {row['source']}", *([", ".join(changed)] if changed else [])])
+    asked = {key for key in known if mapping[key] is not None}
+    mapping.update({key: value for key, value in known.items() if key not in asked})
+    dropped = _drop_excluded(mapping, asked, tree["model"])
+    notes = [f"changed: {', '.join(changed)}"] * bool(changed) + [f"dropped: {'; '.join(dropped)}"] * bool(dropped)
+    mapping["source"] = "; ".join([f"{mapping['source']}: {row['source']}", *notes])
     tree["num_gpus"] = int(row["num_gpus"]) if tree["num_gpus"] is None else tree["num_gpus"]
+
+
+def _drop_excluded(mapping: Tree, asked: set[str], model: Tree) -> list[str]:
+    """Take back what came from the recommended row and what the fields that were asked for exclude.
+
+    Nothing is taken back that was asked for, nor where nothing was: then the row is used as it stands.
+    Returns what was dropped, each with the reason.
+    """
+    m, dropped = mapping, []
+
+    def drop(key: str, value: int | bool, because: str) -> None:
+        if key not in asked and m[key] != value:
+            dropped.append(f"{key}={_text(m[key])} ({because})")
+            m[key] = value
+
+    if not asked:
+        return []
+    if m["pp"] > 1 and "pp" in asked:
+        drop("fsdp", False, f"pp={m['pp']}")
+    chunks = (model["num_layers"] + 2 * model.get("embedding_and_loss_count_as_layers", False)) / m["pp"]
+    if m["pp"] == 1:
+        drop("vp", 1, "pp=1")
+    elif chunks % 1 == 0 and chunks % m["vp"]:
+        drop("vp", 1, f"it does not divide the {chunks:.0f} layers of a stage")
+    if m["pp"] > 1:
+        drop("offload_layers", 0, f"pp={m['pp']}")
+    if m["offload_layers"] and m["recompute_layers"]:
+        drop("offload_layers", 0, f"recompute_layers={m['recompute_layers']}")
+        drop("recompute_layers", 0, f"offload_layers={m['offload_layers']}")
+    if m["recompute_layers"] * m["vp"] > chunks:
+        drop("recompute_layers", int(chunks // m["vp"]), "a stage has no more layers")
+    without_graphs = [key for key in ("fsdp", "recompute_layers", "offload_layers") if m[key]]
+    if without_graphs:
+        drop("cuda_graphs", False, f"{without_graphs[0]}={_text(m[without_graphs[0]])}")
+    return dropped
+
+
+def _text(value: int | bool) -> str:
+    return str(value).lower()
 
 
 def _smallest(mapping: Tree) -> int:

@@ -46,13 +46,23 @@ def fitted(plan: Plan, tree: Tree, conf: Path) -> Plan:
     looked_up = plan.mapping.source.split(":")[0] in LOOKED_UP
     if plan.on_cpu or plan.settings.layout == "recommended" or not looked_up:
         return plan
-    if any(tree["mapping"].get(key) is not None for key in CHOSEN) or not _passes(plan):
-        return plan
     sharing = _sharing(plan, tree, conf)
-    if all(map(fits, [plan, *sharing])):
+    plan = _without_graphs(plan, tree, sharing)
+    chosen = any(tree["mapping"].get(key) is not None for key in CHOSEN)
+    if chosen or not _passes(plan) or all(map(fits, [plan, *sharing])):
         return plan
     found = nearest(plan, BEFORE_MEMORY, sharing)
     return plan if found is None else _with_reason(plan, found, sharing)
+
+
+def _without_graphs(plan: Plan, tree: Tree, sharing: list[Plan]) -> Plan:
+    """Return the plan without CUDA graphs where one that shares its layout cannot have them."""
+    cannot = [each.precision.name for each in sharing if not each.mapping.cuda_graphs]
+    if not (plan.mapping.cuda_graphs and cannot and tree["mapping"].get("cuda_graphs") is None):
+        return plan
+    source = f"{plan.mapping.source}; CUDA graphs off, as {', '.join(cannot)} cannot have them"
+    mapping = plan.mapping.model_copy(update={"cuda_graphs": False, "source": source})
+    return plan.model_copy(update={"mapping": mapping})
 
 
 def _passes(plan: Plan) -> bool:
