@@ -21,6 +21,8 @@ from recipes.cli import ArgumentParser
 from recipes.compose import CONF, compose_plan, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.fit import state
+from recipes.layout import changes
 from recipes.sizes import MODELS
 
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
@@ -67,14 +69,20 @@ def named_options(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[
 
 
 def cell(stack: str, model: str, precision: str, gpu: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a cell as a row; `why` and `instead` are the two halves of a refusal."""
+    """Return a cell as a row.
+
+    `why` and `instead` are the two halves of a refusal.  `memory` is the state of a plan that runs (recipes.fit), and `changed`
+    says where its layout is not the recommended one, and why.
+    """
     names = {"stack": stack, "model": model, "precision": precision, "gpu": gpu}
     try:
         plan = compose_plan([*(f"{axis}={name}" for axis, name in names.items()), *overrides])
     except InputError as error:
         why, _, instead = str(error).rpartition("; ")
-        return {**names, "runs": False, "num_gpus": None, "why": why or str(error), "instead": instead}
-    return {**names, "runs": True, "num_gpus": plan.num_gpus, "why": "", "instead": ""}
+        refusal = {"why": why or str(error), "instead": instead}
+        return {**names, "runs": False, "num_gpus": None, **refusal, "memory": None, "changed": []}
+    facts = {"memory": state(plan), "changed": changes(plan)}
+    return {**names, "runs": True, "num_gpus": plan.num_gpus, "why": "", "instead": "", **facts}
 
 
 def matrix(stacks: Iterable[str], overrides: Sequence[str] = (), axes: Mapping[str, Sequence[str]] = PUBLISHED) -> Iterator[dict[str, Any]]:
@@ -143,6 +151,12 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     console.print(grid(rows))
     for (why, instead), number in _refusals(rows).items():
         console.print(escape(f"[{number}] {why}; {instead}"), highlight=False)
+    changed = [row for row in rows if row["changed"]]
+    if changed:
+        console.print("\nWhere the layout is not the recommended one, and why", style="bold")
+    for row in changed:
+        cell_name = f"{row['model']} {row['precision']} {row['gpu']}"
+        console.print(escape(f"{cell_name}: {'; '.join(row['changed'])}"), highlight=False)
 
 
 if __name__ == "__main__":

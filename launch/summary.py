@@ -12,6 +12,7 @@ from launch.script import boosts, described, nodes
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.fit import ESTIMATE_ERROR, is_tight, state
+from recipes.layout import changes
 from recipes.memory import Memory, estimate, usable_gb
 from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
@@ -34,7 +35,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "global_batch": plan.mapping.global_batch,
         "tokens_per_step": plan.tokens_per_step,
         "mapping": described(plan),
-        "layout": plan.mapping.source,
+        "layout": {"source": plan.mapping.source.split("; ")[0], "changed": changes(plan)},
         "schedule": schedule(plan),
         "tp_overlap": {"on": overlaps_tp(plan), "why_off": why_off(plan)},
         "vboost": {"on": boosts(plan), "why_off": vboost_off(plan)},
@@ -90,7 +91,7 @@ def table(plan: Plan) -> str:
         "model": f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters, {plan.precision.name}, {plan.stack.name}",
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
-        "layout": facts["layout"],
+        "layout": "; ".join([facts["layout"]["source"], *facts["layout"]["changed"]]),
         **({"TP overlap": f"off: {why}"} if (why := facts["tp_overlap"]["why_off"]) else {}),
         **({"vboost": f"off: {why}"} if (why := facts["vboost"]["why_off"]) else {}),
         "tokens a step": f"{facts['tokens_per_step']:,}",

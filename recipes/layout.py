@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from recipes.defaults import FOR_BF16, LOOKED_UP, fill
-from recipes.fit import fits
+from recipes.fit import ESTIMATE_ERROR, fits
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import differing, nearest
 from recipes.plan import Plan
@@ -49,10 +49,17 @@ def fitted(plan: Plan, tree: Tree, conf: Path) -> Plan:
     sharing = _sharing(plan, tree, conf)
     plan = _without_graphs(plan, tree, sharing)
     chosen = any(tree["mapping"].get(key) is not None for key in CHOSEN)
-    if chosen or not _passes(plan) or all(map(fits, [plan, *sharing])):
+    deciding = sharing or [plan]
+    if chosen or not _passes(plan) or all(map(fits, deciding)):
         return plan
-    found = nearest(plan, BEFORE_MEMORY, sharing)
-    return plan if found is None else _with_reason(plan, found, sharing)
+    found = nearest(plan, BEFORE_MEMORY, deciding)
+    return plan if found is None else _with_reason(plan, found, deciding)
+
+
+def changes(plan: Plan) -> list[str]:
+    """Return the notes of the plan's mapping: in what it is not the recommended layout, and why."""
+    source, *notes = plan.mapping.source.split("; ")
+    return notes if source.split(":")[0] in LOOKED_UP else []
 
 
 def _without_graphs(plan: Plan, tree: Tree, sharing: list[Plan]) -> Plan:
@@ -70,7 +77,10 @@ def _passes(plan: Plan) -> bool:
 
 
 def _sharing(plan: Plan, tree: Tree, conf: Path) -> list[Plan]:
-    """Return the cell's plans in the other precisions that share its layout: all, with mapping=iso."""
+    """Return the cell's plan in each precision that shares its layout: all, with mapping=iso.
+
+    They are those of conf/precision, so that overrides of one precision leave the shared layout alone.
+    """
     if not plan.mapping.source.startswith(FOR_BF16):
         return []
     found = []
@@ -80,16 +90,16 @@ def _sharing(plan: Plan, tree: Tree, conf: Path) -> list[Plan]:
             other = Plan.model_validate(fill({**tree, "precision": precision}))
         except (OmegaConfBaseException, ValidationError, OSError, ValueError):
             continue  # a file that makes no plan is refused where it is asked for
-        if other.precision.name != plan.precision.name and _passes(other):
+        if _passes(other):
             found.append(other)
     return found
 
 
-def _with_reason(plan: Plan, found: Plan, sharing: list[Plan]) -> Plan:
+def _with_reason(plan: Plan, found: Plan, deciding: list[Plan]) -> Plan:
     """Return the plan that was found, with what changed and why in its mapping's source."""
-    worst = max([plan, *sharing], key=lambda each: estimate(each).total_gb)
-    whose = "" if worst is plan else f" in {worst.precision.name}"
-    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}"
+    worst = max(deciding, key=lambda each: estimate(each).total_gb)
+    whose = "" if worst.precision == plan.precision else f" in {worst.precision.name}"
+    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}, {ESTIMATE_ERROR:.0%} kept free"
     changed = ", ".join(f"{key} {old} → {new}" for key, (old, new) in differing(plan, found).items())
     source = f"{plan.mapping.source}; {FOR_MEMORY} ({needs}): {changed}"
     return found.model_copy(update={"mapping": found.mapping.model_copy(update={"source": source})})

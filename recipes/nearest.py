@@ -25,10 +25,11 @@ Others = Sequence[Plan]
 def nearest(plan: Plan, rules: Sequence[Rule], others: Others = (), times: Sequence[int] = (1,)) -> Plan | None:
     """Return the plan in the nearest layout that the rules take and that fits; None where none does.
 
-    `others` are plans that share the layout and must fit in it too.  `times`: how many times the GPUs.
+    `others` are plans that share the layout and decide in place of the plan.  `times`: how many times
+    the GPUs.
     """
     for candidate in itertools.chain.from_iterable(_layouts(plan, factor) for factor in times):
-        sharing = [candidate, *(_in_layout_of(candidate, other) for other in others)]
+        sharing = [_in_layout_of(candidate, other) for other in others or (plan,)]
         possible = not any(rule(each) for each in sharing for rule in rules)
         if possible and all(map(fits, sharing)):
             return candidate

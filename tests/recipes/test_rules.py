@@ -240,4 +240,5 @@ def test_recommended_graphs_are_off_where_layers_are_kept_in_bf16(gpu: str, mapp
     assert not plan.mapping.cuda_graphs and "CUDA graphs off: Megatron-Core" in plan.mapping.source
     for more in (["settings.bf16_layers=false"], ["precision=bf16"], ["experiment=throughput"]):
         plan = compose_plan([*asked, *more])
-        assert plan.mapping.cuda_graphs and "CUDA graphs off" not in plan.mapping.source
+        shared = mapping == "iso" and more == ["precision=bf16"]  # with fp8_current, which cannot have them
+        assert plan.mapping.cuda_graphs != shared and ("CUDA graphs off" in plan.mapping.source) == shared

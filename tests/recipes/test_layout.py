@@ -1,0 +1,109 @@
+"""Recommended layouts: every cell fits with a margin under the default settings, and says what changed."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from launch.matrix import matrix
+from launch.summary import summary, table
+from recipes.compose import compose_plan
+from recipes.errors import InputError
+from recipes.fit import ESTIMATE_ERROR, state
+from recipes.memory import estimate, usable_gb
+from recipes.nearest import RESOLVED
+
+Rows = list[dict[str, Any]]
+STACKS = ("nemo_25_04", "nemo_25_07")
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    """Return all cells of NVIDIA's post with the default settings."""
+    return list(matrix(STACKS))
+
+
+def test_no_recommended_cell_is_refused_for_memory_or_tight(rows: Rows) -> None:
+    refused = [row["why"] for row in rows if not row["runs"]]
+    assert refused and not [why for why in refused if "GB" in why]
+    assert {row["memory"] for row in rows if row["runs"]} == {"fits"}
+
+
+def test_a_cell_that_gives_up_its_layout_says_what_changed_and_why(rows: Rows) -> None:
+    found = {(row["model"], row["precision"], row["gpu"]): row["changed"] for row in rows if row["stack"] == STACKS[0]}
+    for_memory = {key: notes for key, notes in found.items() if any(note.startswith("for memory") for note in notes)}
+    assert len(for_memory) >= 10
+    assert all(" GB" in notes[-1] and "→" in notes[-1] for notes in for_memory.values())
+    assert ("llama3_70b", "bf16", "h100") not in for_memory  # leaves a margin as it is
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
+def test_the_summary_shows_the_change(precision: str) -> None:
+    asked = ["model=llama3_8b", "gpu=h100", f"precision={precision}"]
+    plan, nvidias = compose_plan(asked), compose_plan([*asked, "settings.layout=recommended"])
+    assert plan.mapping.recompute_layers > nvidias.mapping.recompute_layers == 0
+    assert state(plan) == "fits" and state(nvidias) == "tight"
+    note = f"recompute_layers 0 → {plan.mapping.recompute_layers}"
+    facts = summary(plan)
+    assert any(note in each for each in facts["layout"]["changed"]) and facts["memory_gb_per_gpu"]["state"] == "fits"
+    assert note in " ".join(table(plan).split())
+    assert estimate(plan).total_gb * (1 + ESTIMATE_ERROR) <= (usable_gb(plan) or 0)
+
+
+def test_throughput_keeps_nvidias_layouts() -> None:
+    for row in matrix(
+        STACKS[:1], ["experiment=throughput"], {"model": ["llama3_8b", "llama31_405b"], "precision": ["bf16", "mxfp8"], "gpu": ["h100", "gb200"]}
+    ):
+        assert row["changed"] == [] and row["memory"] != "refused"
+
+
+@pytest.mark.parametrize(("model", "gpu"), [("llama3_8b", "h100"), ("llama3_70b", "gb200"), ("llama31_405b", "b200"), ("nemotron4_15b", "b200")])
+def test_iso_gives_all_precisions_one_layout_that_fits_each(model: str, gpu: str) -> None:
+    plans = []
+    for precision in ("bf16", "fp8_delayed", "fp8_current", "mxfp8"):
+        try:
+            plans.append(compose_plan([f"model={model}", f"gpu={gpu}", f"precision={precision}", "mapping=iso"]))
+        except InputError as error:
+            assert "compute capability" in str(error)
+    assert len(plans) >= 3 and all(state(plan) == "fits" for plan in plans)
+    for one, other in itertools.pairwise(plans):
+        assert one.mapping.model_dump(exclude=RESOLVED) == other.mapping.model_dump(exclude=RESOLVED)
+        assert one.num_gpus == other.num_gpus
+
+
+def test_an_override_of_one_precision_leaves_the_shared_layout_alone() -> None:
+    asked = ["model=llama3_8b", "gpu=h100", "mapping=iso"]
+    bf16 = compose_plan([*asked, "precision=bf16"])
+    own = compose_plan([*asked, "precision=fp8_current", "precision.fp8.first_layers_bf16=4"])
+    assert own.mapping.model_dump(exclude=RESOLVED) == bf16.mapping.model_dump(exclude=RESOLVED)
+
+
+def test_a_layout_that_is_asked_for_is_not_changed() -> None:
+    plan = compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2"])
+    assert plan.mapping.recompute_layers == 0 and state(plan) == "tight"
+
+
+@pytest.mark.parametrize(
+    ("asked", "dropped", "kept"),
+    [
+        (["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4"], "fsdp=true (pp=4)", {"fsdp": False}),
+        (["model=llama3_70b", "gpu=h100", "mapping.pp=1", "mapping.tp=8"], "vp=5 (pp=1)", {"vp": 1}),
+        (["model=llama3_8b", "gpu=b200", "mapping.recompute_layers=4"], "cuda_graphs=true (recompute_layers=4)", {"cuda_graphs": False}),
+        (
+            ["model=llama31_405b", "gpu=gb200", "stack=nemo_25_07", "precision=fp8_delayed", "mapping.recompute_layers=126"],
+            "offload_layers=95",
+            {"offload_layers": 0},
+        ),
+    ],
+)
+def test_a_recommended_field_that_another_excludes_is_dropped_and_named(asked: list[str], dropped: str, kept: dict[str, object]) -> None:
+    plan = compose_plan(asked)
+    assert any(dropped in note for note in summary(plan)["layout"]["changed"])
+    assert {key: getattr(plan.mapping, key) for key in kept} == kept
+
+
+def test_what_was_asked_for_is_never_dropped() -> None:
+    plan = compose_plan(["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4", "mapping.fsdp=true"])
+    assert plan.mapping.fsdp and not any("dropped" in note for note in summary(plan)["layout"]["changed"])
