@@ -52,8 +52,13 @@ def run(args: argparse.Namespace) -> int:
 def _summary(out: Path, log: Log, planned: Planned, vouched: Vouched, reason: str) -> list[str]:
     plan, steps = planned.plan, log.steps["step"]
     lines = [f"{out}: {steps.size:,} training lines to step {int(steps[-1]):,}, {len(log.heldout.get('step', ()))} held-out losses, {log.format}"]
+    if log.test:
+        lines.append(f"note: {len(log.test['step'])} loss(es) on a test set are kept in manifest.json, apart from held-out losses")
     lines += [f"note: {said}" for said in log.said]
     lines += _asked(planned)
+    for key, lost in (("loss", "losses cannot be compared"), ("step_time_s", "tables of throughput leave it out")):
+        if key not in log.steps:
+            lines.append(f"note: the log holds no {key.replace('_s', '').replace('_', ' ')}: {lost}")
     if reason:
         lines.append(f"note: not a sound run: {reason}; analysis.compare will refuse it")
     if vouched.same_data is None:

@@ -20,6 +20,8 @@ from recipes.errors import InputError
 
 Array = NDArray[np.float64]
 BLOCK = 1 << 20  # bytes read at a time
+# What a training line has, and one of an evaluation; an imported log may lack its losses or its step times.
+KINDS = (("loss", "step_time_s"), ("heldout_loss",))
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -27,8 +29,8 @@ def read_metrics(folder: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     parts: tuple[list[dict[str, Array]], list[dict[str, Array]]] = ([], [])
     with collector_at_rest():
         for rows in _rows(folder / "metrics.jsonl"):
-            for key, part in zip(("loss", "heldout_loss"), parts, strict=True):
-                part.append(_columns([row for row in rows if key in row], folder))
+            for keys, part in zip(KINDS, parts, strict=True):
+                part.append(_columns([row for row in rows if any(key in row for key in keys)], folder))
     train, heldout = (_joined([part for part in found if part], folder) for found in parts)
     return train, heldout
 

@@ -75,6 +75,8 @@ def check_pair(base: Run, candidate: Run) -> None:
 def _check_imported(base: Run, candidate: Run) -> None:
     """An imported log proves neither the batches nor the schedule: the first must be vouched for, the second must not be refuted."""
     for run in (base, candidate):
+        if "loss" not in run.steps:
+            raise InputError(f"{run.folder}: its log holds no loss, which is what is compared; import one that does")
         if not run.manifest.get("order_sha256"):
             raise InputError(
                 f"{run.folder}: nothing in the imported log shows which batches it saw; "

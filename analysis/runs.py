@@ -152,16 +152,26 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
     said = manifest.get("imported")
     if not isinstance(said, dict):
         return {}
-    digits, interval = said.get("loss_digits"), said.get("log_interval")
+    digits, interval, stretches = said.get("loss_digits"), said.get("log_interval"), said.get("stretches")
     asserted, assumed, memory = said.get("asserted"), said.get("assumed"), said.get("memory_gb")
     return {
         "format": one_line(str(said.get("format", "log"))),
         "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
         "log_interval": interval if isinstance(interval, int) and interval > 0 else 1,
+        "stretches": stretches if _are_stretches(stretches) else None,
         "asserted": [one_line(str(what)) for what in asserted] if isinstance(asserted, list) else [],
         "assumed": [one_line(str(what)) for what in assumed] if isinstance(assumed, list) else [],
         "memory_gb": memory if isinstance(memory, int | float) and memory > 0 else None,
     }
+
+
+def _are_stretches(found: Any) -> bool:
+    """Whether a manifest's stretches are triples of whole numbers above 0: first and last step, and interval."""
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(s, list) and len(s) == 3 and all(isinstance(n, int) and 0 < n < 2**53 for n in s) for s in found)
+    )
 
 
 def _remedy(folder: Path) -> str:
@@ -175,24 +185,25 @@ def _remedy(folder: Path) -> str:
 
 
 def _is_complete(run: Run) -> None:
-    every = run.imported.get("log_interval", 1)
-    wanted = run.plan.train.max_steps // every
-    missing = [key for key in REQUIRED if key not in run.steps]
+    missing = [key for key in (("step", "tokens") if run.imported else REQUIRED) if key not in run.steps]
     if missing:
         raise InputError(f"{run.folder}: metrics.jsonl has no {missing[0]}; the run wrote no training step")
-    steps = run.steps["step"]
-    wrong = np.flatnonzero(steps != every * np.arange(1, len(steps) + 1))
+    steps, planned = run.steps["step"], run.plan.train.max_steps
+    every = run.imported.get("log_interval", 1)
+    stretches = run.imported.get("stretches") or [[every, planned - planned % every, every]]
+    wanted = np.concatenate([np.arange(first, last + 1, each) for first, last, each in stretches])
+    same = min(len(wanted), len(steps))
+    wrong = np.flatnonzero(steps[:same] != wanted[:same])
     if wrong.size:
-        raise InputError(f"{run.folder}: step {(wrong[0] + 1) * every} is missing, repeated or out of order in metrics.jsonl; run it again")
+        raise InputError(f"{run.folder}: step {wanted[wrong[0]]} is missing, repeated or out of order in metrics.jsonl; run it again")
     if run.heldout and "step" not in run.heldout:
         raise InputError(f"{run.folder}: held-out losses in metrics.jsonl have no step; the file was changed, run it again")
     evaluated = run.heldout.get("step", np.zeros(0))
     if (np.diff(evaluated) <= 0).any():
         raise InputError(f"{run.folder}: held-out losses are repeated or out of order in metrics.jsonl; run it again")
-    if len(steps) != wanted:
-        raise InputError(
-            f"{run.folder}: metrics.jsonl ends at step {len(steps) * every} of {run.plan.train.max_steps}; the run lost its end, run it again"
-        )
+    if len(steps) != len(wanted) or steps[-1] + stretches[-1][2] <= planned:
+        last = int(steps[-1]) if len(steps) else 0
+        raise InputError(f"{run.folder}: metrics.jsonl ends at step {last} of {planned}; the run lost its end, run it again")
 
 
 def _is_finite(run: Run) -> None:

@@ -24,6 +24,8 @@ def unsound(run: Run) -> str | None:
         return f"{run.folder}: its numerics are emulated; its times say nothing about a GPU's FP8"
     if run.label("step_time") != "measured":
         return f"{run.folder}: its step time is {run.label('step_time')}, not measured"
+    if "step_time_s" not in run.steps:
+        return f"{run.folder}: its log holds no step time; import one that does (train_step_timing in s, iteration-time)"
     count = len(timed(run))
     if count < MIN_TIMED:
         return f"{run.folder}: {count} steps after the warm-up, {MIN_TIMED} are wanted; run it longer"

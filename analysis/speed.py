@@ -59,6 +59,8 @@ def step_time(run: Run) -> Interval:
 
 def unsteady(run: Run) -> str | None:
     """Return why a run's step times are no measure of speed: they lie too far apart, or their pace changes; None if they are one."""
+    if "step_time_s" not in run.steps:
+        return "there is no step time in its log"
     times, time = timed(run), step_time(run)
     spread, third = (time.high - time.low) / time.value, len(times) // 3
     if spread > MAX_SPREAD:

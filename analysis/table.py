@@ -53,6 +53,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
     saving = None if candidate.emulated else energy_saving(base, candidate)
     matched_saving = saving and loss_matched(base, Interval(saving, saving, saving), tail.nats, tail.nats.count)
     bar = candidate.plan.bar
+    seconds = step_time(candidate).value if "step_time_s" in candidate.steps else None
     return {
         "run": candidate.name,
         "base": base.name,
@@ -78,8 +79,8 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "spikes_of_base": verdict.base_spikes,
         "layout": verdict.layout,
         "differs": [*verdict.asked, *verdict.platform],
-        "step_time_s": step_time(candidate).value,
-        "tokens_per_s_per_gpu": candidate.plan.tokens_per_step / step_time(candidate).value / candidate.plan.num_gpus,
+        "step_time_s": seconds,
+        "tokens_per_s_per_gpu": _rate(candidate, seconds),
         "speedup_over_bf16": faster and _interval(faster),
         "loss_matched_speedup": matched and _interval(matched),
         "pair_gpu": devices.together(base, candidate),
@@ -88,6 +89,11 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "loss_matched_energy_saving": matched_saving and _interval(matched_saving),
         "labels": {"loss": candidate.label("loss"), "step_time": candidate.label("step_time"), "device": candidate.plan.gpu.name},
     }
+
+
+def _rate(run: Run, seconds: float | None) -> float | None:
+    """Return tokens/s/GPU; None where the log tells no step time, or not on how many GPUs and in which batches it ran."""
+    return run.plan.tokens_per_step / seconds / run.plan.num_gpus if seconds and run.has_rate else None
 
 
 def energy_saving(base: Run, candidate: Run) -> float | None:
@@ -146,7 +152,7 @@ def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
         "gap %": percent(tail["value"]),
         "99.5 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
         "held-out": "-" if heldout is None else f"{heldout:+.4f}",
-        "step s": f"{values['step_time_s']:.3f}",
+        "step s": "-" if values["step_time_s"] is None else f"{values['step_time_s']:.3f}",
         "speedup": "-" if faster is None else f"{faster['value']:.2f}x",
         "matched": "-" if matched is None else f"{matched['value']:.2f}x",
     }

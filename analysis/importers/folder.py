@@ -44,11 +44,9 @@ class Vouched:
 def metrics_of(log: Log, plan: Plan) -> dict[str, Array]:
     """Return the training columns of metrics.jsonl; tokens are those of the samples where the log counts them."""
     steps = log.steps
-    if "step_time_s" not in steps:
-        raise InputError(f"the {log.format} holds no step time, which a run folder needs; export it too (train_step_timing in s, iteration-time)")
     samples = steps.get("samples", np.full(steps["step"].size, np.nan))
     tokens = np.where(np.isnan(samples), steps["step"] * plan.tokens_per_step, samples * plan.seq_length)
-    return {"step": steps["step"], "tokens": tokens, "loss": steps["loss"], **{k: v for k, v in steps.items() if k not in UNWRITTEN}}
+    return {"step": steps["step"], "tokens": tokens, **{k: v for k, v in steps.items() if k not in UNWRITTEN}}
 
 
 def write(out: Path, log: Log, planned: Planned, files: Sequence[Path], vouched: Vouched) -> str:
@@ -82,7 +80,8 @@ def _fill(part: Path, log: Log, plan: Plan, metrics: dict[str, Array], manifest:
             tokens = np.interp(log.heldout["step"], metrics["step"], metrics["tokens"])
             file.writelines(_lines({"step": log.heldout["step"], "tokens": tokens, "heldout_loss": log.heldout["heldout_loss"]}))
     event(part, "import", format=log.format, said=log.said)
-    for step in metrics["step"][~np.isfinite(log.steps["loss"])][:MOST_EVENTS]:
+    lost = ~np.isfinite(log.steps["loss"]) if "loss" in log.steps else np.zeros(len(metrics["step"]), dtype=bool)
+    for step in metrics["step"][lost][:MOST_EVENTS]:
         event(part, "non_finite_loss", step=int(step))
     set_status(part, "failed" if reason else "done", reason, int(metrics["step"][-1]))
 
@@ -114,7 +113,9 @@ def manifest_of(log: Log, planned: Planned, metrics: dict[str, Array], files: Se
         "order_sha256": vouched.same_data,
         "planned steps": log.total,
     }
-    facts |= {key: key in metrics or None for key in ("fp8_gemms", "grad_norm", "lr")} | {"held-out losses": log.heldout or None}
+    facts |= {key: key in metrics or None for key in ("loss", "step_time_s", "fp8_gemms", "grad_norm", "lr")} | {
+        "held-out losses": log.heldout or None
+    }
     return {
         "order_sha256": vouched.same_data and f"asserted:{vouched.same_data}",
         "labels": {"loss": loss, "step_time": "measured"},
@@ -128,7 +129,8 @@ def manifest_of(log: Log, planned: Planned, metrics: dict[str, Array], files: Se
             "memory_gb": log.memory_gb,
             "reserved_gb": log.reserved_gb,
             "loss_digits": log.loss_digits,
-            "log_interval": log.interval,
+            "stretches": [[s.first, s.last, s.every] for s in log.stretches],
+            "test_loss": [list(pair) for pair in zip(*(log.test[key].tolist() for key in log.test), strict=True)],
             "planned_steps": log.total,
             "said": log.said,
         },

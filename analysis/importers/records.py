@@ -97,14 +97,8 @@ def _columns(records: list[Record], family: Family) -> dict[str, Array]:
     found = {ours: np.array([record[name] for record in records], dtype=np.float64) for ours, name in whole.items()}
     times = next(name for name, ours in family.columns.items() if ours == "step_time_s")
     if "step_time_s" not in found and any(times in record for record in records):
-        found["step_time_s"] = _filled(np.array([record.get(times, np.nan) for record in records], dtype=np.float64))
+        found["step_time_s"] = np.array([record.get(times, np.nan) for record in records], dtype=np.float64)
     return found
-
-
-def _filled(times: Array) -> Array:
-    """Megatron logs the mean time of several steps with the last of them: it is theirs too."""
-    logged = np.flatnonzero(~np.isnan(times))
-    return times[logged[np.minimum(np.searchsorted(logged, np.arange(times.size)), logged.size - 1)]] if logged.size else times
 
 
 def _time_steps(log: Log) -> None:

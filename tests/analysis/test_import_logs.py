@@ -232,7 +232,7 @@ def test_a_megatron_log_becomes_a_run_with_its_validations_and_layout(bring: Run
 def test_megatrons_line_of_the_first_iteration_is_off_the_grid_and_left_out(bring: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [megatron_line(step, 3.5, 300) for step in (1, *range(10, 301, 10))]
     assert load_run(bring("run", lines)).steps["step"].tolist() == list(range(10, 301, 10))
-    assert "1 line(s) between those of every 10 steps were left out: step 1" in capsys.readouterr().out
+    assert "step 1, which is printed before the first interval ends, was left out" in capsys.readouterr().out
 
 
 UNSOUND = [
@@ -241,7 +241,7 @@ UNSOUND = [
     (lambda x: [*x[:20], *x[21:]], "step 21 is missing"),
     (lambda x: x[:-1], f"the log ends at step {N - 1} of {N}"),
     (lambda x: [*x[:20], x[20][:170], *x[21:]], "step 21 is missing"),
-    (lambda x: [*x[:20], x[20][:180] + x[21], *x[22:]], "step 21 is missing"),
+    (lambda x: [*x[:20], x[20][:180] + x[21], *x[22:]], "steps 21 to 22 are missing"),
     (lambda x: [*x[:20], x[20].replace("lm loss: ", "lm loss: x"), *x[21:]], "step 21 is missing"),
     (lambda x: [*x[:20], x[20].replace("E+00 | loss", "E+999 | loss"), *x[21:]], "the loss is no finite number in 1 step(s), first at step 21"),
 ]
@@ -388,7 +388,8 @@ def test_tables_of_wandb_are_joined_and_know_their_digits(tmp_path: Path, capsys
     run = load_run(tmp_path / "run")
     assert run.steps["loss"] == pytest.approx(loss, abs=5.1e-4) and run.manifest["imported"]["loss_digits"] == 4
     assert "holds no step time" not in capsys.readouterr().err
-    assert "export it too" in refusal([one, "--out", tmp_path / "other", *TINY], capsys)
+    assert main([str(one), "--out", str(tmp_path / "other"), *TINY]) == 0
+    assert "the log holds no step time: tables of throughput leave it out" in capsys.readouterr().out
     more = table(tmp_path / "more.csv", "Step", {"a - lm loss": loss, "b - lm loss": loss, "a - iteration-time": loss, "b - iteration-time": loss}, 1)
     assert "choose one with --run" in refusal([more, "--out", tmp_path / "other", *TINY], capsys)
     assert main([str(more), "--run", "b", "--out", str(tmp_path / "b"), *TINY]) == 0
