@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.importers.checks import refuse_impossible
-from analysis.importers.detect import FORMATS, read
+from analysis.importers.detect import FORMATS, Options, read
 from analysis.importers.folder import Vouched, write
 from analysis.importers.log import Log, settle
 from analysis.importers.planning import NAME, SCALE, Planned, plan_of
+from analysis.importers.records import Vocabulary
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{out} exists; an import writes a new run folder; choose another --out or remove it")
     if args.same_data is not None and not NAME.fullmatch(args.same_data):
         raise InputError("--same-data takes a name of letters, digits, '.', '_' and '-'; two runs with one name saw the same batches")
-    log, files = read(args.sources, args.format, args.run)
+    log, files = read(args.sources, args.format, Options(args.run, Vocabulary(args.loss_key)))
     log = settle(log)
     planned = plan_of(log, args.set, out)
     plan = planned.plan
@@ -95,6 +96,7 @@ def parser() -> ArgumentParser:
     found.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="the plan, as overrides of `python -m launch`")
     found.add_argument("--format", choices=FORMATS, help="what the source is (default: told by its content)")
     found.add_argument("--run", metavar="NAME", help="which run of a W&B table that holds several")
+    found.add_argument("--loss-key", metavar="NAME", help="what the source calls the training loss: a tag, a column or a field")
     found.add_argument("--same-data", metavar="NAME", help="vouch that all runs imported with this name saw the same batches")
     found.add_argument("--assert-fp8", action="store_true", help="vouch that the run computed in FP8 as its plan says")
     found.add_argument("--label", choices=("measured", "emulated"), help="where the loss comes from (default: measured; emulated for FP8 on gpu=cpu)")

@@ -1,4 +1,4 @@
-"""Console logs of NeMo 2, Megatron-LM and Megatron-Bridge.
+"""Console logs: NeMo 2, Megatron-LM and its relatives, torchtitan, and Lightning's progress bar (dialects.py).
 
 Of every line only what fits its printed form exactly is read: a line that was cut, or mixed with another rank's, gives
 no number, and the step it stood for is then missing.
@@ -7,140 +7,180 @@ no number, and the step it stood for is then missing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from analysis.importers.dialects import MEGATRON, NEMO, Dialect
+from analysis.importers.dialects import DIALECTS, MEGATRON, NEMO
 from analysis.importers.facts import WORDS, Facts
 from analysis.importers.lines import blocks_of, rank_of, significant
-from analysis.importers.log import Log
+from analysis.importers.log import Log, join, keep_rows, put_units
 from analysis.importers.ranks import one_stream
 from analysis.importers.scanner import Scanner
 from analysis.metrics import Array, collector_at_rest
 from recipes.errors import InputError
 
-NEMO_MARK, MEGATRON_MARK = "Training epoch ", "iteration "
-NEMO_VALIDATING, MEGATRON_VALIDATING = "Validation: iteration", "validation loss at "
-NEMO_VALIDATION = re.compile(r"(?<!Sanity checking )Validation: iteration \d")
-NEMO_VALIDATION_LINE = re.compile(r"^([^\n]*Validation: iteration \d[^\n]*\n)", re.MULTILINE)  # between blocks of training lines
-NEMO_HELDOUT = re.compile(
-    r"Validation: iteration \d{1,9}/\d{1,9} \| global_step: (\d{1,15}) "
-    r"\| val_loss: (\d{1,15}(?:\.\d{1,15})?(?:e[-+]\d{1,2})?)\s*$",
+FORMATS = tuple(DIALECTS)
+MARKS = tuple(mark for dialect in DIALECTS.values() for mark in dialect.marks)
+SURE = (NEMO.name, MEGATRON.name)  # forms that nothing else has; where they are found, a progress bar beside them is not the log
+# "Validation: iteration 1/2" of NeMo 2, "Validation DataLoader 0: 50%" of a progress bar; not those of a sanity check.
+VALIDATING = re.compile(r"(?<!Sanity checking )Validation(?:: iteration \d| DataLoader \d{1,3}:)")
+VALIDATION = "Validation"
+VALIDATION_LINE = re.compile(r"^([^\n]*Validation(?:: iteration \d| DataLoader \d)[^\n]*\n)", re.MULTILINE)  # between blocks of training lines
+EVALUATED = ("validation loss at ", "validate step:")
+# Megatron-LM megatron/training/utils.py (report_memory, core_v0.12.3: MB of 1024 x 1024 bytes); Bridge prints GB of 1e9 bytes.
+MEMORY = re.compile(r"memory \((?P<unit>MB|GB)\) \|(?P<fields>[^\n]*)")
+MEMORY_FIELD = re.compile(
+    r"(?P<name>max allocated|max reserved|mem-max-allocated-gigabytes|mem-max-reserved-gigabytes): (?P<value>\d{1,9}(?:\.\d{0,20})?)"
 )
-MEGATRON_VALIDATION = re.compile(r"validation loss at iteration (\d{1,15}) \| lm loss value: (\d\.\d+E[-+]\d+) \|")
+MEMORY_UNITS = {"MB": 2**20 / 1e9, "GB": 1.0}
+LOSSES_LOOKED_AT = 1000
 
 
-def read(path: Path, only: str | None = None) -> Log:
-    """Return the log in a text file; `only` ("nemo", "megatron") ignores the training lines of the other framework."""
-    nemo, megatron, facts = Scanner(NEMO), Scanner(MEGATRON), Facts()
+def read_all(paths: Sequence[Path], only: str | None, loss_key: str | None) -> Log:
+    """Return the log in text files of one run, in the order given."""
+    logs = [read(path, only, loss_key) for path in paths]
+    names = {log.format for log in logs}
+    if len(names) > 1:
+        raise InputError(f"the sources have mixed formats ({', '.join(sorted(names))}); import one format of one run at a time")
+    return join(logs)
+
+
+def read(path: Path, only: str | None = None, loss_key: str | None = None) -> Log:
+    """Return the log in a text file; `only`, one of FORMATS, ignores the training lines of other harnesses."""
+    reader = _Reader(only, loss_key)
     with collector_at_rest():
         for text in blocks_of(path):
-            for piece in NEMO_VALIDATION_LINE.split(text) if NEMO_VALIDATING in text else [text]:
-                _scan(piece, nemo, megatron, facts)
-    found = [s for name, s in (("nemo", nemo), ("megatron", megatron)) if s.ranks and only in (None, name)]
-    if not found:
-        raise InputError(
-            f"{path}: no training line found: neither NeMo's 'Training epoch …' nor Megatron's 'iteration …'; name another log or --format"
+            reader.text(text)
+    return reader.log(path)
+
+
+class _Reader:
+    """Reads the lines of one file: training steps, evaluations, memory, and what the log states."""
+
+    def __init__(self, only: str | None, loss_key: str | None) -> None:
+        self.scanners = [Scanner(d.with_loss(loss_key)) for name, d in DIALECTS.items() if only in (None, name)]
+        self.facts, self.memory, self.reserved = Facts(), 0.0, 0.0
+        self.loss_key = loss_key
+        self.words = {scanner: (*WORDS, *self._others(scanner)) for scanner in self.scanners}
+
+    def _others(self, scanner: Scanner) -> list[str]:
+        """Return texts of lines that matter beside a dialect's training lines."""
+        others = [mark for other in self.scanners if other is not scanner for mark in other.dialect.marks]
+        return [*others, "memory (", VALIDATION, *EVALUATED]
+
+    def text(self, text: str) -> None:
+        """Read a block of whole lines."""
+        for piece in VALIDATION_LINE.split(text) if VALIDATION in text else [text]:
+            if piece and not any(scanner.block(piece, self.words[scanner]) for scanner in self._likely()):
+                lines = piece.split("\n")
+                for line in (*(f"{line}\n" for line in lines[:-1]), lines[-1]):
+                    self._line(line)
+                for scanner in self.scanners:
+                    scanner.flush()
+
+    def _likely(self) -> list[Scanner]:
+        return [scanner for scanner in self.scanners if scanner.count]
+
+    def _line(self, line: str) -> None:
+        if ("alidat" in line) and self._evaluation(line):
+            return
+        for scanner in self.scanners:
+            at = line.find(scanner.dialect.mark)
+            if at >= 0 and scanner.line(line, at):
+                return
+        self._memory(line)
+        self.facts.line(line)
+
+    def _evaluation(self, line: str) -> bool:
+        """Read a line of an evaluation; return whether it is one."""
+        for scanner in self.scanners:
+            found = scanner.dialect.heldout.search(line) if scanner.dialect.heldout else None
+            if found:
+                self._heldout(scanner, found.groupdict())
+                return True
+        if VALIDATION in line and (seen := VALIDATING.search(line)):
+            for scanner in self.scanners:
+                scanner.pending.add(rank_of(line[: seen.start()]))
+            return True
+        return False
+
+    def _heldout(self, scanner: Scanner, found: dict[str, str | None]) -> None:
+        """Keep an evaluation's loss; one after training names its set, and in old versions no step."""
+        is_test = "test" in (found.get("set"), found.get("data"))
+        step = np.inf if found["step"] is None else float(found["step"]) + 1 - scanner.dialect.first_iteration
+        kept = scanner.test if is_test else scanner.heldout
+        if not kept or kept[-1][0] != step:
+            kept.append((step, float(found["loss"] or "nan")))
+
+    def _memory(self, line: str) -> None:
+        if "memory (" in line and (found := MEMORY.search(line)):
+            for field in MEMORY_FIELD.finditer(found["fields"]):
+                size = float(field["value"]) * MEMORY_UNITS[found["unit"]]
+                if "allocated" in field["name"]:
+                    self.memory = max(self.memory, size)
+                else:
+                    self.reserved = max(self.reserved, size)
+
+    def log(self, path: Path) -> Log:
+        """Return what was read as a log; InputError where it is none, or holds two."""
+        found = [scanner for scanner in self.scanners if scanner.count]
+        found = [scanner for scanner in found if scanner.dialect.name in SURE] or found
+        if not found:
+            forms = ", ".join(scanner.dialect.name for scanner in self.scanners)
+            named = f" with a loss called {self.loss_key!r}" if self.loss_key else ""
+            raise InputError(f"{path}: no training line found{named}, of any form that is known ({forms}); name another log, --format or --loss-key")
+        if len(found) > 1:
+            raise InputError(
+                f"{path} mixes training lines of {' and '.join(s.dialect.name for s in found)}: two runs in one file; choose with --format"
+            )
+        log = _log(found[0], self.facts)
+        log.memory_gb, log.reserved_gb = (
+            max(read, kept or 0.0) or None for read, kept in ((self.memory, log.memory_gb), (self.reserved, log.reserved_gb))
         )
-    if len(found) > 1:
-        raise InputError(f"{path} mixes NeMo's and Megatron's training lines: two runs in one file; choose with --format nemo or megatron")
-    return _log(found[0], facts)
-
-
-def _scan(text: str, nemo: Scanner, megatron: Scanner, facts: Facts) -> None:
-    if megatron.block(text, (*WORDS, *NEMO.marks, NEMO_VALIDATING)):
-        if MEGATRON_VALIDATING in text:
-            megatron.heldout += [(float(step), float(loss)) for step, loss in MEGATRON_VALIDATION.findall(text)]
-    elif not nemo.block(text, (*WORDS, *MEGATRON.marks, NEMO_VALIDATING)):
-        lines = text.split("\n")
-        _scan_lines([*(f"{line}\n" for line in lines[:-1]), *lines[-1:]], nemo, megatron, facts)
-
-
-def _scan_lines(lines: Iterable[str], nemo: Scanner, megatron: Scanner, facts: Facts) -> None:
-    for line in lines:
-        if NEMO_MARK in line:
-            nemo.line(line, line.find(NEMO_MARK))
-            continue
-        at = line.find(MEGATRON_MARK)
-        if at < 0:
-            facts.line(line)
-        elif "alidation" not in line:
-            megatron.line(line, at)
-        elif heldout := MEGATRON_VALIDATION.search(line):
-            megatron.heldout.append((float(heldout[1]), float(heldout[2])))
-        elif heldout := NEMO_HELDOUT.search(line):  # this project's own
-            nemo.heldout.append((float(heldout[1]) + 1, float(heldout[2])))
-        elif seen := NEMO_VALIDATION.search(line):
-            nemo.pending.add(rank_of(line[: seen.start()]))
-    nemo.flush()
-    megatron.flush()
+        return log
 
 
 def _log(scanner: Scanner, facts: Facts) -> Log:
+    names, who = scanner.who()
     columns = scanner.columns()  # also counts what is garbled
-    log = Log(scanner.dialect.name, columns, loss_digits=scanner.dialect.loss_digits, facts=facts)
+    log = Log(scanner.dialect.name, columns, facts=facts, total=scanner.total)
     if scanner.garbled:
         log.said.append(f"{scanner.garbled} training line(s) are cut or garbled and were left out")
     if not columns:
         return log
-    log.loss_digits = _loss_digits(columns.get("loss", np.zeros(0)), scanner.dialect)
-    columns.setdefault("loss", np.full(len(scanner.ranks), np.nan))  # every step was NaN: Megatron prints no loss then
-    columns["step"] = _steps(scanner.dialect, columns)
-    kept = one_stream(scanner.ranks, columns["step"], columns["loss"], log.said)
-    log.steps = {key: values[kept] for key, values in columns.items()}
-    _finish(log, scanner)
+    columns.setdefault("loss", np.full(who.size, np.nan))  # every step was NaN: Megatron prints no loss then
+    log.loss_digits = _loss_digits(scanner, columns["loss"])
+    validated = np.zeros(who.size, dtype=bool)
+    validated[list(scanner.validated)] = True
+    kept = one_stream(names, who, columns["step"], columns["loss"], log.said)
+    keep_rows(columns, kept)
+    put_units(log)
+    last = float(columns["step"][-1]) if columns["step"].size else 0.0
+    for name, key, pairs in (("heldout", "heldout_loss", scanner.heldout), ("test", "test_loss", scanner.test)):
+        placed = [(min(step, last), loss) for step, loss in pairs]
+        setattr(log, name, dict(zip(("step", key), np.array(placed, dtype=np.float64).T, strict=True)) if placed else {})
+    values = columns.pop("val_loss", None)
+    if values is not None and not log.heldout:
+        _heldout_of_nemo(log, values, validated[kept])
     return log
 
 
-def _loss_digits(loss: Array, dialect: Dialect) -> int:
-    """Return the significant digits of printed losses: the dialect's, or more where the first thousand have more."""
-    printed = (repr(value) for value in loss[:1000].tolist() if np.isfinite(value))
-    return max(dialect.loss_digits, *map(significant, printed), 0)
+def _loss_digits(scanner: Scanner, loss: Array) -> int:
+    """Return the significant digits of printed losses: fewer for a small loss where decimals are fixed, more where the first lines have more."""
+    first = [value for value in loss[:LOSSES_LOOKED_AT].tolist() if np.isfinite(value)]
+    if scanner.dialect.decimals is not None:
+        least = float(np.nanmin(np.abs(loss))) if first else 1.0
+        return max(1, scanner.dialect.decimals + int(np.floor(np.log10(max(least, 1e-9)))) + 1)
+    return max(scanner.dialect.digits, *(significant(repr(value)) for value in first), 0)
 
 
-def _steps(dialect: Dialect, columns: dict[str, Array]) -> Array:
-    """Return the steps from 1; NeMo's iteration starts anew with each epoch, global_step does not."""
-    counted = columns["iteration"] + 1 - dialect.first_iteration
-    if dialect is not NEMO:
-        return counted
-    given = columns.get("global_step", np.full(counted.size, np.nan)) + 1
-    if (np.isnan(given) & (columns["epoch"] > 0)).any():
-        raise InputError(
-            "the log goes over more than one epoch and does not print global_step; its iterations count anew; import TensorBoard's events"
-        )
-    return np.where(np.isnan(given), counted, given)
-
-
-def _finish(log: Log, scanner: Scanner) -> None:
-    """Put columns into the project's units, and find the held-out losses."""
-    steps = log.steps
-    log.total = int(steps["total"][-1]) + 1 - scanner.dialect.first_iteration if steps["total"].size else None
-    if "step_time_ms" in steps:
-        steps["step_time_s"] = steps["step_time_ms"] / 1000
-    _put_memory(log)
-    if scanner.heldout:
-        log.heldout = dict(zip(("step", "heldout_loss"), np.array(scanner.heldout, dtype=np.float64).T, strict=True))
-    elif "val_loss" in steps:
-        _heldout_of_nemo(log)
-    for key in ("total", "iteration", "epoch", "global_step", "val_loss", "validated", "step_time_ms"):
-        steps.pop(key, None)
-
-
-def _put_memory(log: Log) -> None:
-    """NeMo prints bytes; the column is kept where every line has it, for a metric has a value a step."""
-    allocated, reserved = (log.steps.pop(name, np.zeros(0)) / 1e9 for name in ("memory_bytes", "reserved_bytes"))
-    if allocated.size and np.isfinite(allocated).all():
-        log.steps["memory_gb"] = allocated
-    log.memory_gb, log.reserved_gb = (float(np.nanmax(values)) if np.isfinite(values).any() else None for values in (allocated, reserved))
-
-
-def _heldout_of_nemo(log: Log) -> None:
+def _heldout_of_nemo(log: Log, values: Array, validated: Array) -> None:
     """NeMo shows val_loss only on the training lines that follow a validation, averaged with them over the log's interval."""
     gaps = np.diff(log.steps["step"])
     if gaps.size and np.median(gaps) > 1:
         log.said.append("held-out losses were left out: a line for several steps averages them with the evaluation before")
         return
-    at = (log.steps["validated"] > 0) & np.isfinite(log.steps["val_loss"]) & (log.steps["step"] > 1)
-    log.heldout = {"step": log.steps["step"][at] - 1, "heldout_loss": log.steps["val_loss"][at]}
+    at = validated & np.isfinite(values) & (log.steps["step"] > 1)
+    log.heldout = {"step": log.steps["step"][at] - 1, "heldout_loss": values[at]}

@@ -1,45 +1,65 @@
-"""Which format a source has, told by its name and its first bytes; folders become the files in them."""
+"""Which format a source has, told by its name and its first bytes; folders become the files in them.
+
+A format is a name and a reader: files of one run in, and out what they state and the columns that they hold (`Log`).
+"""
 
 from __future__ import annotations
 
+import functools
 import gzip
+import lzma
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from analysis.importers import console, tensorboard, wandb
-from analysis.importers.log import Log, join
+from analysis.importers import console, tables, tensorboard, wandb
+from analysis.importers.lines import opened
+from analysis.importers.log import Log
+from analysis.importers.records import Vocabulary
 from recipes.errors import InputError
 
-FORMATS = ("nemo", "megatron", "tensorboard", "wandb", "wandb-csv")
-CONSOLE = "console"  # NeMo or Megatron: the training lines tell
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says about a source: which run of a table, and what its loss is called."""
+
+    run: str | None = None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+
+Reader = Callable[[Sequence[Path], Options], Log]
+
+
+def _console(name: str | None, files: Sequence[Path], options: Options) -> Log:
+    return console.read_all(files, name, options.vocabulary.loss_key)
+
+
+CONSOLE = "console"  # which harness printed it, the training lines tell
+READERS: dict[str, Reader] = {
+    CONSOLE: functools.partial(_console, None),
+    **{name: functools.partial(_console, name) for name in console.FORMATS},
+    "tensorboard": lambda files, options: tensorboard.read(files, options.vocabulary),
+    "tensorboard-json": lambda files, options: tables.read_downloads(files, options.vocabulary),
+    "wandb": lambda files, options: wandb.read_offline(files, options.vocabulary),
+    "table": lambda files, options: tables.read_tables(files, options.vocabulary, options.run),
+    "json-rows": lambda files, options: tables.read_rows(files, options.vocabulary),
+    "dllogger": lambda files, options: tables.read_dllogger(files, options.vocabulary),
+}
+FORMATS = tuple(name for name in READERS if name != CONSOLE)
 PATTERNS = {"tensorboard": "*tfevents*", "wandb": "*.wandb"}
 
 
-def read(sources: Sequence[Path], wanted: str | None, run: str | None) -> tuple[Log, list[Path]]:
+def read(sources: Sequence[Path], wanted: str | None, options: Options) -> tuple[Log, list[Path]]:
     """Return the log in the sources of one run, and the files that it was read from."""
     found = [_files(source, wanted) for source in sources]
     kinds = {kind for kind, _ in found}
     if len(kinds) > 1:
         raise InputError(f"the sources have mixed formats ({', '.join(sorted(kinds))}); import one format of one run at a time")
     kind, files = kinds.pop(), [file for _, files in found for file in files]
-    return _read(kind, files, run), files
-
-
-def _read(kind: str, files: Sequence[Path], run: str | None) -> Log:
-    if run is not None and kind != "wandb-csv":
+    if options.run is not None and kind != "table":
         raise InputError(f"--run chooses a column of a W&B table, and this is {kind}; leave it out")
-    if kind == "tensorboard":
-        return tensorboard.read(files)
-    if kind == "wandb":
-        return wandb.read_offline(files)
-    if kind == "wandb-csv":
-        return wandb.read_tables(files, run)
-    logs = [console.read(file, None if kind == CONSOLE else kind) for file in files]
-    names = {log.format for log in logs}
-    if len(names) > 1:
-        raise InputError(f"the sources have mixed formats ({', '.join(sorted(names))}); import one format of one run at a time")
-    return join(logs)
+    return READERS[kind](files, options), files
 
 
 def _files(source: Path, wanted: str | None) -> tuple[str, list[Path]]:
@@ -71,19 +91,28 @@ def _kind(file: Path) -> str:
         return "tensorboard"
     if head.startswith(b":W&B") or file.suffix == ".wandb":
         return "wandb"
-    first = head.split(b"\n", 1)[0].replace(b'"', b"").strip()
-    is_table = any(first.startswith(f"{name},".encode()) for name in wandb.STEPS)
-    return "wandb-csv" if is_table or ".csv" in file.suffixes else CONSOLE
+    text = head.decode("utf-8-sig", errors="replace").replace("\x00", "").lstrip()
+    if "DLLL {" in text or "\nDLL 20" in f"\n{text}":
+        return "dllogger"
+    if text.startswith("[["):
+        return "tensorboard-json"
+    if text.startswith(("{", "[{", "[\n{")) and '"' in text[:4]:
+        return "json-rows"
+    first = next(iter(text.splitlines()), "").strip()
+    return "table" if ".csv" in file.suffixes or ".tsv" in file.suffixes or (len(first) < 4000 and _is_header(first)) else CONSOLE
+
+
+def _is_header(line: str) -> bool:
+    found = tables.header(line)
+    return found is not None and len(found[0]) > 1 and not any(mark in line for mark in console.MARKS)
 
 
 def _head(file: Path) -> bytes:
     """Return the first bytes of a file, unpacked."""
     try:
-        with file.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(file) if packed else file.open("rb") as opened:
-            return opened.read(4096)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
+        with opened(file) as raw:
+            return raw.read(4096)
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
         return b""  # what is damaged is said where it is read
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); name a file that is there") from None

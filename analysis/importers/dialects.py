@@ -1,42 +1,75 @@
 """The forms of training lines that are printed to a console, field by field.
 
-NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, ProgressPrinter) prints its logged metrics with four
-significant digits, this project with more (recipes/training/console.py); iterations count from 0.  Megatron-LM
-(megatron/training/training.py, training_log) and Megatron-Bridge (src/megatron/bridge/training/utils/train_utils.py)
-print losses as `{:.6E}`, seven significant digits; iterations count from 1, every field ends with a bar, and a loss that
-is NaN is not printed at all.
+- NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, v2.3.2) prints its logged metrics with four significant
+  digits, this project with more (recipes/training/console.py); iterations count from 0.
+- Megatron-LM (megatron/training/training.py, training_log, core_v0.12.3), Megatron-Bridge
+  (src/megatron/bridge/training/utils/train_utils.py, v0.3.0) and Megatron-DeepSpeed (megatron/training.py, 00caa0e) print
+  losses as `{:.6E}`; iterations count from 1, every field ends with a bar, and a loss that is NaN is not printed at all.
+- NeMo 1 and Lightning draw a progress bar (nemo/collections/nlp/parts/nlp_overrides.py:1801, v2.3.2; tqdm), again and again
+  on one line, with three decimals; global_step counts from 0.
+- torchtitan (torchtitan/components/metrics.py, 00fbaaf) prints the loss with four decimals; steps count from 1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 VALUE = r"[-+.0-9A-Za-z]{1,32}"  # whether it is a number is seen when it is read as one
 
-STAMP = re.compile(r"(\[20[-0-9T:.+Z ]{0,40}\])")  # [2025-06-02 12:00:00.123456]
+# [2025-06-02 12:00:00.123456], 2025-06-02T12:00:00Z, 2025-06-02 12:00:00,123
+STAMP = re.compile(r"(\[?20\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d[-+.,:\dZ]{0,20}\]?)")
+ANY_STAMP = r"\[?20\d\d-\d\d-[-+.,:\dTZ ]{8,40}\]?"
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How one framework prints a training step.
 
-    `head`: the beginning of the line, with the groups iteration, total and epoch.  `marks`: texts that each whole line
-    holds once.  `columns`: printed field -> column.  `closed`: whether a field ends with a bar, the last one too.
+    `mark`: where a line begins to tell a step.  `head`: that beginning, with the groups iteration, total and epoch, as far
+    as it has them.  `marks`: texts that each whole line holds once.  `columns`: printed field -> column.
+    `split`: what lies between fields; `before` and `equals`: patterns of what stands before a field's name and value;
+    `other`: of a value that is not read; `value` and `unit`: of one that is, and of what may follow it; `end`: of what follows the
+    last field; `after`: of the blanks behind a value.
+    `closed`: whether a separator ends every field, the last one too.  `counts_garbled`: whether a head without a loss is a
+    line that was cut.
+    `digits`: significant digits of the loss, or, where `decimals` is given, those follow from its size.
+    `heldout`: an evaluation's line, with the groups step, loss and test.
     """
 
     name: str
+    mark: str
     marks: tuple[str, ...]
     head: re.Pattern[str]
     columns: dict[str, str]
-    loss_digits: int
     first_iteration: int
-    closed: bool
+    split: re.Pattern[str]
+    before: str
+    equals: str
+    other: str
+    end: str
+    value: str = VALUE
+    unit: str = ""
+    after: str = r"[ \t]*"
+    closed: bool = False
+    counts_garbled: bool = True
+    digits: int = 7
+    decimals: int | None = None
+    heldout: re.Pattern[str] | None = None
+
+    def with_loss(self, name: str | None) -> Dialect:
+        """Return the dialect with another field as its loss."""
+        if name is None:
+            return self
+        kept = {field: column for field, column in self.columns.items() if column != "loss"}
+        return replace(self, columns={**kept, name: "loss"})
 
 
+BARS = re.compile(r"\|")
 NEMO = Dialect(
     name="NeMo console log",
+    mark="Training epoch ",
     marks=("Training epoch ",),
     head=re.compile(r"Training epoch (?P<epoch>\d{1,9}), iteration (?P<iteration>\d{1,15})/(?P<total>\d{1,15})[ \t]*"),
     columns={
@@ -50,16 +83,26 @@ NEMO = Dialect(
         "max_memory_allocated": "memory_bytes",
         "max_memory_reserved": "reserved_bytes",
         "peak_memory_usage": "reserved_bytes",  # nemo/lightning/pytorch/strategies/megatron_strategy.py:721, v2.3.2
-        "tokens_per_sec_per_gpu": "tokens_per_s",
+        "tokens_per_sec_per_gpu": "tokens_per_s",  # nemo/utils/exp_manager.py:347, v2.3.2
         "tokens_per_s_per_gpu": "tokens_per_s",
-        "TFLOPS_per_GPU": "tflops",
+        "TFLOPS_per_GPU": "tflops",  # nemo/lightning/pytorch/callbacks/flops_callback.py:143, v2.3.2
     },
-    loss_digits=4,
     first_iteration=0,
-    closed=False,
+    split=BARS,
+    before=r"\|[ \t]*",
+    equals=":",
+    other=r"[^|\n]*",
+    end=r"[ \t]*$",
+    digits=4,
+    heldout=re.compile(
+        r"Validation: iteration \d{1,9}/\d{1,9} \| global_step: (?P<step>\d{1,15}) "
+        r"\| val_loss: (?P<loss>\d{1,15}(?:\.\d{1,15})?(?:e[-+]\d{1,2})?)[ \t]*$(?P<test>)?",
+        re.MULTILINE,
+    ),
 )
 MEGATRON = Dialect(
     name="Megatron console log",
+    mark="iteration ",
     marks=("consumed samples:", "number of nan iterations:"),
     head=re.compile(r"iteration[ \t]+(?P<iteration>\d{1,15})/[ \t]*(?P<total>\d{1,15})[ \t]*"),
     columns={
@@ -75,10 +118,74 @@ MEGATRON = Dialect(
         "number of skipped iterations": "skipped",
         "number of nan iterations": "nan",
     },
-    loss_digits=7,
     first_iteration=1,
+    split=BARS,
+    before=r"\|[ \t]*",
+    equals=":",
+    other=r"[^|\n]*",
+    end=r"\|",
     closed=True,
+    heldout=re.compile(
+        r"validation loss at (?:iteration (?P<step>\d{1,15})(?: on (?P<set>validation|test) set)?|the end of training for (?P<data>val|test) data)"
+        r" \| lm loss value: (?P<loss>\d\.\d+E[-+]\d+) \|"
+    ),
 )
+BAR = Dialect(
+    name="Lightning progress bar",
+    mark="Epoch ",
+    marks=("%|",),
+    head=re.compile(
+        r"Epoch (?P<epoch>\d{1,9}):[ :]{0,3}\s*\d{0,3}%\|[^|\n]{0,400}\| "
+        r"(?P<iteration>\d{1,15})/(?P<total>\d{1,15}) \[[^,\]\n]{0,40}"
+    ),
+    columns={
+        "global_step": "global_step",
+        "reduced_train_loss": "loss",
+        "grad_norm": "grad_norm",
+        "lr": "lr",
+        "train_step_timing in s": "step_time_s",
+        "global_batch_size": "global_batch",
+        "consumed_samples": "samples",
+        "val_loss": "val_loss",
+        "max_memory_allocated": "memory_bytes",
+        "max_memory_reserved": "reserved_bytes",
+        "peak_memory_usage": "reserved_bytes",
+        "TFLOPS_per_GPU": "tflops",
+    },
+    first_iteration=1,
+    split=re.compile(","),
+    before=r",[ \t]*",
+    equals="=",
+    other=r"[^,\]\n]*",
+    end=r"\]",
+    decimals=3,
+    counts_garbled=False,
+)
+TITAN = Dialect(
+    name="torchtitan console log",
+    mark="step:",
+    marks=("loss:", "tps:"),
+    head=re.compile(r"(?<!validate )step:[ \t]*(?P<iteration>\d{1,15})(?=[ \t]+loss:)"),
+    columns={
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "memory": "reserved_gib",
+        "tps": "tokens_per_s",
+        "tflops": "tflops",
+    },
+    first_iteration=1,
+    split=re.compile(r"[ \t]+(?=\w{1,40}:)"),
+    before=r"[ \t]+",
+    equals=":",
+    other=r"[ \t]*\S+",
+    end=r"[ \t]*$",
+    value=r"(?:[-+.,\d]{1,32}|nan|inf)",
+    unit=r"(?:GiB\([-.\d]+%\))?",
+    after="",
+    decimals=4,
+    heldout=re.compile(r"validate step:[ \t]*(?P<step>\d{1,15})[ \t]+loss:[ \t]*(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"),
+)
+DIALECTS = {"nemo": NEMO, "megatron": MEGATRON, "torchtitan": TITAN, "progress-bar": BAR}
 
 
 @dataclass(frozen=True)
@@ -97,17 +204,19 @@ class Shape:
 def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
     """Return the shape of a training line that starts at `at`; None where it is cut, garbled or no training line."""
     head = dialect.head.match(line, at)
-    fields = line[head.end() :].rstrip().split("|") if head else []
+    if head is None:
+        return None
+    rest = line[head.end() :].rstrip()
+    fields = dialect.split.split(rest[: rest.find("]")] if dialect.end == r"\]" else rest)
     if len(fields) < 2 or fields[0].strip():
         return None
     if dialect.closed:
         fields.pop()  # what follows the last bar, or a field that was cut before its bar
-    names = [field.rpartition(":")[0].strip() for field in fields[1:]]
+    names = [field.rpartition(dialect.equals)[0].strip() for field in fields[1:]]
     columns = [dialect.columns[name] for name in names if name in dialect.columns]
     if len(set(columns)) < len(columns) or not _is_whole(dialect, columns):
         return None
-    values = "".join(_field(name, name in dialect.columns) for name in names)
-    body = dialect.head.pattern + values + (r"\|" if dialect.closed else r"[ \t]*$")
+    body = dialect.head.pattern + "".join(_field(dialect, name) for name in names) + dialect.end
     pattern = re.compile(body, re.MULTILINE)
     if not pattern.match(line, at):
         return None
@@ -121,11 +230,13 @@ def _is_whole(dialect: Dialect, columns: list[str]) -> bool:
     return ("nan" if dialect.closed else "loss") in columns
 
 
-def _field(name: str, wanted: bool) -> str:
-    value = rf"[ \t]*({VALUE})[ \t]*" if wanted else r"[^|\n]*"
-    return rf"\|[ \t]*{re.escape(name)}:{value}" if name else r"\|[^|\n]*"
+def _field(dialect: Dialect, name: str) -> str:
+    if not name:
+        return dialect.before + dialect.other
+    value = rf"[ \t]*({dialect.value}){dialect.unit}{dialect.after}" if name in dialect.columns else dialect.other
+    return rf"{dialect.before}{re.escape(name)}{dialect.equals}{value}"
 
 
 def _prefix(text: str) -> str:
     """Return a pattern of what stands before a training line, in which only a time stamp may change."""
-    return "".join(r"\[20[^\]\n]*\]" if STAMP.fullmatch(part) else re.escape(part) for part in STAMP.split(text))
+    return "".join(ANY_STAMP if STAMP.fullmatch(part) else re.escape(part) for part in STAMP.split(text))

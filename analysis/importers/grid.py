@@ -52,9 +52,8 @@ def refuse_two_runs(steps: Array, total: int | None) -> None:
     """Raise InputError where a run had reached its end before another began at the same step."""
     for i in np.flatnonzero(np.diff(steps) < 0) + 1:
         if total is not None and steps[i] == steps[0] and steps[i - 1] >= total:
-            raise InputError(
-                f"the log holds two runs: one ends at step {int(steps[i - 1])} of {total}, and steps begin anew at {int(steps[i])}; split it, and import each"
-            )
+            ends, anew = int(steps[i - 1]), int(steps[i])
+            raise InputError(f"the log holds two runs: one ends at step {ends} of {total}, and steps begin anew at {anew}; split it, and import each")
 
 
 def stretches_of(steps: Array, what: str) -> list[Stretch]:

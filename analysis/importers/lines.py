@@ -6,38 +6,76 @@ return ends a line as a line feed does.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
+import lzma
 import math
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from recipes.errors import InputError
 
 BLOCK = 1 << 18  # characters read at a time
+LONGEST = 1 << 20  # characters of a line
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # srun --label "0: ", nemo-run "name/0 ", torchrun "[default0]:", Slurm tools "[host:3]:"
 RANK = re.compile(r"^\s*(\d{1,6}): |/(\d{1,6})\s|\[(?:default|rank|[\w.-]{1,64}:)(\d{1,6})\]:?")
 Rank = tuple[int, ...]
 
 
+def opened(path: Path) -> IO[bytes]:
+    """Return a file's bytes, unpacked where it is compressed (gzip, bzip2, xz)."""
+    file = path.open("rb")
+    head = file.peek(6)[:6]
+    if head.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if head.startswith(b"BZh"):
+        return cast(IO[bytes], bz2.BZ2File(file))
+    if head.startswith(b"\xfd7zXZ"):
+        return cast(IO[bytes], lzma.LZMAFile(file))
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        raise InputError(f"{path} is compressed with Zstandard, which is not read; unpack it first (zstd -d)")
+    return file
+
+
 def blocks_of(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks of whole lines; the last one lacks its line feed where the file does."""
+    """Yield the text of a file in blocks of whole lines; the last one lacks its line feed where the file does.
+
+    A line that is longer than LONGEST is left out: no training line is, and it must not fill the memory.
+    """
     try:
-        with path.open("rb") as file:
-            head = file.peek(4)[:4]
-            raw = gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
-            text = io.TextIOWrapper(io.BufferedReader(raw), encoding=_encoding(head), errors="replace")
-            while block := text.read(BLOCK):
-                block += text.readline()
+        with opened(path) as raw:
+            buffered = io.BufferedReader(cast(io.RawIOBase, raw))
+            text = io.TextIOWrapper(buffered, encoding=_encoding(buffered.peek(4)[:4]), errors="replace")
+            for block in _whole_lines(text):
                 yield ANSI.sub("", block) if "\x1b" in block else block
-    except (EOFError, gzip.BadGzipFile, zlib.error):
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
         raise InputError(f"{path} is compressed and damaged; its end cannot be read; copy it again") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); name a log file that is there") from None
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); name a log file that is there") from None
+
+
+def _whole_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    kept, too_long = "", False
+    while block := text.read(BLOCK):
+        lines, feed, rest = block.rpartition("\n")
+        if feed and too_long:
+            lines = lines.partition("\n")[2]
+            kept = ""
+        if feed:
+            yield f"{kept}{lines}\n"
+            kept, too_long = rest, False
+        elif not too_long:
+            kept += rest
+        if len(kept) > LONGEST:
+            kept, too_long = "", True
+    if kept:
+        yield kept
 
 
 def _encoding(head: bytes) -> str:

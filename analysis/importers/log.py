@@ -16,6 +16,7 @@ from analysis.importers.grid import SHOWN, Stretch, gaps_of, last_word, refuse_t
 from analysis.metrics import Array
 from recipes.errors import InputError
 
+GIGABYTES = {"memory_bytes": 1e-9, "reserved_bytes": 1e-9, "reserved_gib": 2**30 / 1e9}  # a unit in 1e9 bytes
 MOST_STEPS = 2**53  # beyond it a float no longer counts
 
 
@@ -61,6 +62,25 @@ def settle(log: Log) -> Log:
         if kept:
             keep_rows(kept, last_word(kept["step"]) & (kept["step"] <= log.steps["step"][-1]))
     return log
+
+
+def put_units(log: Log) -> None:
+    """Put columns into the project's units: seconds, and GB of 1e9 bytes.
+
+    Memory allocated is a column where every line has it, for a metric has a value a step; its peak is kept either way.
+    """
+    steps = log.steps
+    if "step_time_ms" in steps:
+        milliseconds = steps.pop("step_time_ms") / 1000
+        steps.setdefault("step_time_s", milliseconds)
+    for ours, sources in (("memory_gb", ("memory_gb", "memory_bytes")), ("reserved_gb", ("reserved_gb", "reserved_bytes", "reserved_gib"))):
+        found = [steps.pop(name) * GIGABYTES.get(name, 1.0) for name in sources if name in steps]
+        if not found or np.isnan(found[0]).all():
+            continue
+        peak = float(np.nanmax(found[0]))
+        setattr(log, ours, max(peak, getattr(log, ours) or 0.0))
+        if ours == "memory_gb" and np.isfinite(found[0]).all():
+            steps[ours] = found[0]
 
 
 def keep_rows(columns: dict[str, Array], kept: NDArray[np.bool_]) -> None:

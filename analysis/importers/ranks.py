@@ -18,17 +18,18 @@ from analysis.metrics import Array
 SIDE_BY_SIDE = 0.75  # distinct steps over printed ones, below which ranks printed the same steps
 
 
-def one_stream(ranks: Sequence[Rank], steps: Array, loss: Array, said: list[str]) -> NDArray[np.bool_]:
-    """Return which of n training lines make up the run; what was chosen is added to `said`."""
+def one_stream(names: Sequence[Rank], who: NDArray[np.int32], steps: Array, loss: Array, said: list[str]) -> NDArray[np.bool_]:
+    """Return which of n training lines make up the run; what was chosen is added to `said`.
+
+    `names`: the ranks; `who`: which of them printed each line.
+    """
     whole: NDArray[np.bool_] = np.isfinite(steps)
-    names = sorted(set(ranks))
     if len(names) == 1:
         return whole
-    who = _indices(ranks, names)
-    printed = [set(steps[whole & (who == i)].tolist()) for i in range(len(names))]
-    if len(set().union(*printed)) > SIDE_BY_SIDE * sum(map(len, printed)):
+    printed = [np.unique(steps[whole & (who == i)]) for i in range(len(names))]
+    if np.unique(np.concatenate(printed)).size > SIDE_BY_SIDE * sum(part.size for part in printed):
         return whole
-    chosen = max(range(len(names)), key=lambda i: (len(printed[i]), -i))
+    chosen = max(range(len(names)), key=lambda i: (printed[i].size, -i))
     label = ".".join(map(str, names[chosen])) or "unlabelled"
     differ = _differ(steps, loss, who, chosen, whole)
     said.append(f"{len(names)} ranks print the same steps; rank {label} was kept" + (", although their losses differ" if differ else ""))
@@ -36,13 +37,10 @@ def one_stream(ranks: Sequence[Rank], steps: Array, loss: Array, said: list[str]
     return kept
 
 
-def _indices(ranks: Sequence[Rank], names: Sequence[Rank]) -> NDArray[np.int64]:
-    place = {name: i for i, name in enumerate(names)}
-    return np.array([place[rank] for rank in ranks])
-
-
-def _differ(steps: Array, loss: Array, who: NDArray[np.int64], chosen: int, whole: NDArray[np.bool_]) -> bool:
+def _differ(steps: Array, loss: Array, who: NDArray[np.int32], chosen: int, whole: NDArray[np.bool_]) -> bool:
     """Whether any rank's loss differs from the chosen one's at a step that both printed."""
-    kept = dict(zip(steps[who == chosen].tolist(), loss[who == chosen].tolist(), strict=True))
-    others = whole & (who != chosen)
-    return any(kept.get(step, value) != value for step, value in zip(steps[others].tolist(), loss[others].tolist(), strict=True))
+    ours, others = whole & (who == chosen), whole & (who != chosen)
+    known, last = np.unique(steps[ours][::-1], return_index=True)
+    place = np.searchsorted(known, steps[others]).clip(max=known.size - 1)
+    both = known[place] == steps[others]
+    return bool((loss[ours][::-1][last[place[both]]] != loss[others][both]).any())

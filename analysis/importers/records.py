@@ -1,103 +1,260 @@
 """Loggers that store values by name: what the names are called, and from where their steps count.
 
-Three families write to TensorBoard and W&B: our own run folder callback, NeMo (through Lightning, whose steps count
-from 0) and Megatron-LM or Megatron-Bridge.  One call of a logger is one record; the records of one family, in the order
-in which they were written, are a log.
+One call of a logger is one record; the records of one family of names, in the order in which they were written, are a
+log.  TensorBoard, W&B, tables, JSON lines and DLLogger all end here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from analysis.importers.log import Log
+from analysis.importers.log import Log, put_units
 from analysis.metrics import Array
 from recipes.errors import InputError
 
 STEP, TIME = "step", "time"  # keys of every record, beside the names that the logger was given
 Record = dict[str, float]
+SPARSE = frozenset({"memory_gb", "memory_bytes", "reserved_bytes", "reserved_gb", "reserved_gib", "tflops", "tokens_per_s", "num_gpus"})
+MOST_NAMED = 12  # names that an error lists
 
 
 @dataclass(frozen=True)
 class Family:
-    """The names that one framework logs; `first` is the step that it calls the first."""
+    """The names that one framework logs; `first` is the step that it calls the first.
+
+    `counts_calls`: whether W&B's own step counts calls of the logger there, and not the trainer's steps.
+    """
 
     name: str
-    loss: str
-    heldout: str
+    loss: tuple[str, ...]
+    heldout: tuple[str, ...]
     first: int
     columns: dict[str, str]
+    test: tuple[str, ...] = ()
+    counts_calls: bool = False
 
 
 OWN = Family(
     "this project's",
-    "loss",
-    "heldout_loss",
+    ("loss",),
+    ("heldout_loss",),
     1,
     {key: key for key in ("grad_norm", "lr", "step_time_s", "fp8_gemms", "memory_gb")},
 )
+# nemo/lightning/pytorch/strategies/megatron_strategy.py:705-750 and :788, v2.3.2 and v2.4.0; Lightning's steps count from 0.
 NEMO = Family(
     "NeMo's",
-    "reduced_train_loss",
-    "val_loss",
+    ("reduced_train_loss",),
+    ("val_loss",),
     0,
     {
         "grad_norm": "grad_norm",
         "lr": "lr",
         "train_step_timing in s": "step_time_s",
         "global_batch_size": "global_batch",
+        "consumed_samples": "samples",
+        "max_memory_allocated": "memory_bytes",
+        "max_memory_reserved": "reserved_bytes",
+        "peak_memory_usage": "reserved_bytes",
+        "TFLOPS_per_GPU": "tflops",
+        "tokens_per_sec_per_gpu": "tokens_per_s",
     },
+    test=("test_loss",),
+    counts_calls=True,
 )
+# megatron/training/training.py (training_log), core_v0.12.3; Bridge src/megatron/bridge/training/utils/train_utils.py, v0.3.0.
 MEGATRON = Family(
     "Megatron's",
-    "lm loss",
-    "lm loss validation",
+    ("lm loss",),
+    ("lm loss validation",),
     1,
-    {"grad-norm": "grad_norm", "learning-rate": "lr", "iteration-time": "step_time_s", "batch-size": "global_batch"},
+    {
+        "grad-norm": "grad_norm",
+        "learning-rate": "lr",
+        "iteration-time": "step_time_s",
+        "batch-size": "global_batch",
+        "world-size": "num_gpus",
+        "mem-max-allocated-bytes": "memory_bytes",
+        "memory/mem-max-allocated-gigabytes": "memory_gb",
+        "memory/mem-max-reserved-gigabytes": "reserved_gb",
+        "throughput": "tflops",
+        "throughput/tflops/device": "tflops",
+        "throughput/device/tokens_per_sec": "tokens_per_s",
+    },
 )
-FAMILIES = (OWN, NEMO, MEGATRON)
+# microsoft/Megatron-DeepSpeed megatron/training.py (training_log), 00caa0e; its W&B names are others than TensorBoard's.
+DEEPSPEED = Family(
+    "Megatron-DeepSpeed's",
+    ("lm-loss-training/lm loss", "loss/lm loss"),
+    ("lm-loss-validation/lm loss validation",),
+    1,
+    {
+        "grad-norm/grad-norm": "grad_norm",
+        "learning-rate/learning-rate": "lr",
+        "iteration-time/iteration-time": "step_time_s",
+        "throughput/iteration-time": "step_time_s",
+        "batch-size/batch-size": "global_batch",
+        "world-size/world-size": "num_gpus",
+        "throughput/tokens_per_gpu_per_sec": "tokens_per_s",
+    },
+)
+# torchtitan/components/metrics.py (MetricsProcessor.log and log_validation), 00fbaaf.
+TITAN = Family(
+    "torchtitan's",
+    ("loss_metrics/global_avg_loss",),
+    ("validation_metrics/loss",),
+    1,
+    {
+        "grad_norm": "grad_norm",
+        "lr": "lr",
+        "time_metrics/end_to_end(s)": "step_time_s",
+        "throughput(tps)": "tokens_per_s",
+        "tflops": "tflops",
+        "memory/max_reserved(GiB)": "reserved_gib",
+    },
+)
+# Names that scripts of their own use, DLLogger's examples and Hugging Face's Trainer among them.
+PLAIN = Family(
+    "plain",
+    ("train_loss", "train/loss", "training_loss", "training/loss", "loss/train", "step_loss"),
+    ("eval_loss", "eval/loss", "valid_loss", "validation_loss", "val/loss", "validation/loss"),
+    1,
+    {
+        "learning_rate": "lr",
+        "train/learning_rate": "lr",
+        "train/grad_norm": "grad_norm",
+        "step_time": "step_time_s",
+        "step_time_s": "step_time_s",
+        "iteration_time": "step_time_s",
+        "step_time_ms": "step_time_ms",
+        "iteration_time_ms": "step_time_ms",
+    },
+    test=("test_loss", "test/loss"),
+)
+FAMILIES = (NEMO, MEGATRON, DEEPSPEED, TITAN, PLAIN, OWN)
 GLOBAL_STEP = "global_step"
-NAMES = frozenset([GLOBAL_STEP, *(name for family in FAMILIES for name in (family.loss, family.heldout, *family.columns))])
+# Names of the trainer's step, the first that there is; "_step" and "Step" are W&B's and TensorBoard's own.
+TRAINER_STEPS = ("trainer/global_step", "training/iteration", "train/global_step", "loss/iteration", GLOBAL_STEP, "iteration")
+LOGGER_STEPS = ("_step", "Step", "step")
+STEPS = (*TRAINER_STEPS, *LOGGER_STEPS)
+NAMES = frozenset(
+    [GLOBAL_STEP, *(name for family in FAMILIES for name in (*family.loss, *family.heldout, *family.test, *family.columns))],
+)
 
 
-def log_of(records: Iterable[Record], what: str) -> Log:
-    """Return the log that records tell; `what` names the source's format."""
+@dataclass
+class Vocabulary:
+    """Which names are read: those that families know, and the one that the user calls the loss; others are noted."""
+
+    loss_key: str | None = None
+    others: dict[str, None] = field(default_factory=dict)
+
+    def knows(self, name: str) -> bool:
+        """Return whether a value under this name is read."""
+        known = name in NAMES or name == self.loss_key
+        if not known and len(self.others) < 1000:
+            self.others.setdefault(name)
+        return known
+
+    def family(self, names: set[str], what: str) -> Family:
+        """Return the family that wrote these names; InputError that lists what was found where there is none."""
+        if self.loss_key is not None:
+            if self.loss_key not in names:
+                raise InputError(f"no {self.loss_key!r} found in the {what}, which --loss-key names; it holds {_listed([*names, *self.others])}")
+            near = max(FAMILIES, key=lambda family: len(names & family.columns.keys()))
+            return replace(near, loss=(self.loss_key,))
+        found = next((family for family in FAMILIES if names.intersection(family.loss)), None)
+        found = found or next((f for f in FAMILIES if any(f.columns.get(name) in ("step_time_s", "step_time_ms") for name in names)), None)
+        if found is None:
+            wanted = ", ".join(name for family in FAMILIES for name in family.loss)
+            held = _listed([*names, *self.others])
+            raise InputError(
+                f"no training loss found in the {what}: none of {wanted}; it holds {held}; name the loss with --loss-key, or another source"
+            )
+        return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(sorted(names)[:MOST_NAMED])[:600]
+    return (f"{shown} and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else shown) or "no values"
+
+
+def log_of(records: Iterable[Record], what: str, vocabulary: Vocabulary, *, counts_calls: bool = False) -> Log:
+    """Return the log that records tell; `what` names the source's format.
+
+    `counts_calls`: the records' steps are the logger's own count, which the trainer's global_step corrects.
+    """
     kept = list(records)
-    family = next((f for f in FAMILIES if any(f.loss in record for record in kept)), None)
-    if family is None:
-        wanted = ", ".join(f.loss for f in FAMILIES)
-        raise InputError(f"no training loss found in the {what}: none of {wanted}; name another source or --format")
-    placed = [*_placed(kept, family)]
-    log = Log(f"{what} ({family.name} names)", _columns([r for r in placed if family.loss in r], family))
-    heldout = [(record[STEP], record[family.heldout]) for record in placed if family.heldout in record]
-    if heldout:
-        log.heldout = dict(zip((STEP, "heldout_loss"), np.array(heldout, dtype=np.float64).T, strict=True))
+    names = {name for record in kept for name in record} - {STEP, TIME}
+    family = vocabulary.family(names, what)
+    if counts_calls and family.counts_calls and GLOBAL_STEP not in names:
+        raise InputError(
+            f"the {what} counts calls of the logger, and {family.name} trainer's steps are not in it; export it with trainer/global_step"
+        )
+    if family.counts_calls and counts_calls:
+        kept = [*_with_trainer_steps(kept)]
+    first = family.first if family is not PLAIN and vocabulary.loss_key is None else int(min((r[STEP] for r in kept), default=1) != 0)
+    placed = [*_placed(kept, family, first)]
+    training = [record for record in placed if any(name in record for name in family.loss)]
+    training = training or [r for r in placed if any(family.columns.get(name) in ("step_time_s", "step_time_ms") for name in r)]
+    log = Log(f"{what} ({family.name} names)", _columns(training, family))
+    for name, found, key in (("heldout", family.heldout, "heldout_loss"), ("test", family.test, "test_loss")):
+        setattr(log, name, _evaluations(placed, found, key))
+    for count in np.unique(log.steps.pop("num_gpus", np.zeros(0))):
+        if np.isfinite(count):
+            log.facts.key("num_gpus", int(count), f"world size {int(count)}")
+    put_units(log)
     _time_steps(log)
     return log
 
 
-def _placed(records: Iterable[Record], family: Family) -> Iterator[Record]:
+def _with_trainer_steps(records: Iterable[Record]) -> Iterator[Record]:
+    """Yield records at the trainer's step; one that lacks it, as an evaluation's, belongs to the last that has it."""
+    last = math.nan
+    for record in records:
+        last = record.get(GLOBAL_STEP, last)
+        if math.isfinite(last):
+            yield {**record, STEP: last}
+
+
+def _placed(records: Iterable[Record], family: Family, first: int) -> Iterator[Record]:
     """Yield records with their steps counted from 1.
 
     Lightning's counter falls back by one at each restart; global_step, which NeMo logs beside the loss, does not.
     """
-    ahead: float = 1 - family.first
+    ahead: float = 1 - first
     for record in records:
-        if family is NEMO and family.loss in record and math.isfinite(record.get(GLOBAL_STEP, math.nan)):
+        if family is NEMO and family.loss[0] in record and math.isfinite(record.get(GLOBAL_STEP, math.nan)):
             ahead = record[GLOBAL_STEP] + 1 - record[STEP]
         yield {**record, STEP: record[STEP] + ahead}
 
 
+def _evaluations(records: Iterable[Record], names: Sequence[str], key: str) -> dict[str, Array]:
+    """Return the losses of evaluations by step.
+
+    Where a step has several in a row, the first counts: Megatron-LM writes the test set's loss after training under the
+    validation's name (megatron/training/training.py:2285, core_v0.12.3).
+    """
+    found = [(record[STEP], record[name]) for record in records for name in names if name in record]
+    kept = [pair for before, pair in zip([(math.nan, 0.0), *found], found, strict=False) if pair[0] != before[0]]
+    return dict(zip((STEP, key), np.array(kept, dtype=np.float64).T, strict=True)) if kept else {}
+
+
 def _columns(records: list[Record], family: Family) -> dict[str, Array]:
-    names = {STEP: STEP, TIME: TIME, family.loss: "loss", **family.columns}
-    whole = {ours: name for name, ours in names.items() if all(name in record for record in records)}  # not logged is not NaN
-    found = {ours: np.array([record[name] for record in records], dtype=np.float64) for ours, name in whole.items()}
-    times = next(name for name, ours in family.columns.items() if ours == "step_time_s")
-    if "step_time_s" not in found and any(times in record for record in records):
-        found["step_time_s"] = np.array([record.get(times, np.nan) for record in records], dtype=np.float64)
+    """Return columns; one that only some records have is kept where it needs no value a step, for not logged is not NaN."""
+    names = {STEP: STEP, TIME: TIME, **dict.fromkeys(family.loss, "loss"), **family.columns}
+    found = dict[str, Array]()
+    for name, ours in names.items():
+        if ours in found:
+            continue
+        values = np.array([record.get(name, np.nan) for record in records], dtype=np.float64)
+        partly = ours in SPARSE or ours in ("step_time_s", "step_time_ms")
+        if all(name in record for record in records) or (partly and not np.isnan(values).all()):
+            found[ours] = values
     return found
 
 

@@ -1,57 +1,71 @@
 """The training lines of one dialect, gathered from a text as numbers.
 
 Lines that differ only in their values are read by one pattern, and a block of nothing else by one call of it, which
-keeps a log of a million steps within seconds.
+keeps a log of a million steps within seconds.  Numbers are kept a block at a time, and a column that has one value in a
+block as that value, so that a log of gigabytes takes little more memory than its losses.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.importers.dialects import NEMO, Dialect, Shape, learn
+from analysis.importers.dialects import Dialect, Shape, learn
 from analysis.importers.lines import Rank, rank_of
 from analysis.metrics import Array
+from recipes.errors import InputError
 
 MOST_SHAPES, RECENT = 2000, 8  # how many shapes are learned from one log, and how many of them are tried on a line
-PARTLY = frozenset({"grad_norm", "lr", "global_batch", "samples"})  # columns that a run can do without
+NEEDED = frozenset({"grad_norm", "lr", "global_batch", "samples"})  # columns that are dropped where a line lacks them
 TIMESTAMP = " [20"  # before Megatron's lines where no rank stands
+
+
+@dataclass
+class Block:
+    """Lines of one shape: their places among all training lines, and their columns, a single value where all agree."""
+
+    shape: int
+    places: NDArray[np.int64]
+    columns: dict[str, Array]
 
 
 class Scanner:
     """Collects the training lines of one dialect.
 
     `places`, `rows`: by shape, the place of each line among all training lines, and its values as printed; `blocks`: the
-    same as arrays, for what was read before.  `ranks`: who printed each line.  `validated`: the places of the lines that
-    are the first after a validation.
+    same as numbers, for what was read before.  `ranks`: who printed the lines, with their count, one after another.
+    `validated`: the places of the lines that are the first after a validation.
     """
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect, self.shapes, self.recent = dialect, list[Shape](), list[int]()
         self.places, self.rows = list[list[int]](), list[list[tuple[str, ...]]]()
-        self.blocks = list[tuple[int, NDArray[np.int64], list[Array]]]()
-        self.ranks, self.validated = list[Rank](), set[int]()
-        self.pending, self.heldout = set[Rank](), list[tuple[float, float]]()
-        self.garbled = self.last = 0
+        self.blocks, self.ranks = list[Block](), list[tuple[Rank, int]]()
+        self.pending, self.validated = set[Rank](), set[int]()
+        self.heldout, self.test = list[tuple[float, float]](), list[tuple[float, float]]()
+        self.count = self.garbled = self.last = 0
+        self.total: int | None = None
 
-    def line(self, line: str, at: int) -> None:
-        """Read a training line that starts at `at`."""
+    def line(self, line: str, at: int) -> bool:
+        """Read a training line that starts at `at`; return whether it is one."""
         found = ((number, match) for number in self.recent if (match := self.shapes[number].match(line, at)))
         number, match = next(found, (-1, None))
         if match is None:
             number, match = self._learn(line, at)
         if not match or (line[-1] != "\n" and not self.dialect.closed and match.end(match.lastindex or 0) >= len(line.rstrip())):
-            self.garbled += bool(self.dialect.head.match(line, at))  # or the file ends within a number
-            return
-        rank = () if at < 2 or line.startswith(TIMESTAMP) else rank_of(line[:at])
-        self._first_after_validation(rank)
-        self.places[number].append(len(self.ranks))
+            is_head = self.dialect.head.match(line, at) is not None  # or the file ends within a number
+            self.garbled += is_head and self.dialect.counts_garbled
+            return is_head
+        self._add_ranks(() if at < 2 or line.startswith(TIMESTAMP) else rank_of(line[:at]), 1)
+        self.places[number].append(self.count)
         self.rows[number].append(match.groups())
         self.last = number
-        self.ranks.append(rank)
+        self.count += 1
+        return True
 
     def _learn(self, line: str, at: int) -> tuple[int, re.Match[str] | None]:
         shape = learn(self.dialect, line, at) if len(self.shapes) < MOST_SHAPES else None
@@ -68,61 +82,97 @@ class Scanner:
 
         `others`: texts of other lines that matter; a block that has one is to be read line by line.
         """
-        if not self.ranks or not text.endswith("\n"):
+        if not self.count or not text.endswith("\n"):
             return False
-        shape = self.shapes[self.last]
-        rows = shape.block.findall(text)
+        rows = self.shapes[self.last].block.findall(text)
         has_others = text.count("\n") != len(rows)
         if not rows or (has_others and (any(text.count(m) != len(rows) for m in self.dialect.marks) or any(other in text for other in others))):
             return False
-        places = np.arange(len(self.ranks), len(self.ranks) + len(rows))
-        self.blocks.append((self.last, places, [_numbers(column) for column in zip(*rows, strict=True)]))
-        self._first_after_validation(self.ranks[-1])
-        self.ranks += [self.ranks[-1]] * len(rows)
+        places = np.arange(self.count, self.count + len(rows))
+        self._store(self.last, places, rows)
+        self._add_ranks(self.ranks[-1][0], len(rows))
+        self.count += len(rows)
         return True
 
-    def _first_after_validation(self, rank: Rank) -> None:
+    def _add_ranks(self, rank: Rank, count: int) -> None:
         if rank in self.pending:
-            self.validated.add(len(self.ranks))
+            self.validated.add(self.count)
             self.pending.discard(rank)
+        before = self.ranks[-1] if self.ranks else None
+        if before and before[0] == rank:
+            self.ranks[-1] = (rank, before[1] + count)
+        else:
+            self.ranks.append((rank, count))
 
     def flush(self) -> None:
         """Turn the lines read so far into numbers, which take a tenth of their room."""
         for number, (places, rows) in enumerate(zip(self.places, self.rows, strict=True)):
             if rows:
-                self.blocks.append((number, np.array(places), [_numbers(column) for column in zip(*rows, strict=True)]))
+                self._store(number, np.array(places), rows)
             places.clear()
             rows.clear()
 
-    def columns(self) -> dict[str, Array]:
-        """Return the values of n training lines by column, NaN where a line did not print one."""
-        found = {"iteration": np.full(len(self.ranks), np.nan)} if self.ranks else {}
-        left_out = self._cut_shapes()
-        for number, places, values in self.blocks:
-            whole = ~np.isneginf(values).any(axis=0) & (number not in left_out)
+    def _store(self, number: int, places: NDArray[np.int64], rows: Sequence[tuple[str, ...]]) -> None:
+        """Keep lines as numbers; one that holds something else is garbled."""
+        columns = dict(zip(self.shapes[number].columns, (_numbers(column) for column in zip(*rows, strict=True)), strict=True))
+        bad = np.zeros(1, dtype=bool)
+        for values in columns.values():
+            bad = bad | np.isneginf(values)
+        if bad.any():
+            whole = np.broadcast_to(~bad, places.shape)
             self.garbled += int((~whole).sum())
-            for name, column in zip(self.shapes[number].columns, values, strict=True):
-                if name not in found:
-                    found[name] = np.full(len(self.ranks), np.nan)
-                found[name][places[whole]] = column[whole]
-        for name in found.keys() & PARTLY:
-            if any(name not in self.shapes[number].columns for number, _, _ in self.blocks if number not in left_out):
-                del found[name]  # unprinted is not NaN, and a column has a value a line
-        if self.dialect is NEMO and found:
-            found["validated"] = np.isin(np.arange(len(self.ranks)), list(self.validated)).astype(np.float64)
+            places = places[whole]
+            columns = {name: values[whole] if values.size > 1 else values for name, values in columns.items()}
+        if places.size:
+            self._place(columns)
+            self.blocks.append(Block(number, places, columns))
+
+    def _place(self, columns: dict[str, Array]) -> None:
+        """Put the step, counted from 1, in place of what tells it; NeMo's iteration starts anew with each epoch, global_step does not."""
+        counted = columns.pop("iteration") + 1 - self.dialect.first_iteration
+        epoch, given = columns.pop("epoch", np.zeros(1)), columns.pop("global_step", None)
+        if given is None and (epoch > 0).any():
+            raise InputError(
+                "the log goes over more than one epoch and does not print global_step; its iterations count anew; import TensorBoard's events"
+            )
+        columns["step"] = counted if given is None else given + 1
+        if (total := columns.pop("total", None)) is not None:
+            self.total = int(total[-1]) + 1 - self.dialect.first_iteration
+
+    def columns(self) -> dict[str, Array]:
+        """Return the values of n training lines by column, NaN where a line did not print one; the scanner is empty then."""
+        self._leave_out_cut()
+        names = dict.fromkeys(name for block in self.blocks for name in block.columns)
+        found = dict[str, Array]()
+        for name in names:
+            if name in NEEDED and any(name not in block.columns for block in self.blocks):
+                continue  # unprinted is not NaN, and a column has a value a line
+            found[name] = column = np.full(self.count, np.nan)
+            for block in self.blocks:
+                if name in block.columns:
+                    column[block.places] = block.columns.pop(name)
+        self.blocks.clear()
         return found
 
-    def _cut_shapes(self) -> set[int]:
+    def _leave_out_cut(self) -> None:
         """A line that ends with its loss was cut there if most lines go on."""
-        cut = {number for number, shape in enumerate(self.shapes) if shape.loss_is_last}
-        return cut if sum(len(places) for number, places, _ in self.blocks if number in cut) * 2 < len(self.ranks) else set()
+        cut = [block for block in self.blocks if self.shapes[block.shape].loss_is_last]
+        if cut and sum(block.places.size for block in cut) * 2 < self.count:
+            self.garbled += sum(block.places.size for block in cut)
+            self.blocks = [block for block in self.blocks if not self.shapes[block.shape].loss_is_last]
+
+    def who(self) -> tuple[list[Rank], NDArray[np.int32]]:
+        """Return the ranks that printed lines, in order, and for each line which of them did."""
+        names = sorted({rank for rank, _ in self.ranks})
+        place = {rank: i for i, rank in enumerate(names)}
+        return names, np.repeat(np.array([place[rank] for rank, _ in self.ranks], dtype=np.int32), [count for _, count in self.ranks])
 
 
 def _numbers(printed: Sequence[str]) -> Array:
-    """Return printed values as numbers; one that is none becomes minus infinity, which no training line prints."""
+    """Return printed values as numbers, one number where they are alike; what is none becomes minus infinity, which no line prints."""
     try:
         if printed.count(printed[0]) == len(printed):
-            return np.full(len(printed), float(printed[0]))
+            return np.array([float(printed[0])])
         return np.fromiter(map(float, printed), dtype=np.float64, count=len(printed))
     except ValueError:
         return np.array([_number(value) for value in printed])
@@ -130,6 +180,6 @@ def _numbers(printed: Sequence[str]) -> Array:
 
 def _number(printed: str) -> float:
     try:
-        return float(printed)
+        return float(printed.replace(",", ""))
     except ValueError:
         return -np.inf

@@ -12,23 +12,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.importers.facts import Facts
 from analysis.importers.log import Log
-from analysis.importers.records import NAMES, STEP, TIME, Record, log_of
+from analysis.importers.records import STEP, TIME, Record, Vocabulary, log_of
 from recipes.errors import InputError
 
 FORMAT = "TensorBoard event file"
+TEXT = "/text_summary"  # what torch's SummaryWriter.add_text puts behind a tag
 
 
-def read(paths: Sequence[Path]) -> Log:
+def read(paths: Sequence[Path], vocabulary: Vocabulary) -> Log:
     """Return the log in the event files of one run, in the order in which they were begun."""
-    said: list[str] = []
-    files = sorted(([*_values(path, said)] for path in paths), key=lambda values: values[0][1] if values else 0.0)
-    log = log_of((record for values in files for record in _records(values)), FORMAT)
+    said, facts = list[str](), Facts()
+    files = sorted(([*_values(path, said, vocabulary, facts)] for path in paths), key=lambda values: values[0][1] if values else 0.0)
+    log = log_of((record for values in files for record in _records(values)), FORMAT, vocabulary)
+    log.facts.merge(facts)
     log.said += said
     return log
 
 
-def _values(path: Path, said: list[str]) -> Iterator[tuple[int, float, str, float]]:
+def _values(path: Path, said: list[str], vocabulary: Vocabulary, facts: Facts) -> Iterator[tuple[int, float, str, float]]:
     """Yield step, time (s), name and value of each scalar that an importer knows; what follows a damage is left out."""
     loader, decode, errors = _package()
     events = 0
@@ -36,12 +39,22 @@ def _values(path: Path, said: list[str]) -> Iterator[tuple[int, float, str, floa
         for event in loader(str(path)).Load():
             events += 1
             for value in event.summary.value:
-                if value.tag in NAMES:
+                if value.tag.endswith(TEXT):
+                    _note_text(value, decode, facts)
+                elif vocabulary.knows(value.tag):
                     yield event.step, event.wall_time, value.tag, _number(value, decode)
     except errors:
         pass
     if events != _frames(path):  # the reader ends at a damaged record without a word
         said.append(f"{path.name} is damaged or was cut; what follows the damage was left out")
+
+
+def _note_text(value: Any, decode: Any, facts: Facts) -> None:
+    """Megatron-LM writes its arguments as texts (megatron/training/initialize.py:412, core_v0.12.3)."""
+    texts = decode(value.tensor).reshape(-1)
+    if texts.size == 1:
+        text = texts[0].decode(errors="replace") if isinstance(texts[0], bytes) else str(texts[0])
+        facts.add(value.tag.removesuffix(TEXT), text.strip())
 
 
 def _package() -> tuple[Any, Any, tuple[type[Exception], ...]]:

@@ -1,16 +1,12 @@
-"""Weights & Biases: the file of an offline run, and tables exported from a project's page.
+"""Weights & Biases: the file of an offline run.
 
 An offline run (`wandb/offline-run-*/run-*.wandb`) is read with the wandb package's own reader, from a copy, because that
-reader opens its file for writing; no server is asked.  An exported table has a column of steps and one a run and
-metric, `run - metric`; several tables, one a metric, are joined by their steps.
+reader opens its file for writing; no server is asked.  Its exports are tables (tables.py).
 """
 
 from __future__ import annotations
 
-import csv
 import importlib
-import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,34 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from analysis.importers.facts import Facts
-from analysis.importers.lines import blocks_of, significant
 from analysis.importers.log import Log, join
-from analysis.importers.records import NAMES, STEP, TIME, Record, log_of
+from analysis.importers.records import LOGGER_STEPS, STEP, STEPS, TIME, Record, Vocabulary, log_of
+from analysis.importers.tables import flat, loads
 from recipes.errors import InputError
 
-OFFLINE, TABLE = "W&B offline run", "W&B table"
-STEPS = ("trainer/global_step", "_step", "Step", "global_step")  # the first that there is; Lightning logs its own beside W&B's
-FULL_DIGITS = 7  # a 32-bit float has so many; a table with fewer was rounded
-NUMBER = re.compile(r"[-+]?\d{1,20}(?:\.\d{0,20})?(?:[eE][-+]?\d{1,4})?|[-+]?(?:nan|inf|infinity)", re.IGNORECASE)
+OFFLINE = "W&B offline run"
 
 
-def read_offline(paths: Sequence[Path]) -> Log:
+def read_offline(paths: Sequence[Path], vocabulary: Vocabulary) -> Log:
     """Return the log in .wandb files of one run, in the order given."""
-    return join([_offline(path) for path in paths])
+    return join([_offline(path, vocabulary) for path in paths])
 
 
-def _offline(path: Path) -> Log:
-    history, facts, said = list[Record](), Facts(), list[str]()
+def _offline(path: Path, vocabulary: Vocabulary) -> Log:
+    history, facts, said, counted = list[Record](), Facts(), list[str](), False
     for record in _protocol(path, said):
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            history += _of_items(record.history.item)
+            found, own = _of_items(record.history.item, vocabulary)
+            history += found
+            counted |= own
         elif kind in ("config", "run"):
             config = record.config if kind == "config" else record.run.config
             for item in config.update:
-                facts.configuration({item.key or ".".join(item.nested_key): _json(item.value_json)})
-    log = log_of(history, OFFLINE)
-    log.facts, log.said = facts, [*log.said, *said]
+                facts.configuration({item.key or ".".join(item.nested_key): loads(item.value_json)})
+    log = log_of(history, OFFLINE, vocabulary, counts_calls=counted)
+    log.facts.merge(facts)
+    log.said += said
     return log
 
 
@@ -70,71 +66,12 @@ def _protocol(path: Path, said: list[str]) -> Iterator[Any]:
             store.close()
 
 
-def _of_items(items: Any) -> list[Record]:
-    values = {item.key or ".".join(item.nested_key): _json_number(item.value_json) for item in items}
-    found = {key: value for key, value in values.items() if value is not None}
-    step = next((found[key] for key in STEPS if key in found), None)
-    if step is None:
-        return []
-    clock = {TIME: found["_timestamp"]} if "_timestamp" in found else {}
-    return [{**clock, **{key: value for key, value in found.items() if key in NAMES}, STEP: step}]
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _json_number(text: str) -> float | None:
-    value = _json(text)
-    number = isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
-    try:
-        return float(value) if number and not isinstance(value, bool) else None
-    except OverflowError:
-        return None
-
-
-def read_tables(paths: Sequence[Path], run: str | None = None) -> Log:
-    """Return the log in exported tables, joined by step; `run` names the column's run where there are several."""
-    rows: dict[float, Record] = {}
-    digits = 0
-    for path in paths:
-        for record, printed in _table(path, run):
-            rows.setdefault(record[STEP], {}).update(record)
-            digits = max(digits, printed)
-    log = log_of((rows[step] for step in sorted(rows)), TABLE)
-    log.loss_digits = digits if digits < FULL_DIGITS else None
-    return log
-
-
-def _table(path: Path, run: str | None) -> Iterator[tuple[Record, int]]:
-    """Yield each row as a record, with the significant digits of its loss."""
-    lines = (line for block in blocks_of(path) for line in block.replace("\x00", "\ufffd").rstrip("\n").split("\n"))
-    try:
-        reader = csv.reader(lines)
-        names = next(reader, [])
-        step, columns = _columns(path, names, run)
-        for row in reader:
-            if len(row) == len(names) and NUMBER.fullmatch(row[step].strip()):
-                cells = {name: row[i].strip() for i, name in columns.items() if NUMBER.fullmatch(row[i].strip())}
-                losses = [cells[name] for name in ("loss", "reduced_train_loss", "lm loss") if name in cells]
-                yield {STEP: float(row[step]), **{k: float(v) for k, v in cells.items()}}, max(map(significant, losses), default=0)
-    except csv.Error as error:
-        raise InputError(f"{path} is no table ({error}); export it from W&B as CSV") from None
-
-
-def _columns(path: Path, names: Sequence[str], run: str | None) -> tuple[int, dict[int, str]]:
-    """Return the place of the steps and that of each known metric."""
-    step = next((names.index(name) for name in STEPS if name in names), None)
-    if step is None:
-        raise InputError(f"{path} has no column of steps ({', '.join(STEPS)}); export it from W&B as CSV with one")
-    split = {i: (name.rpartition(" - ")[0], name.rpartition(" - ")[2]) for i, name in enumerate(names) if i != step}
-    known = {i: (owner, name) for i, (owner, name) in split.items() if name in NAMES}
-    owners = sorted({owner for owner, _ in known.values()})
-    if run is None and len(owners) > 1:
-        raise InputError(f"{path} holds {len(owners)} runs ({', '.join(owners)[:200]}); choose one with --run NAME")
-    if run is not None and run not in owners:
-        raise InputError(f"{path} holds no run {run[:80]!r} but {', '.join(owners)[:200] or 'no known metric'}; name one of them")
-    return step, {i: name for i, (owner, name) in known.items() if run in (None, owner)}
+def _of_items(items: Any, vocabulary: Vocabulary) -> tuple[list[Record], bool]:
+    """Return a call of the logger as a record, and whether its step is W&B's own count."""
+    values = flat({item.key or "/".join(item.nested_key): loads(item.value_json) for item in items})
+    step = next((name for name in STEPS if name in values), None)
+    kept = {name: value for name, value in values.items() if not name.startswith("_") and vocabulary.knows(name)}
+    if step is None or not kept:
+        return [], False
+    clock = {TIME: values["_timestamp"]} if "_timestamp" in values else {}
+    return [{**clock, **kept, STEP: values[step]}], step in LOGGER_STEPS

@@ -224,7 +224,7 @@ def test_a_megatron_log_becomes_a_run_with_its_validations_and_layout(bring: Run
     ]
     run = load_run(bring("run", lines))
     assert run.steps["loss"] == pytest.approx(loss, abs=5.1e-7) and run.steps["step_time_s"][0] == pytest.approx(0.1712)
-    assert run.heldout["heldout_loss"].tolist() == [2.5] and run.plan.mapping.micro_batch == 4
+    assert run.heldout["heldout_loss"].tolist() == [2.5, 9.5] and run.plan.mapping.micro_batch == 4
     assert run.manifest["imported"]["loss_digits"] == 7 and run.manifest["imported"]["stated"]["precision"] == "bf16"
     assert "SECRET" not in "".join(p.read_text() for p in run.folder.iterdir())
 
@@ -388,7 +388,7 @@ def test_tables_of_wandb_are_joined_and_know_their_digits(tmp_path: Path, capsys
     run = load_run(tmp_path / "run")
     assert run.steps["loss"] == pytest.approx(loss, abs=5.1e-4) and run.manifest["imported"]["loss_digits"] == 4
     assert "holds no step time" not in capsys.readouterr().err
-    assert main([str(one), "--out", str(tmp_path / "other"), *TINY]) == 0
+    assert main([str(one), "--out", str(tmp_path / "untimed"), *TINY]) == 0
     assert "the log holds no step time: tables of throughput leave it out" in capsys.readouterr().out
     more = table(tmp_path / "more.csv", "Step", {"a - lm loss": loss, "b - lm loss": loss, "a - iteration-time": loss, "b - iteration-time": loss}, 1)
     assert "choose one with --run" in refusal([more, "--out", tmp_path / "other", *TINY], capsys)
