@@ -2,7 +2,7 @@
 
 A comparison is worth what its runs are worth, so a run is refused here, with one line that says why, before any number
 is taken from it: one that has not ended, lost its end, skipped or repeated a step, met NaN or infinity, cannot be read,
-or calls itself FP8 without a single FP8 GEMM in some step.
+or did not run in each step the FP8 GEMMs that its plan implies.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from analysis.metrics import Array as Array
 from analysis.metrics import read_metrics
 from recipes.errors import InputError, one_line
+from recipes.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
 from recipes.plan import Plan
 from recipes.run_folder import read_json, read_plan, status_of
@@ -221,7 +222,7 @@ def _is_finite(run: Run) -> None:
 
 
 def _is_what_it_says(run: Run) -> None:
-    """An FP8 run shows FP8 GEMMs in every step, a BF16 run none."""
+    """Every step shows the FP8 GEMMs that the plan implies: a number in FP8, none in BF16."""
     gemms = run.steps.get("fp8_gemms")
     if gemms is None and run.imported and (run.is_base or "fp8" in run.imported["asserted"]):
         return  # the user vouches for it, and what is said of the comparison says so
@@ -229,10 +230,8 @@ def _is_what_it_says(run: Run) -> None:
         raise InputError(f"{run.folder}: nothing in the imported log shows that FP8 ran; import it again with --assert-fp8 if you know that it did")
     if gemms is None:
         raise InputError(f"{run.folder}: no fp8_gemms in metrics.jsonl: nothing shows in which precision it ran")
-    if run.is_base and gemms.any():
-        raise InputError(f"{run.folder}: a BF16 run that ran FP8 GEMMs; its plan does not say what was trained")
-    idle = np.flatnonzero(~(gemms > 0))
-    if not run.is_base and idle.size:
-        raise InputError(
-            f"{run.folder}: {run.plan.precision.name} ran no FP8 GEMM in {idle.size} step(s), first at step {idle[0] + 1}: not an FP8 run"
-        )
+    for counted in np.unique(gemms):
+        if wrong := refusal(run.plan, float(counted)):
+            steps = run.steps["step"][(gemms == counted) | np.isnan(gemms) & np.isnan(counted)]
+            where = f"{steps.size} step(s), first in step {int(steps[0])}"
+            raise InputError(f"{run.folder}: {where}: {wrong}; the run is not what its plan says")

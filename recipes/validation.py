@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,9 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.fit import ESTIMATE_ERROR
+from recipes.fp8_gemms import refusal
 from recipes.memory import OUTSIDE_PYTORCH, estimate
+from recipes.plan import Plan
 from recipes.run_folder import read_plan, rows_of
 
 PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
@@ -48,9 +51,11 @@ def _compared(peak_gb: float, predicted_gb: float) -> Row:
 def _of_run(folder: Path) -> Row:
     """Return the row of a run folder; InputError where no GPU's memory stands in it."""
     plan = read_plan(folder)
-    held = [row["memory_gb"] for row in rows_of(folder / "metrics.jsonl") if "memory_gb" in row]
+    rows = rows_of(folder / "metrics.jsonl")
+    held = [row["memory_gb"] for row in rows if "memory_gb" in row]
     if plan.on_cpu or not held:
         raise InputError(f"{folder} has no peak of a GPU's memory in metrics.jsonl; name runs that trained on GPUs")
+    _is_what_it_says(folder, plan, rows)
     layout = {key: str(getattr(plan.mapping, key)) for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")}
     axes = {"model": plan.model.name, "gpu": plan.gpu.name, "precision": plan.precision.name, "num_gpus": str(plan.num_gpus)}
     # PyTorch counts a block of a graph's private pool as free as soon as its capture ends, and a
@@ -66,6 +71,15 @@ def _of_run(folder: Path) -> Row:
         "note": note,
         **_compared(max(held) + OUTSIDE_PYTORCH / 1e9, estimate(plan).total_gb),
     }
+
+
+def _is_what_it_says(folder: Path, plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
+    """Raise InputError where a step ran other FP8 GEMMs than the plan implies."""
+    for row in rows:
+        wrong = refusal(plan, row["fp8_gemms"]) if "fp8_gemms" in row else None
+        if wrong:
+            step = f"{folder}: step {row['step']}"
+            raise InputError(f"{step} ran {wrong}; the run is not what its plan says")
 
 
 def _overrides(row: Row) -> list[str]:

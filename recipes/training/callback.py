@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
-from recipes.errors import one_line
+from recipes.errors import InputError, one_line
+from recipes.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
 from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
@@ -136,11 +137,13 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             trainer.should_stop = True
             if step < self.plan.train.max_steps:  # Lightning evaluates where it stops: it would cost the time that is left to save
                 trainer.limit_val_batches = 0
+        gemms = self._gemms() - self.gemms_before
+        self._runs_as_planned(gemms, step)
         if not trainer.is_global_zero:
             return
         loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
         assert self.started
-        skipped, gemms = _skipped_updates(trainer), self._gemms() - self.gemms_before
+        skipped = _skipped_updates(trainer)
         before = self.unwritten
         gpu = self.sampler.take() if self.sampler else None
         self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms, gpu)
@@ -148,6 +151,13 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             self._write_step(trainer, before)
         if not self.ahead or self._is_diagnosed(step):  # what the layers met is theirs until the next step begins
             self._catch_up(trainer)
+
+    def _runs_as_planned(self, gemms: int, step: int) -> None:
+        """End the run where this rank ran other FP8 GEMMs in a step than the plan implies."""
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        if wrong := refusal(self.plan, gemms, stage):
+            rank = torch.distributed.get_rank()
+            raise InputError(f"step {step} of rank {rank} ran {wrong}; the run is not what its plan says")
 
     def _catch_up(self, trainer: Any) -> None:
         """Write the step that is not written yet."""

@@ -10,6 +10,7 @@ import pytest
 
 from analysis.runs import Array
 from recipes.compose import compose_plan
+from recipes.fp8_gemms import fp8_gemms
 from recipes.run_folder import set_status
 
 STEPS = 1200
@@ -58,7 +59,7 @@ def write(folder: Path, loss: Array, precision: str, overrides: list[str], **man
     labels = {"loss": "emulated", "step_time": "measured"}
     said = {"code": {"commit": "0" * 40, "dirty": False}, "device": "none", "data": data, "order_sha256": "1", "labels": labels, **manifest}
     (folder / "manifest.json").write_text(json.dumps(said))
-    rows = metrics_of(loss, 0 if precision == "bf16" else 96)
+    rows = metrics_of(loss, fp8_gemms(plan))
     rows += [{"step": i, "tokens": i * 1024, "heldout_loss": float(loss[i - 1]) + 0.1} for i in range(len(loss) // 4, len(loss) + 1, len(loss) // 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda r: r["step"])))
     set_status(folder, "done", step=len(loss))

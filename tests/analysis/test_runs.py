@@ -46,8 +46,11 @@ UNSOUND = [
     (lambda rows: rows[::-1], "out of order"),
     (lambda rows: [r for r in rows if r["step"] <= 150], "ends at step 150 of 200"),
     (lambda rows: [*rows, rows[-1]], "held-out losses are repeated"),
-    (from_step(1, fp8_gemms=0), "not an FP8 run"),
-    (at(17, fp8_gemms=0), "first at step 17"),
+    (from_step(1, fp8_gemms=0), "200 step(s), first in step 1: 0 FP8 GEMMs where the plan implies 48"),
+    (from_step(1, fp8_gemms=1), "200 step(s), first in step 1: 1 FP8 GEMMs where the plan implies 48"),
+    (at(17, fp8_gemms=24), "1 step(s), first in step 17: 24 FP8 GEMMs where the plan implies 48"),
+    (at(17, fp8_gemms=49), "49 FP8 GEMMs"),
+    (at(17, fp8_gemms=float("nan")), "no number of FP8 GEMMs"),
     (lambda rows: [{k: v for k, v in r.items() if k != "fp8_gemms"} for r in rows], "no fp8_gemms"),
     (lambda rows: [{**r, "loss": "low"} if "loss" in r else r for r in rows], "differ in what they hold"),
     (lambda rows: [], "wrote no training step"),
@@ -63,7 +66,7 @@ def test_unsound_runs_are_refused_with_the_reason(change: Any, says: str, make: 
 
 
 def test_a_bf16_run_with_fp8_gemms_is_refused(make: Maker) -> None:
-    with pytest.raises(InputError, match="BF16 run that ran FP8"):
+    with pytest.raises(InputError, match=r"96 FP8 GEMMs where the plan implies 0 \(BF16\)"):
         load_run(rewrite(make("bf16", curve(STEPS), "bf16"), at(3, fp8_gemms=96)))
 
 

@@ -111,7 +111,7 @@ def unsound(make: Maker) -> dict[str, Path]:
         "unstable": run_of(named(make, "1"), "bf16", 12.0, noise=0.06),
         "it ran on a CPU": make("cpu", curve(STEPS), "bf16"),
         "emulated": run_of(named(make, "2"), "fp8_subchannel", 12.0, (*ON_H200, "mapping=single"), **emulated),
-        "no FP8 GEMM": edit(run_of(named(make, "3"), "fp8_current", 9.0), lambda i: {"fp8_gemms": 0}),
+        "FP8 GEMMs where": edit(run_of(named(make, "3"), "fp8_current", 9.0), lambda i: {"fp8_gemms": 1}),
         "diverged": edit(run_of(named(make, "4"), "fp8_current", 9.0), lambda i: {"loss": float("nan") if i == 9 else 2.0}),
     }
     short = make("5.bf16", curve(9), "bf16", ON_H100, **MEASURED)

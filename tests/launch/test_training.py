@@ -10,7 +10,8 @@ import pytest
 
 from analysis import import_logs
 from launch.__main__ import main
-from recipes.run_folder import rows_of, status_of
+from recipes.fp8_gemms import fp8_gemms
+from recipes.run_folder import read_plan, rows_of, status_of
 from tests.recipes.test_evaluate import write_corpus
 
 SHORT = [
@@ -80,7 +81,8 @@ def test_every_step_counts_its_fp8_gemms(precision: str, runs: Path) -> None:
     rows = [r for r in rows_of(folder(runs, "whole", precision) / "metrics.jsonl") if "loss" in r]
     micro_batches, gemms = 2, 3
     expected = FP8_LINEARS.get(precision, 4 * 4) * gemms * micro_batches
-    assert {r["fp8_gemms"] for r in rows} == {expected}
+    run = folder(runs, "whole", precision)
+    assert {r["fp8_gemms"] for r in rows} == {expected} == {fp8_gemms(read_plan(run))}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

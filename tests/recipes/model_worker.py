@@ -2,7 +2,7 @@
 
     python -m tests.recipes.model_worker JOBS.json
 
-JOBS.json: {"train": [folder, …], "compare": [[name, plan as text], …]}.  A line of JSON comes out for each job.  The parent runs no
+JOBS.json: {"train": [folder, …], "compare": [[name, plan as text], …], "count": the same}.  A line of JSON comes out for each job.  The parent runs no
 arithmetic before it forks, so that a child finds no threads that are not there.
 """
 
@@ -31,6 +31,40 @@ def main(jobs: dict[str, Any]) -> None:
         _forked(folder, lambda folder=folder: {"rc": product.main(Path(folder))}, Path(folder) / "log.txt")
     for name, plan in jobs["compare"]:
         _forked(name, lambda plan=plan: compared(plan_from_json(plan)), Path(jobs["logs"]) / f"{name}.txt")
+    for name, plan in jobs.get("count", []):
+        answer = lambda plan=plan: counted(plan_from_json(plan))  # noqa: E731
+        _forked(name, answer, Path(jobs["logs"]) / f"{name}.txt")
+
+
+def counted(plan: Any) -> dict[str, Any]:
+    """Return the FP8 GEMMs counted in a step of a plan with recomputation.
+
+    Megatron-Core recomputes on the CPU; its BF16 layers stand in for Transformer Engine's.
+    """
+    import torch
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    from recipes.training.te_layers import Watched
+
+    def recomputed(config: Any) -> None:
+        config.recompute_granularity, config.recompute_method = "full", "block"
+        config.recompute_num_layers = plan.mapping.recompute_layers
+
+    on_cpu = {"gpu": plan.gpu.model_copy(update={"compute_capability": None})}
+    in_bf16 = {"precision": plan.precision.model_copy(update={"fp8": None})}
+    model, watched = _ours(plan.model_copy(update=on_cpu | in_bf16), recomputed).train(), []
+    for number, layer in enumerate(model.module.decoder.layers):
+        for linear in layer.modules():
+            if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+                fp8 = plan.precision.fp8
+                linear.fp8 = fp8.first_layers_bf16 <= number < plan.model.num_layers - fp8.last_layers_bf16
+                watched.append(Watched(linear, None))
+                linear.register_forward_hook(watched[-1].forward)
+    for _ in range(plan.mapping.global_batch // plan.mapping.micro_batch):
+        tokens = torch.randint(plan.model.vocab_size, (plan.mapping.micro_batch, LONG))
+        places = torch.arange(LONG).expand_as(tokens)
+        model.module(tokens, places, None).float().mean().backward()
+    return {"rc": 0, "gemms": sum(each.fp8_calls.total for each in watched)}
 
 
 def _forked(name: str, job: Callable[[], dict[str, Any]], log: Path) -> None:
@@ -81,8 +115,8 @@ def compared(plan: Any) -> dict[str, Any]:
     return {"rc": 0, "apart": float((a - b).abs().max()), "scale": float(b.abs().max()), "parameters": counts}
 
 
-def _ours(plan: Any) -> Any:
-    """Return the model that the plan's recipe builds on a CPU, in FP32."""
+def _ours(plan: Any, changed: Callable[[Any], None] = lambda _: None) -> Any:
+    """Return the model that the plan's recipe builds on a CPU, in FP32, its configuration changed."""
     import fiddle as fdl
     import torch
     from megatron.core import parallel_state
@@ -95,6 +129,7 @@ def _ours(plan: Any) -> Any:
     model_parallel_cuda_manual_seed(1)
     model = fdl.build(build(plan, Path("RUN")).model)
     model.config.params_dtype = torch.float32  # Mistral's is BF16
+    changed(model.config)
     model.configure_model()
     return model.eval()
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from recipes.compose import compose_plan
+from recipes.fp8_gemms import fp8_gemms
 from recipes.nemo_recipes import recipes_of
 from recipes.plan import Plan
-from recipes.run_folder import open_folder, rows_of, status_of
+from recipes.run_folder import open_folder, read_plan, rows_of, status_of
 from recipes.sizes import parameters
 
 pytestmark = pytest.mark.nemo
@@ -26,6 +27,17 @@ FURTHER = ("baichuan2_7b", "chatglm3_6b", "gemma_2b", "gpt3_175b", "llama31_8b",
 COMPARED = ("llama32_1b", "llama2_7b", "qwen25_7b", "mistral_7b", "mistral_nemo_12b", "gemma2_9b", "gemma_2b", "nemotron4_15b", "starcoder2_3b")
 SIZES = "num_layers=3 hidden_size=64 ffn_hidden_size=128 num_attention_heads=4 num_query_groups=2 vocab_size=512 seq_length=64"
 RUN = f"max_steps={STEPS} eval_interval={STEPS} eval_batches=1 checkpoint_interval={STEPS} warmup_steps=0 max_lr=2e-3 min_lr=2e-3"
+
+
+# A gated MLP, one without, and norms behind both halves of a layer.
+RECOMPUTED = ("llama32_1b", "nemotron4_15b", "gemma2_9b")
+
+
+def recomputed(recipe: str) -> Plan:
+    """Return a plan for a GPU with 6 layers, the outer two in BF16, of which the first 3 are recomputed."""
+    gpu = ["gpu=h100", "executor=local", "data=mock", "precision=fp8_current", "mapping=single"]
+    layers = ["model.num_layers=6", "mapping.recompute_layers=3"]
+    return plan_of(recipe, *gpu, *layers, "mapping.global_batch=4", "mapping.micro_batch=2")
 
 
 def plan_of(recipe: str, *further: str) -> Plan:
@@ -51,8 +63,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dic
     wanted = [(recipe, precision) for recipe in SHIPPED for precision in ("bf16", "fp8_current")] + [(recipe, "mxfp8") for recipe in FURTHER]
     folders = {" ".join(cell): open_folder(plan_of(cell[0], f"precision={cell[1]}", *own)) for cell in wanted}
     compare = [[recipe, plan_of(recipe, *own).model_dump_json()] for recipe in COMPARED]
+    count = [[f"{recipe} recomputed", recomputed(recipe).model_dump_json()] for recipe in RECOMPUTED]
     file = room / "jobs.json"
-    file.write_text(json.dumps({"train": [str(f) for f in folders.values()], "compare": compare, "logs": str(room)}))
+    trained = {"train": [str(f) for f in folders.values()], "logs": str(room)}
+    file.write_text(json.dumps({**trained, "compare": compare, "count": count}))
     done = subprocess.run([sys.executable, "-m", "tests.recipes.model_worker", str(file)], cwd=ROOT, capture_output=True, text=True)
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert done.returncode == 0, done.stderr[-2000:]
@@ -87,7 +101,14 @@ def _trained(folder: Path, in_fp8: bool) -> None:
     assert status_of(folder) == "done" and [row["step"] for row in steps] == [1, 2, 3]
     assert steps[0]["loss"] == pytest.approx(math.log(512), abs=0.1)  # as if it guessed
     assert heldout[-1] < steps[0]["loss"] and all(math.isfinite(row["grad_norm"]) for row in steps)
-    assert all((row.get("fp8_gemms", 0) > 0) == in_fp8 for row in steps)
+    planned = fp8_gemms(read_plan(folder))
+    assert (planned > 0) == in_fp8 and all(row["fp8_gemms"] == planned for row in steps)
+
+
+@each("recipe", RECOMPUTED)
+def test_megatron_core_runs_the_gemms_that_a_plan_with_recomputation_implies(jobs: Jobs, recipe: str) -> None:
+    of_a_step = 4 * (2 * 3 + 2 * 4) * 2  # of 4 layers in FP8 two are recomputed; 2 micro-batches
+    assert jobs[1][f"{recipe} recomputed"]["gemms"] == of_a_step == fp8_gemms(recomputed(recipe))
 
 
 @each("recipe", COMPARED)
