@@ -185,6 +185,8 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         return f"{wrong}: it takes names with values; write {key}.NAME=value or {key}={{NAME: value}}"
     if key:
         inner = full[1] if full and full[1].startswith(f"{key}.") else key
+        if others := _elsewhere(inner, conf):
+            return f"{wrong}: no such key with these options; it takes {others}"
         return f"{wrong}: no such key in conf/; check its spelling{_near(inner, _known_keys(conf))}"
     return f"cannot compose the plan: {text}"
 
@@ -200,7 +202,20 @@ def _not_there(text: str, overrides: Sequence[str], conf: Path) -> str:
     if wrong is None:
         return f"cannot compose the plan: {text}"
     key = wrong.split("=")[0].lstrip("+~")
+    if others := _elsewhere(key, conf):
+        return f"{wrong}: no such key with these options; it takes {others}"
     return f"{wrong}: no such key with these options; check its spelling{_near(key, sorted(known))}"
+
+
+def _elsewhere(key: str, conf: Path) -> str:
+    """Return the options of a key's group that have the key, as overrides: `data=text` for data.root; "" for none."""
+    group, _, inner = key.partition(".")
+    having = []
+    for path in sorted((conf / group).glob("*.yaml")) if inner else []:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        if isinstance(tree, dict) and inner in _paths({str(name): value for name, value in tree.items()}):
+            having.append(f"{group}={path.stem}")
+    return " or ".join(having)
 
 
 def _near(word: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ the plan alone.  A rule returns None, or a sentence: what, why, what to do inste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from recipes.overlap import tp_overlap_is_possible
@@ -14,7 +15,8 @@ from recipes.plan import Plan
 
 Rule = Callable[[Plan], str | None]
 FP8_MULTIPLE = {"mxfp8": 32}  # dimensions of an operand; every other scaling: 16
-TOKENS_MULTIPLE = 8
+# Tokens of a rank's share under sequence parallelism; every other scaling: 8.
+SHARE_MULTIPLE = {"mxfp8": 32, "subchannel": 128}
 
 
 def heads_divide(plan: Plan) -> str | None:
@@ -95,31 +97,76 @@ def _next_multiple(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
+def sequence_pieces(plan: Plan) -> int:
+    """Return the equal pieces that a sequence is cut in: 2*cp for context parallelism, each by tp."""
+    m = plan.mapping
+    return (2 * m.cp if m.cp > 1 else 1) * m.tp
+
+
 def sequence_divides(plan: Plan) -> str | None:
     """utils.py get_batch_on_this_cp_rank: a rank takes two of 2*cp pieces; sequence parallelism shares one by tp."""
-    m = plan.mapping
-    pieces = (2 * m.cp if m.cp > 1 else 1) * m.tp
+    pieces = sequence_pieces(plan)
     if plan.seq_length % pieces:
         return f"seq_length={plan.seq_length} is no multiple of {pieces} (2*cp*tp, the pieces it is cut in); change it, mapping.cp or mapping.tp"
     return None
 
 
-def fp8_shapes_divide(plan: Plan) -> str | None:
-    """Transformer Engine pytorch/utils.py assert_dim_for_fp8_exec: tokens a multiple of 8, features of 16 (MXFP8: 32)."""
+def fp8_features_divide(plan: Plan) -> str | None:
+    """Transformer Engine pytorch/utils.py assert_dim_for_fp8_exec: features a multiple of 16 (MXFP8: 32).
+
+    Under sequence parallelism block scaling gathers inputs in blocks of 128 features
+    (pytorch/tensor/float8_blockwise_tensor.py, is_quantizable, 2.5 and 2.11).
+    """
     fp8, m, model = plan.precision.fp8, plan.mapping, plan.model
     if fp8 is None or plan.emulated:
         return None
     multiple = FP8_MULTIPLE.get(fp8.scaling, 16)
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.head
-    features = {"hidden_size": model.hidden_size, "ffn_hidden_size / tp": model.ffn_hidden_size // m.tp, "qkv width / tp": qkv // m.tp}
-    bad = next((name for name, size in features.items() if size % multiple), None)
-    if bad:
-        return f"{plan.precision.name} wants {bad}={features[bad]} to be a multiple of {multiple}; change mapping.tp, or use precision=bf16"
-    tokens = m.micro_batch * plan.seq_length // m.cp
-    rows = max(TOKENS_MULTIPLE, FP8_MULTIPLE.get(fp8.scaling, 0))
-    if tokens % rows:
-        return f"{plan.precision.name} wants the {tokens} tokens of a micro-batch to be a multiple of {rows}; change seq_length"
+    gathered = 128 if fp8.scaling == "subchannel" and m.tp > 1 else multiple
+    features = {
+        "hidden_size": (model.hidden_size, gathered),
+        "ffn_hidden_size / tp": (model.ffn_hidden_size // m.tp, multiple),
+        "attention width / tp": (model.num_attention_heads * model.head // m.tp, multiple),
+        "qkv width / tp": (qkv // m.tp, multiple),
+    }
+    for name, (size, of) in features.items():
+        if size % of:
+            what = f"{plan.precision.name} wants {name}={size} to be a multiple of {of}"
+            return f"{what}; change mapping.tp, or use precision=bf16"
     return None
+
+
+def fp8_tokens_divide(plan: Plan) -> str | None:
+    """The tokens of a GEMM, and those of the share that a rank quantizes before they are gathered.
+
+    A weight's gradient is summed over the tokens of a GEMM, in multiples of 16 (Transformer Engine
+    common/gemm/cublaslt_gemm.cu:151 @ f05f12c, :157 @ v2.11) or, with MXFP8, of 32.
+    Sequence parallelism gives each tensor-parallel rank a share of them.  Linear and
+    LayerNormLinear check the share (pytorch/module/linear.py:131 @ bee4649, :158 @ f05f12c, :177 @ v2.11:
+    assert_dim_for_fp8_exec, 8).  MXFP8 quantizes a share in blocks of 32 tokens
+    (pytorch/tensor/mxfp8_tensor.py, make_empty), block scaling in blocks of 128 (2.11
+    pytorch/utils.py:450 asserts it; 2.5 pytorch/distributed.py:1099 looks only at tensors that
+    are not quantized yet).
+    """
+    fp8, m = plan.precision.fp8, plan.mapping
+    if fp8 is None or plan.emulated:
+        return None
+    tokens = m.micro_batch * plan.seq_length // m.cp
+    of_gemm, of_share = FP8_MULTIPLE.get(fp8.scaling, 16), SHARE_MULTIPLE.get(fp8.scaling, 8)
+    is_share_wrong = m.tp > 1 and tokens // m.tp % of_share
+    if tokens % of_gemm == 0 and not is_share_wrong:
+        return None
+    what = (
+        f"the {tokens // m.tp} tokens of a rank (mapping.micro_batch * seq_length / cp / tp)"
+        f" to be a multiple of {of_share}"
+        if is_share_wrong
+        else f"the {tokens} tokens of a micro-batch (mapping.micro_batch * seq_length / cp)"
+        f" to be a multiple of {of_gemm}"
+    )
+    multiple = math.lcm(of_gemm, of_share * m.tp if m.tp > 1 else 1) * m.cp
+    multiple = math.lcm(multiple // math.gcd(multiple, m.micro_batch), sequence_pieces(plan))
+    nearest = _next_multiple(plan.seq_length, multiple)
+    return f"{plan.precision.name} wants {what}; use seq_length={nearest}, or lower mapping.tp or cp"
 
 
 def bf16_layers_fit_a_stage(plan: Plan) -> str | None:
@@ -212,7 +259,8 @@ MAPPING_RULES: tuple[Rule, ...] = (
     batch_divides,
     interleaving_has_a_pipeline,
     sequence_divides,
-    fp8_shapes_divide,
+    fp8_features_divide,
+    fp8_tokens_divide,
     bf16_layers_fit_a_stage,
     recompute_fits_a_stage,
     offload_is_possible,

@@ -13,6 +13,9 @@ H100_70B = ["model=llama3_70b", "gpu=h100"]
 C4 = ["data=indexed", "data.train=[0.3,/data/c4/part0]", "data.heldout=[/data/c4/valid]", "data.tokenizer=/tokenizers/llama3"]
 EMULATED = ["gpu=h200", "stack=emulated", "executor=local"]
 WORKSTATION = ["gpu.compute_capability='12.0'", "cluster.container_runtime=none"]
+TP8 = ["model=llama3_8b", "gpu=h100", "mapping=single", "mapping.tp=8", "mapping.micro_batch=1"]
+TP8 += ["mapping.global_batch=8", "num_gpus=8", "cluster.container_runtime=none", "cluster.python=python"]
+BLOCKS = [*H100_70B, "precision=fp8_subchannel", "stack=nemo_25_07"]
 NO_FSDP = "stack.fp8_parameters_with_fsdp=false"
 
 # rule -> overrides that it alone should refuse, and a part of the way out that it names
@@ -66,9 +69,20 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "num_gpus=1024", "mapping.global_batch=128"], "=512"),
     ],
     "sequence_divides": [([*H100_8B, "seq_length=1022"], "mapping.cp"), ([*H100_70B, "seq_length=8200"], "mapping.tp")],
-    "fp8_shapes_divide": [
+    "fp8_features_divide": [
         ([*H100_8B, "precision=fp8_current", "model.ffn_hidden_size=14344"], "precision=bf16"),
-        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "seq_length=24", "mapping.micro_batch=1"], "change seq_length"),
+        ([*BLOCKS, "model.hidden_size=8000", "model.head_size=128"], "hidden_size=8000 to be a multiple of 128"),
+    ],
+    "fp8_tokens_divide": [
+        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "seq_length=24", "mapping.micro_batch=1"], "use seq_length=32"),
+        # 1,000 tokens a rank of 8 pass, 8,000 in all; 1,004 of 8,032 do not
+        ([*TP8, "precision=fp8_delayed", "seq_length=8032"], "the 1004 tokens of a rank"),
+        ([*TP8, "precision=fp8_current", "seq_length=8032"], "use seq_length=8064"),
+        ([*TP8, "precision=fp8_delayed", "seq_length=4128", "mapping.cp=2", "num_gpus=16"], "use seq_length=4224"),
+        ([*TP8, "precision=mxfp8", "seq_length=8000", "gpu=b200"], "the 1000 tokens of a rank"),
+        ([*TP8, "precision=mxfp8", "seq_length=8000", "gpu=b200"], "use seq_length=8192"),
+        ([*TP8, "precision=fp8_subchannel", "seq_length=8000", "stack=nemo_25_07"], "use seq_length=8192"),
+        ([*TP8, "precision=fp8_subchannel", "seq_length=3584", "stack=nemo_25_04_te_2_11"], "multiple of 128"),
     ],
     "bf16_layers_fit_a_stage": [([*H100_70B, "precision=fp8_current", "precision.fp8.first_layers_bf16=11"], "keep fewer")],
     "recompute_fits_a_stage": [([*H100_70B, "mapping.recompute_layers=5"], "at most 4")],
@@ -104,6 +118,13 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "schedule_is_possible": [(["train.warmup_steps=100"], "set it to null"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
+    "data_takes_what_is_set": [
+        ([*H100_8B, "data=mock", "+data.eod_mask_loss=true"], "use data=text or data=indexed"),
+        ([*H100_8B, "data=mock", "+data.reset_attention_mask=true"], "use data=text or data=indexed"),
+        ([*H100_8B, "data=mock", "+data.tokenizer=t"], "leave it out"),
+        ([*H100_8B, *C4, "+data.sources=[/texts/a]"], "use data=text"),
+        (["+data.train=[/data/c4/part0]"], "use data=indexed"),
+    ],
     "documents_are_masked_where_attention_takes_a_mask": [
         ([*H100_8B, "data.reset_attention_mask=true"], "data.eod_mask_loss"),
         ([*EMULATED, "data.reset_attention_mask=true"], "gpu=cpu"),
@@ -242,3 +263,38 @@ def test_recommended_graphs_are_off_where_layers_are_kept_in_bf16(gpu: str, mapp
         plan = compose_plan([*asked, *more])
         shared = mapping == "iso" and more == ["precision=bf16"]  # with fp8_current, which cannot have them
         assert plan.mapping.cuda_graphs != shared and ("CUDA graphs off" in plan.mapping.source) == shared
+
+
+@pytest.mark.parametrize(
+    ("precision", "seq_length", "more"),
+    [
+        ("fp8_delayed", 8064, []),  # 1,008 tokens a rank
+        ("fp8_current", 8000, []),
+        ("mxfp8", 8192, ["gpu=b200"]),
+        ("fp8_subchannel", 8192, ["stack=nemo_25_07"]),
+        ("bf16", 8008, []),
+    ],
+)
+def test_shares_of_tokens_that_transformer_engine_takes_pass(
+    precision: str, seq_length: int, more: list[str]
+) -> None:
+    compose_plan([*TP8, f"precision={precision}", f"seq_length={seq_length}", *more])
+
+
+def test_without_sequence_parallelism_only_the_tokens_of_a_gemm_count() -> None:
+    small = ["mapping=single", "mapping.micro_batch=1", "mapping.global_batch=1", "model.num_layers=2"]
+    compose_plan([*H100_8B, *small, "precision=fp8_subchannel", "stack=nemo_25_07", "seq_length=48"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data=mock", "data.eod_mask_loss=true"], "data=indexed or data=text"),
+        (["data.train=[a]"], "data=indexed"),
+        (["precision=bf16", "precision.fp8.margin=1"], "precision=fp8_delayed"),
+    ],
+)
+def test_a_key_of_another_option_is_refused_with_that_option(overrides: list[str], says: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_plan([*H100_8B, *overrides])
+    assert str(caught.value) == f"{overrides[-1]}: no such key with these options; it takes {says}"
