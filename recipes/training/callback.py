@@ -67,7 +67,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.unwritten: Ended | None = None
         self.ahead = torch.cuda.is_available()
         self.sampler: devices.Sampler | None = None
-        self.gemms_before = 0
+        self.gemms_before = self.stage = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Seed the initial weights: NeMo 2.3 (lightning/_strategy_lib.py:96) always seeds with 1234, just before this."""
@@ -79,6 +79,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         An evaluation that was due at that step and is not written, for a pause left it out or the job died, is made up for.
         """
         self._alive()
+        self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.layers = {**fp8_modules(pl_module), **watch(pl_module, self._looked_at())}
         stop.listen()
         _count_batches_of(trainer)
@@ -138,7 +139,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             if step < self.plan.train.max_steps:  # Lightning evaluates where it stops: it would cost the time that is left to save
                 trainer.limit_val_batches = 0
         gemms = self._gemms() - self.gemms_before
-        self._runs_as_planned(gemms, step)
+        self._runs_as_planned(gemms, step, trainer.global_rank)
         if not trainer.is_global_zero:
             return
         loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
@@ -152,12 +153,11 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not self.ahead or self._is_diagnosed(step):  # what the layers met is theirs until the next step begins
             self._catch_up(trainer)
 
-    def _runs_as_planned(self, gemms: int, step: int) -> None:
-        """End the run where this rank ran other FP8 GEMMs in a step than the plan implies."""
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        if wrong := refusal(self.plan, gemms, stage):
-            rank = torch.distributed.get_rank()
-            raise InputError(f"step {step} of rank {rank} ran {wrong}; the run is not what its plan says")
+    def _runs_as_planned(self, gemms: int, step: int, rank: int) -> None:
+        """End the run where a rank ran other FP8 GEMMs in a step than the plan implies."""
+        if wrong := refusal(self.plan, gemms, self.stage):
+            what = f"step {step} of rank {rank} ran {wrong}"
+            raise InputError(f"{what}; the run is not what its plan says")
 
     def _catch_up(self, trainer: Any) -> None:
         """Write the step that is not written yet."""

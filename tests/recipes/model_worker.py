@@ -2,7 +2,9 @@
 
     python -m tests.recipes.model_worker JOBS.json
 
-JOBS.json: {"train": [folder, …], "compare": [[name, plan as text], …], "count": the same}.  A line of JSON comes out for each job.  The parent runs no
+JOBS.json: {"train": [folder, …], "compare": [[name, plan as text], …], "count": [the same]}.
+
+A line of JSON comes out for each job.  The parent runs no
 arithmetic before it forks, so that a child finds no threads that are not there.
 """
 
