@@ -163,10 +163,15 @@ class Gpu(Frozen):
 
 
 class Support(Frozen):
-    """The compute capabilities on which a stack runs a scaling, both ends included, where that is written, and what to do elsewhere."""
+    """Where a stack runs a scaling, where that is written, and what to do elsewhere.
+
+    Compute capabilities have both ends included.  `min_cuda`: the CUDA that its GEMMs need of the
+    stack (None: any that the stack's GPUs run on).
+    """
 
     min_capability: Capability
     max_capability: Capability | None
+    min_cuda: Capability | None = None
     source: str
     remedy: str
 
@@ -275,7 +280,8 @@ class Stack(Frozen):
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
     parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
     `userbuffers`: None where the stack's file does not say what they can do.  `graphs_drop_bf16_layers`: why CUDA
-    graphs run layers in FP8 that are kept in BF16 (None: they do not).  `scripts`: what its performance scripts set.
+    graphs run layers in FP8 that are kept in BF16 (None: they do not).  `cuda`: the container's; None
+    where there is no container.  The job asks for the real one (recipes.preflight).  `scripts`: what its performance scripts set.
     """
 
     name: Name
@@ -288,6 +294,7 @@ class Stack(Frozen):
     missing: dict[Scaling, Missing]
     userbuffers: Userbuffers | None = None
     graphs_drop_bf16_layers: str | None = None
+    cuda: Capability | None = None
     scripts: Scripts = Scripts()
 
 

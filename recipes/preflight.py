@@ -8,15 +8,18 @@ says so too.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
+from recipes.rules import capability, min_cuda
 from recipes.run_folder import event, read_plan, set_status
 
 PACKAGES = {"nemo": "nemo-toolkit", "megatron_core": "megatron-core", "transformer_engine": "transformer-engine"}
@@ -50,6 +53,30 @@ def wrong_devices(plan: Plan) -> Iterator[str]:
         yield f"the GPUs have compute capability {', '.join(other)}, {plan.gpu.name} has {plan.gpu.compute_capability}"
 
 
+def wrong_cuda(plan: Plan) -> Iterator[str]:
+    """Yield a sentence where PyTorch was built with an older CUDA than the plan's precision needs.
+
+    Transformer Engine asks for the same one (pytorch/fp8.py, check_fp8_block_scaling_support: torch.version.cuda).
+    """
+    needed = None if plan.on_cpu else min_cuda(plan)
+    if needed is None:
+        return
+    found = _cuda()
+    if found is None:
+        yield f"torch was built without CUDA, {plan.precision.name} needs {needed} or newer"
+    elif capability(found) < capability(needed):
+        yield f"torch was built with CUDA {found}, {plan.precision.name} needs {needed} or newer"
+
+
+def _cuda() -> str | None:
+    """Return the CUDA of the installed PyTorch, such as "12.8", without importing it; None where it has none."""
+    spec = find_spec("torch")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    text = "".join(path.read_text() for place in places if (path := Path(place) / "version.py").exists())
+    found = re.search(r"^cuda\b[^=]*= *['\"](\d+\.\d+)", text, re.MULTILINE)
+    return found[1] if found else None
+
+
 def _capabilities() -> list[str]:
     """Return the compute capability of each visible GPU; none where nvidia-smi is missing or fails."""
     try:
@@ -65,7 +92,7 @@ def main(folder: Path) -> int:
     """Check this node against the plan of a run folder."""
     try:
         plan = read_plan(folder)
-        wrong = [*wrong_versions(plan), *wrong_devices(plan)]
+        wrong = [*wrong_versions(plan), *wrong_cuda(plan), *wrong_devices(plan)]
         if wrong:
             raise InputError(
                 f"{os.environ.get('SLURMD_NODENAME', 'this machine')}: {'; '.join(wrong)}; use the stack's container or another stack and gpu"

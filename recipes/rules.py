@@ -47,6 +47,26 @@ def cell_is_supported(plan: Plan) -> str | None:
     return None
 
 
+def cuda_is_new_enough(plan: Plan) -> str | None:
+    """The stack's CUDA must have the GEMMs of the scaling; where the stack states none, the job asks (recipes.preflight)."""
+    needed, have = min_cuda(plan), plan.stack.cuda
+    if needed is None or have is None or capability(have) >= capability(needed):
+        return None
+    fp8 = plan.precision.fp8
+    assert fp8
+    source = plan.stack.fp8[fp8.scaling].source
+    cell = f"{plan.precision.name} with {plan.stack.name}"
+    return f"{cell}: needs CUDA {needed} or newer and not {have} ({source}); choose a stack that has it, or precision=fp8_current"
+
+
+def min_cuda(plan: Plan) -> str | None:
+    """Return the CUDA that a plan's precision needs on its GPU; None where it needs none in particular."""
+    fp8 = plan.precision.fp8
+    if fp8 is None or plan.emulated or fp8.scaling not in plan.stack.fp8:
+        return None
+    return plan.stack.fp8[fp8.scaling].min_cuda
+
+
 def delayed_keeps_no_bf16_layers(plan: Plan) -> str | None:
     """Megatron-Core 0.12 transformer_config.py refuses delayed scaling with first or last layers in BF16."""
     fp8 = plan.precision.fp8
@@ -260,6 +280,7 @@ def _memory_remedy(plan: Plan) -> str:
 
 BEFORE_MEMORY: tuple[Rule, ...] = (
     cell_is_supported,
+    cuda_is_new_enough,
     *MODEL_RULES,
     delayed_keeps_no_bf16_layers,
     bf16_layers_leave_some_fp8,

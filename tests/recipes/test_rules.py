@@ -35,6 +35,12 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "precision=fp8_delayed", *WORKSTATION], "stack=nemo_25_07"),
         ([*H100_8B, "precision=fp8_current", *WORKSTATION], "stack=nemo_25_07"),
     ],
+    "cuda_is_new_enough": [
+        ([*BLOCKS, "stack.cuda='12.8'"], "needs CUDA 12.9 or newer and not 12.8"),
+        ([*BLOCKS, "stack.cuda='12.8'"], "precision=fp8_current"),
+        ([*BLOCKS, "stack.cuda='11.10'"], "not 11.10"),
+        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "stack.cuda='12.6'"], "needs CUDA 12.8"),
+    ],
     "recipe_is_trained": [
         ([*H100_8B, "model.nemo_recipe=llama3_9b"], "use llama3_8b"),
         ([*H100_8B, "model.nemo_recipe=mixtral_8x7b"], "docs/models.md"),
