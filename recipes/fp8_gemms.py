@@ -26,12 +26,10 @@ def fp8_gemms(plan: Plan, stage: int = 0) -> int:
     `recompute_layers` (Megatron-Core 0.12.3 transformer_block.py, _checkpointed_forward, block).
     """
     again = plan.mapping.recompute_layers
-    per_layer = [
-        in_fp8 * (GEMMS + (number < again))
-        for chunk in layers_by_chunk(plan, stage)
-        for number, in_fp8 in enumerate(chunk)
-    ]
-    return LINEAR_LAYERS * sum(per_layer) * _micro_batches(plan)
+    gemms = 0
+    for chunk in layers_by_chunk(plan, stage):
+        gemms += sum(in_fp8 * (GEMMS + (number < again)) for number, in_fp8 in enumerate(chunk))
+    return LINEAR_LAYERS * gemms * _micro_batches(plan)
 
 
 def refusal(plan: Plan, counted: float, stage: int = 0) -> str | None:

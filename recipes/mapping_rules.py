@@ -157,11 +157,9 @@ def fp8_tokens_divide(plan: Plan) -> str | None:
     if tokens % of_gemm == 0 and not is_share_wrong:
         return None
     what = (
-        f"the {tokens // m.tp} tokens of a rank (mapping.micro_batch * seq_length / cp / tp)"
-        f" to be a multiple of {of_share}"
+        f"the {tokens // m.tp} tokens of a rank (mapping.micro_batch * seq_length / cp / tp) to be a multiple of {of_share}"
         if is_share_wrong
-        else f"the {tokens} tokens of a micro-batch (mapping.micro_batch * seq_length / cp)"
-        f" to be a multiple of {of_gemm}"
+        else f"the {tokens} tokens of a micro-batch (mapping.micro_batch * seq_length / cp) to be a multiple of {of_gemm}"
     )
     multiple = math.lcm(of_gemm, of_share * m.tp if m.tp > 1 else 1) * m.cp
     multiple = math.lcm(multiple // math.gcd(multiple, m.micro_batch), sequence_pieces(plan))

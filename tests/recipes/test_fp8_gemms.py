@@ -113,7 +113,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_with_one_gemm_per_step_is_refused(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = WHOLE / "llama3_8b.bf16.layers32.gbs4"
     changed = one_gemm_a_step(WHOLE / "llama3_8b.fp8_current.layers32.gbs4", tmp_path)

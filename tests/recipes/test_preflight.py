@@ -50,7 +50,10 @@ def node(folder: Path, plan_file: Path, cuda: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("overrides", "cuda", "says"), CASES)
 def test_the_job_asks_for_the_cuda_of_its_pytorch(
-    overrides: list[str], cuda: str, says: str | None, tmp_path: Path
+    overrides: list[str],
+    cuda: str,
+    says: str | None,
+    tmp_path: Path,
 ) -> None:
     plan = compose_plan(["model=llama3_8b", *overrides, f"runs_dir={tmp_path}"])
     run = open_folder(plan)

@@ -282,7 +282,9 @@ def test_recommended_graphs_are_off_where_layers_are_kept_in_bf16(gpu: str, mapp
     ],
 )
 def test_shares_of_tokens_that_transformer_engine_takes_pass(
-    precision: str, seq_length: int, more: list[str]
+    precision: str,
+    seq_length: int,
+    more: list[str],
 ) -> None:
     compose_plan([*TP8, f"precision={precision}", f"seq_length={seq_length}", *more])
 
