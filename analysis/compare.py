@@ -16,7 +16,7 @@ from rich.console import Console
 from analysis.runs import load_run, once
 from analysis.table import all_notes, compare, row, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -57,4 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 from analysis.runs import Line, Run, first_problem
 from analysis.verdict import FAIL, PASS, UNDECIDED, Verdict
 from recipes.errors import InputError
+from recipes.files import read_file
 from recipes.run_folder import read_json
 
 CONFIDENCE = 0.99  # of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
@@ -167,7 +168,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     path = folder / FILE
     try:
         facts = _Facts.model_validate(read_json(path))
-        content = (folder / facts.items.file).read_bytes()
+        content = read_file(folder / facts.items.file)
         if hashlib.sha256(content).hexdigest() != facts.items.sha256:
             raise InputError(f"{folder}: the answers are not those that {FILE} names (sha256); evaluate the run again")
         answers = _answers([_Item.model_validate_json(line) for line in content.splitlines()], folder)

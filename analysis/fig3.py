@@ -27,7 +27,7 @@ from analysis.soundness import sound
 from analysis.speed import Interval
 from analysis.tabular import Table, number, print_json, write
 from analysis.whole import Whole, assemble, published_base, published_step, reference_of
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -297,4 +297,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

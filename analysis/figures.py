@@ -18,12 +18,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from analysis.output import write_file
 from analysis.runs import Run
 from analysis.speed import step_time
 from analysis.statistics import Array, smooth
 from analysis.table import Comparison
 from analysis.verdict import Verdict, heldout_gaps
+from recipes.files import write_file
 
 COLOURS = {"bf16": "#222222", "fp8_delayed": "#E69F00", "fp8_current": "#0072B2", "fp8_subchannel": "#009E73", "mxfp8": "#D55E00"}
 OTHER = ("#CC79A7", "#56B4E9", "#999933", "#882255")

@@ -23,7 +23,7 @@ from analysis.importers.folder import Vouched, write
 from analysis.importers.log import Log, settle
 from analysis.importers.planning import NAME, SCALE, Planned, plan_of
 from analysis.importers.records import Vocabulary
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import flatten
@@ -114,4 +114,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

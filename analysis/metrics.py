@@ -17,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from recipes.errors import InputError
+from recipes.files import open_file
 
 Array = NDArray[np.float64]
 BLOCK = 1 << 20  # bytes read at a time
@@ -58,7 +59,7 @@ def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
     """Yield the lines of a .jsonl file, some thousand at a time; InputError that names the first one that is no JSON object."""
     number = 0
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while lines := file.readlines(BLOCK):
                 yield _block(path, number, lines)
                 number += len(lines)

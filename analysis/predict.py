@@ -32,10 +32,11 @@ from analysis.predictor.validation import validate
 from analysis.predictor.validation_tables import percent, tables
 from analysis.tabular import PAGE, Table, number, print_json
 from analysis.tabular import write as write_tables
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.files import write_file
 from recipes.plan import Plan
 
 Row = dict[str, Any]
@@ -236,16 +237,12 @@ def _write(path: Path, made: Sequence[Table], figure: Figure | None) -> None:
     if path.suffix not in (".png", ".html"):
         write_tables(path, *(replace(table, rows=[_flat(row) for row in table.rows]) for table in made))
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".png":
-            assert figure is not None
-            path.write_bytes(figure.png())
-        else:
-            body = "\n".join([*(table.html() for table in made), figure._repr_html_() if figure else ""])
-            path.write_text(PAGE.format(title=made[0].title, body=body), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+    if path.suffix == ".png":
+        assert figure is not None
+        write_file(path, figure.png())
+    else:
+        body = "\n".join([*(table.html() for table in made), figure._repr_html_() if figure else ""])
+        write_file(path, PAGE.format(title=made[0].title, body=body))
 
 
 def _flat(row: Row) -> Row:
@@ -257,4 +254,4 @@ def _flat(row: Row) -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -24,11 +24,11 @@ import numpy as np
 from matplotlib.image import imread
 
 from analysis.figures import Figure
-from analysis.output import write_file
 from analysis.readme_parts import PARTS, Maker
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_DIFFERS = 1
@@ -131,4 +131,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -17,13 +17,13 @@ from rich.console import Console
 from analysis import devices, numerics_figures
 from analysis.evaluation import section
 from analysis.figures import Figure, figures
-from analysis.output import write_file
 from analysis.pages import render
 from analysis.runs import Run, load_run, once
 from analysis.table import Comparison, all_notes, compare, headline, row, shown, terminal_table
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.files import write_file
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -107,4 +107,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

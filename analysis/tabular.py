@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from analysis.output import write_file
 from recipes.errors import InputError
+from recipes.files import write_file
 
 SUFFIXES = (".csv", ".md", ".html")
 WIDTH = 170  # columns that a table takes where it is not printed on a terminal

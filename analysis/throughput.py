@@ -23,7 +23,7 @@ from analysis.soundness import sound
 from analysis.speed import MAX_SPREAD, Interval, speedup, step_time, window
 from analysis.tabular import Table, number, print_json, write
 from analysis.whole import reference_of
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.flops import flops_per_token, mfu, peak_tflops
@@ -269,4 +269,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -23,7 +23,7 @@ from analysis.runs import Run
 from analysis.soundness import sound
 from analysis.speed import Interval, speedup, step_time, timed
 from analysis.tabular import Table, number, print_json, write
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import differences, flatten
@@ -123,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -19,7 +19,7 @@ from launch.state import check_idle
 from launch.submit import submit_all
 from launch.summary import summary, table
 from recipes.axes import check_single, with_axes
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import compose_plan, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -109,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

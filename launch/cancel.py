@@ -10,7 +10,7 @@ from launch import slurm
 from launch.job import reserved
 from launch.state import active, check_unwritten, settle, was_submitted
 from launch.submit import PATIENCE_S
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import event, read_plan
@@ -52,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

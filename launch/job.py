@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from launch.script import job_folder, render
+from recipes.code import PARTS, PROJECT, code, git, is_tracked
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import open_folder, write_json
-from recipes.secret_values import has_secret
+from recipes.secret_values import SECRET_FILES, holds_secret, is_secret_file
 
-PROJECT = Path(__file__).resolve().parent.parent
-PARTS = ("recipes", "launch", "conf")
 SUFFIXES = {".py", ".yaml", ".csv", ".j2"}
 SITE = "conf/local/"  # what a site sets is in the plan; its files stay where they are
+NO_DIFF = (f":(exclude){SITE}", *(f":(exclude,glob)**/{pattern}" for pattern in SECRET_FILES))
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -133,40 +130,35 @@ def snapshot(target: Path) -> None:
     work = target.with_name(target.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     for name in _files():
-        if name.startswith("conf/") and has_secret((PROJECT / name).read_text(encoding="utf-8", errors="replace")):
+        text = (PROJECT / name).read_bytes()
+        if holds_secret(text.decode(errors="replace")):
             raise InputError(f"{name} has what looks like a secret in it, and a job folder holds a copy; name a file for it in cluster.token_files")
         copy = work / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(PROJECT / name, copy)
+        copy.write_bytes(text)
     write_json(work / "code.json", code())
-    changes = _git("diff", "HEAD", "--", *PARTS) or ""
-    (work / "changes.diff").write_text("left out: it has what looks like a secret in it\n" if has_secret(changes) else changes)
+    changes = git("diff", "HEAD", "--", *PARTS, *NO_DIFF) if is_tracked() else None
+    (work / "changes.diff").write_text("left out: it has what looks like a secret in it\n" if holds_secret(changes or "") else changes or "")
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)
 
 
-def code() -> dict[str, Any]:
-    """Return the commit of the code that is launched, and whether files differ from it; None outside a git checkout."""
-    if (PROJECT / "code.json").exists():
-        return dict(json.loads((PROJECT / "code.json").read_text()))
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *PARTS)
-    return {"commit": commit and commit.strip(), "dirty": None if changes is None else bool(changes.strip())}
-
-
 def _files() -> Iterator[str]:
-    """Yield the project's files: those that git tracks or would, or outside a checkout those that look like ours."""
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
-    if listed:
-        names = [name for name in listed.split("\0") if name and (PROJECT / name).is_file()]
-    else:
-        names = [str(p.relative_to(PROJECT)) for part in PARTS for p in sorted((PROJECT / part).rglob("*")) if p.suffix in SUFFIXES]
-    yield from (name for name in names if not name.startswith(SITE))
+    """Yield the project's files: those that git tracks, and new ones that look like ours; outside a checkout all that do.
+
+    Never the files of a site, files that hold secrets by their name, or links that lead out of the project.
+    """
+    tracked = _listed("--cached") if is_tracked() else []
+    new = _listed("--others", "--exclude-standard") if tracked else _found()
+    for name in sorted({*tracked, *(name for name in new if Path(name).suffix in SUFFIXES)}):
+        file = PROJECT / name
+        if file.is_file() and file.resolve().is_relative_to(PROJECT) and not name.startswith(SITE) and not is_secret_file(file.name):
+            yield name
 
 
-def _git(*args: str) -> str | None:
-    try:
-        command = ["git", "-C", str(PROJECT), *args]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
+def _listed(*which: str) -> list[str]:
+    return [name for name in (git("ls-files", "-z", *which, "--", *PARTS) or "").split("\0") if name]
+
+
+def _found() -> list[str]:
+    return [str(path.relative_to(PROJECT)) for part in PARTS for path in (PROJECT / part).rglob("*")]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from launch import slurm
 from launch.state import asked, judged, submitted
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import last_step, read_plan
@@ -120,4 +120,4 @@ def _runs(given: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import slurm
-from launch.job import code, reserved, write_job
+from launch.job import reserved, write_job
 from launch.slurm import Job, Known
 from launch.state import active, begin_submission, check_unwritten, end_submission, lost, record, settle
+from recipes.code import code
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import check_folder, event, folder_of

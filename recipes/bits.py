@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.bits_rows import Row
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -59,4 +59,4 @@ def _run(small: bool, out: Path | None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

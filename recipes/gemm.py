@@ -21,7 +21,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -129,4 +129,4 @@ def summary(rows: Sequence[Layer]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import nemo_page
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.nemo_recipes import ARCHITECTURE, COLUMNS, NEMO_RECIPES, SIZES, by_version
@@ -424,4 +424,4 @@ def _compare(found: Sequence[Row], version: str, to_write: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

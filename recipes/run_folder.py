@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import InputError, one_line
+from recipes.files import open_file, read_text
 from recipes.overlap import overlaps_tp
 from recipes.plan import Plan, plan_from_json
 
@@ -108,7 +109,7 @@ def _lock(file: int) -> bool | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; OSError where it cannot be read, ValueError where it holds no such thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -145,9 +146,11 @@ def status_of(folder: Path) -> str:
 def read_plan(folder: Path) -> Plan:
     """Return the plan of a run folder; InputError where there is none, or none that this version reads."""
     try:
-        return plan_from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    except OSError:
+        return plan_from_json(read_text(folder / "plan.json"))
+    except FileNotFoundError:
         raise InputError(f"{folder} is no run folder: it has no plan.json") from None
+    except OSError as error:
+        raise InputError(f"{folder / 'plan.json'} cannot be read ({error.strerror}); is this a run folder, and may you read it?") from None
     except ValueError as error:  # no text, no JSON, or no plan
         raise InputError(f"{folder / 'plan.json'} is no plan of this version: {one_line(str(error))[:120]}") from None
 
@@ -200,15 +203,18 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the whole JSON lines of a file; a line cut by a crash is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    if not path.is_file():
+        return []
+    with open_file(path) as file:
+        return [row for line in file if (row := _row(line)) is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:

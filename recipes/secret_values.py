@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 from recipes.errors import InputError
@@ -24,6 +25,12 @@ NAMES = r"(?:TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|AC
 NAMED = re.compile(rf"{NAMES}['\"]?\s*[=:]\s*['\"]?[\w+=-][\w+/=.%!@#-]{{11,}}", re.IGNORECASE)  # a value that is no path
 VARIABLE = re.compile(rf"^cluster\.environment\.(?:.*_)?{NAMES}$", re.IGNORECASE)
 SECRET_NAME = re.compile(rf"(?:^|_)(?:{NAMES}|KEY)$", re.IGNORECASE)  # of the launching environment: its values are secrets
+# Files that are made to hold secrets: environments, keys, certificates with keys, credentials of tools.
+SECRET_FILES = (
+    *(".env", ".env.*", "*.env", ".envrc", "*.tfvars"),
+    *("id_*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.gpg", "*.asc"),
+    *(".netrc", "_netrc", ".npmrc", ".pypirc", ".pgpass", ".htpasswd", ".git-credentials", ".credentials", "credentials*", "secrets*"),
+)
 REMEDY = "it would be written to files; export it before you launch, or name a file that holds it, by its path from /, in cluster.token_files"
 
 
@@ -32,12 +39,27 @@ def refuse_secrets(tree: dict[str, Any]) -> None:
 
     So is what holds the value of a variable of this process that is named as one, as `${oc.env:HF_TOKEN}` does.
     """
-    known = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8 and value[0] not in "/~"]
+    known = _known()
     for key, text in _texts(tree):
         no_file = key.startswith("cluster.token_files.") and not text.startswith("/")
         of_site = key.startswith("cluster.") and WANDB_KEY.search(text)
         if no_file or of_site or has_secret(text) or VARIABLE.match(key) or any(value in text for value in known):
             raise InputError(f"{key} looks like a secret: {REMEDY}")
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether a file's text holds a secret: by its form or name, or the value of a secret variable of this process."""
+    return has_secret(text) or any(value in text for value in _known())
+
+
+def is_secret_file(name: str) -> bool:
+    """Return whether files of this name hold secrets, whatever stands in them."""
+    return not name.endswith(".py") and any(fnmatch(name.lower(), pattern) for pattern in SECRET_FILES)
+
+
+def _known() -> list[str]:
+    """Return the values of this process's variables that are named as secrets; paths are none."""
+    return [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= 8 and value[0] not in "/~"]
 
 
 def has_secret(text: str) -> bool:

@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.output import write_file
 from analysis.pages import render
 from analysis.post.make import make
 from analysis.post.training import Page
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.files import write_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,4 +65,4 @@ def _write(page: Page, figure: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from nemo.lightning import megatron_init
 
+from recipes.code import code
 from recipes.errors import InputError, one_line
 from recipes.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
@@ -28,7 +29,7 @@ from recipes.training import devices, stop, watchdog
 from recipes.training.ahead import Moment, Number
 from recipes.training.console import training_line, validation_line
 from recipes.training.layers import Fp8Mixin, fp8_modules
-from recipes.training.manifest import code, complete_gpus, manifest
+from recipes.training.manifest import complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
 
 NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3

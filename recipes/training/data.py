@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from recipes.cli import command
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -235,4 +236,4 @@ def main(overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command(lambda: main(sys.argv[1:]))

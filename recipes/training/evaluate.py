@@ -98,8 +98,9 @@ def evaluate_run(
 
 
 def _provenance(loaded: Loaded, checkpoint: Path) -> dict[str, Any]:
+    from recipes.code import code
     from recipes.training.layers import fp8_modules
-    from recipes.training.manifest import code, device
+    from recipes.training.manifest import device
 
     plan, packages = loaded.plan, ("nemo-toolkit", "megatron-core", "torch", "transformers", "lm_eval")
     return {

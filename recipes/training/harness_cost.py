@@ -48,7 +48,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -246,4 +246,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

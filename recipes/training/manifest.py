@@ -7,10 +7,8 @@ changes a run's numbers or speed is kept, by name; nothing that could be a secre
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from recipes.code import code
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
 from recipes.plan import Plan
 from recipes.run_folder import read_json, write_json
@@ -25,7 +24,6 @@ from recipes.training import data, devices
 
 PACKAGES = ("nemo-toolkit", "megatron-core", "transformer-engine", "torch", "lightning", "nemo-run", "numpy", "hydra-core", "wandb")
 ENVIRONMENT = ("NCCL_", "NVTE_", "CUDA_", "TORCH_NCCL_", "OMP_", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 def manifest(plan: Plan, folder: Path, gpus: Sequence[GpuRecord] = (), resumed: bool = False) -> dict[str, Any]:
@@ -70,17 +68,6 @@ def complete_gpus(folder: Path, at_end: Sequence[Others | None], during: Others 
     write_json(folder / "manifest.json", found)
 
 
-def code() -> dict[str, Any]:
-    """Return the commit that this code is at and whether files differ from it; None outside a git checkout.
-
-    A job runs a copy of the code, in which `code.json` holds what was known when it was made.
-    """
-    if (PROJECT / "code.json").exists():
-        return dict(json.loads((PROJECT / "code.json").read_text()))
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
 def device() -> str:
     """Return the name of the device that trains."""
     if torch.cuda.is_available():
@@ -113,11 +100,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(PROJECT), *args], capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from recipes.code import code
 from recipes.run_folder import write_json
 from recipes.training import te_quantizers
-from recipes.training.manifest import code
 
 
 def write(files: Mapping[str, Iterable[Mapping[str, Any]]], folder: Path, settings: Mapping[str, Any], labels: Mapping[str, str]) -> None:

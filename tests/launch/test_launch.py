@@ -14,10 +14,11 @@ import pytest
 
 from launch import status
 from launch.__main__ import main
-from launch.job import PROJECT, code, snapshot, write_job
+from launch.job import snapshot, write_job
 from launch.matrix import main as matrix
 from launch.matrix import options
 from launch.slurm import refusal
+from recipes.code import PROJECT, code
 from recipes.compose import compose_plan
 from recipes.run_folder import SESSION, append_line, event, set_status
 from tests.launch.standins import Standins

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import PROJECT
 from launch.local import Job, gpus, run_all
+from recipes.code import PROJECT
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import SESSION, open_folder, set_status, status_of

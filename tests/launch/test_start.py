@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.job import PROJECT, write_job
+from launch.job import write_job
 from launch.script import render
+from recipes.code import PROJECT
 from recipes.compose import compose_plan
 from recipes.run_folder import PORT_TAKEN, SESSION
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -176,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
