@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from recipes.files import write_file
 
 SUFFIXES = (".csv", ".md", ".html")
 WIDTH = 170  # columns that a table takes where it is not printed on a terminal
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the begin of a formula
+MARKUP = re.compile(r"([\\|`\[\]])")  # what makes links, pictures, code and cells in Markdown
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }} table {{ border-collapse: collapse; font-size: .87rem; }}
@@ -82,7 +85,7 @@ class Table:
         file = io.StringIO()
         writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows({key: _harmless(value) for key, value in row.items()} for row in self.rows)
         return file.getvalue()
 
     def print(self) -> None:
@@ -128,8 +131,13 @@ def write(path: Path, *tables: Table) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return text from outside so that it stays one line and no markup of Markdown."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Return text from outside so that it stays one line, ends no cell, and makes no tag, link or picture in Markdown."""
+    return " ".join(MARKUP.sub(r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;").split())
+
+
+def _harmless(value: Any) -> Any:
+    """Return a value of a CSV file so that no spreadsheet takes it for a formula (OWASP, CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _line(cells: Sequence[str]) -> str:
