@@ -1,10 +1,14 @@
-"""`python -m analysis.import_logs SOURCE… --out RUN --set model=… precision=… gpu=…`: a run folder from what you have.
+"""`python -m analysis.import_logs SOURCE… --out RUN --set model=… gpu=…`: a run folder from what you have.
 
-Sources, told by their content: console logs of NeMo 2, Megatron-LM and Megatron-Bridge (also .gz), TensorBoard event
-files or their folder, W&B offline runs (folder or .wandb) and CSV exports.  Several sources are one run: the parts of a
-log that was continued, in their order.  What the log does not say is stated with --set, as for `python -m launch`; what
-nothing can show is vouched for: --same-data NAME (two runs with one NAME saw the same batches) and --assert-fp8.  A
-comparison says which of its grounds are asserted, and is no finer than the digits that a log was printed with.
+Sources, told by their content (docs/imports.md lists what each gives):
+console logs of NeMo 1 and 2, Megatron-LM, Megatron-Bridge, Megatron-DeepSpeed and torchtitan (also .gz, .bz2, .xz),
+TensorBoard event files or their folder and its downloads, W&B offline runs, exports and API rows, DLLogger's files, CSV.
+Several sources are one run: the parts of a log that was continued, in their order.
+
+The log is asked first: what it states is taken from it, and a --set that says otherwise is refused.  What it does not
+state is stated with --set, as for `python -m launch`; what nothing can show is vouched for: --same-data NAME (two runs
+with one NAME saw the same batches) and --assert-fp8.  A comparison says which of its grounds are asserted, and is no
+finer than the digits that a log was printed with.
 
 Exit code 0 if a run folder was written, also for a run that is not sound, which analysis.compare then refuses; 2 for an
 input that cannot be used.
@@ -19,7 +23,7 @@ from pathlib import Path
 
 from analysis.importers.checks import refuse_impossible
 from analysis.importers.detect import FORMATS, Options, read
-from analysis.importers.folder import Vouched, write
+from analysis.importers.folder import Vouched, add_step_times, write
 from analysis.importers.log import Log, settle
 from analysis.importers.planning import NAME, SCALE, Planned, plan_of
 from analysis.importers.records import Vocabulary
@@ -43,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     vouched = Vouched(args.same_data, args.assert_fp8, args.label)
     if vouched.fp8 and plan.precision.fp8 is None:
         raise InputError(f"--assert-fp8 says that FP8 ran, the plan precision={plan.precision.name}; set the precision that ran, or leave it out")
+    add_step_times(log, planned)
     refuse_impossible(log, planned)
     reason = write(out, log, planned, files, vouched)
     for line in _summary(out, log, planned, vouched, reason):

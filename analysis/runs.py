@@ -154,7 +154,7 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(said, dict):
         return {}
     digits, interval, stretches = said.get("loss_digits"), said.get("log_interval"), said.get("stretches")
-    asserted, assumed, memory = said.get("asserted"), said.get("assumed"), said.get("memory_gb")
+    asserted, assumed, stated, memory = (said.get(key) for key in ("asserted", "assumed", "stated", "memory_gb"))
     return {
         "format": one_line(str(said.get("format", "log"))),
         "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
@@ -162,6 +162,7 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
         "stretches": stretches if _are_stretches(stretches) else None,
         "asserted": [one_line(str(what)) for what in asserted] if isinstance(asserted, list) else [],
         "assumed": [one_line(str(what)) for what in assumed] if isinstance(assumed, list) else [],
+        "stated": sorted(map(str, stated)) if isinstance(stated, dict) else [],
         "memory_gb": memory if isinstance(memory, int | float) and memory > 0 else None,
     }
 

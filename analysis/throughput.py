@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import devices, published
+from analysis import devices, expected, published
 from analysis.depth import beside_precision, device, experiment, order
 from analysis.pairing import LAYOUT, asserted, mapping_label
 from analysis.published import Published, layout_of
@@ -75,7 +75,10 @@ def published_of(run: Run) -> Published | None:
 def rows(runs: Sequence[Run], causal: bool = False) -> list[Row]:
     """Return a row a run, BF16 first within an experiment; `causal`: count half of the attention's FLOPs."""
     ordered = sorted(runs, key=lambda run: (experiment(run), run.plan.model.num_layers, order(run), run.name))
-    return [_row(run, own_base(run, ordered), causal) for run in ordered]
+    found = [_row(run, own_base(run, ordered), causal) for run in ordered]
+    if any(run.imported for run in ordered):
+        found = [row | expected.columns(run, row["tokens_per_s_per_gpu"]) for run, row in zip(ordered, found, strict=True)]
+    return found
 
 
 def _row(run: Run, base: Run | None, causal: bool) -> Row:
@@ -183,6 +186,7 @@ def cells(values: Row) -> dict[str, str]:
         "clock, power": devices.clocks(values).replace(UNKNOWN, "–"),
         "peak GB (BF16)": f"{number(values['memory_gb'], 1)} ({number(against, 1)})",
         "of published": "–" if share is None else f"{share:.0%}",
+        **expected.cells(values),
     }
 
 
@@ -218,6 +222,9 @@ def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
     said += _pairs(found)
     said += devices.notes((row["run"], row["pair_gpu"]) for row in found if row["pair_gpu"])
     said += [f"{row['run']}: imported; asserted, not proved: {', '.join(row['asserted'])}" for row in found if row["asserted"]]
+    if any(row.get("expected") for row in found):
+        said.append(expected.RANGES)
+    said += [row["expected"] for row in found if row.get("expected")]
     sources = dict.fromkeys(row["published_source"] for row in found if row["published_source"])
     said += [f"Published: {source}" for source in sources]
     return [*said, *(f"Left out: {reason}" for reason in left_out)]

@@ -94,9 +94,10 @@ def _kind(file: Path) -> str:
     text = head.decode("utf-8-sig", errors="replace").replace("\x00", "").lstrip()
     if "DLLL {" in text or "\nDLL 20" in f"\n{text}":
         return "dllogger"
-    if text.startswith("[["):
+    beginning = "".join(text[:100].split())
+    if beginning.startswith("[["):
         return "tensorboard-json"
-    if text.startswith(("{", "[{", "[\n{")) and '"' in text[:4]:
+    if beginning.startswith(('{"', '[{"')):
         return "json-rows"
     first = next(iter(text.splitlines()), "").strip()
     return "table" if ".csv" in file.suffixes or ".tsv" in file.suffixes or (len(first) < 4000 and _is_header(first)) else CONSOLE

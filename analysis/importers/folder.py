@@ -19,7 +19,7 @@ import orjson
 
 from analysis.importers.log import MOST_STEPS, Log, why_unsound
 from analysis.importers.planning import NAME as NAME
-from analysis.importers.planning import Planned
+from analysis.importers.planning import SCALE, Planned
 from analysis.metrics import Array
 from recipes.errors import InputError
 from recipes.plan import Plan
@@ -47,6 +47,15 @@ def metrics_of(log: Log, plan: Plan) -> dict[str, Array]:
     samples = steps.get("samples", np.full(steps["step"].size, np.nan))
     tokens = np.where(np.isnan(samples), steps["step"] * plan.tokens_per_step, samples * plan.seq_length)
     return {"step": steps["step"], "tokens": tokens, **{k: v for k, v in steps.items() if k not in UNWRITTEN}}
+
+
+def add_step_times(log: Log, planned: Planned) -> None:
+    """Where a log prints tokens/s per GPU and no step time (torchtitan), that follows from the plan's tokens and GPUs."""
+    rate, assumed = log.steps.get("tokens_per_s"), {*SCALE, "seq_length"}.intersection(planned.assumed)
+    if "step_time_s" in log.steps or rate is None or assumed or not (rate > 0).all():
+        return
+    log.steps["step_time_s"] = planned.plan.tokens_per_step / planned.plan.num_gpus / rate
+    log.said.append("step times follow from the tokens/s per GPU that the log prints")
 
 
 def write(out: Path, log: Log, planned: Planned, files: Sequence[Path], vouched: Vouched) -> str:
