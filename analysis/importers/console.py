@@ -150,7 +150,9 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
         log.said.append(f"{scanner.garbled} training line(s) are cut or garbled and were left out")
     if not columns:
         return log
-    columns.setdefault("loss", np.full(who.size, np.nan))  # every step was NaN: Megatron prints no loss then
+    if "loss" not in columns:
+        _refuse_other_loss(scanner, columns)
+        columns["loss"] = np.full(who.size, np.nan)  # every step was NaN: Megatron prints no loss then
     log.loss_digits = _loss_digits(scanner, columns["loss"])
     validated = np.zeros(who.size, dtype=bool)
     validated[list(scanner.validated)] = True
@@ -165,6 +167,14 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     if values is not None and not log.heldout:
         _heldout_of_nemo(log, values, validated[kept])
     return log
+
+
+def _refuse_other_loss(scanner: Scanner, columns: dict[str, Array]) -> None:
+    """Raise InputError where lines lack their loss, and did not lose it to NaN: it has another name there."""
+    if not np.nan_to_num(columns.get("nan", np.zeros(1))).any():
+        wanted = next(name for name, column in scanner.dialect.columns.items() if column == "loss")
+        held = ", ".join(dict.fromkeys(name for shape in scanner.shapes for name in shape.fields if name))[:400]
+        raise InputError(f"the {scanner.dialect.name} holds no field {wanted!r} but {held}; name the loss with --loss-key")
 
 
 def _loss_digits(scanner: Scanner, loss: Array) -> int:

@@ -199,6 +199,7 @@ class Shape:
     block: re.Pattern[str]
     columns: list[str]
     loss_is_last: bool
+    fields: list[str]
 
 
 def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
@@ -222,7 +223,7 @@ def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
         return None
     heads = sorted(dialect.head.groupindex, key=dialect.head.groupindex.__getitem__)
     block = re.compile(f"^{_prefix(line[:at])}{body}", re.MULTILINE)
-    return Shape(pattern.match, block, [*heads, *columns], dialect.columns.get(names[-1]) == "loss")
+    return Shape(pattern.match, block, [*heads, *columns], dialect.columns.get(names[-1]) == "loss", names)
 
 
 def _is_whole(dialect: Dialect, columns: list[str]) -> bool:

@@ -138,8 +138,8 @@ PLAIN = Family(
 FAMILIES = (NEMO, MEGATRON, DEEPSPEED, TITAN, PLAIN, OWN)
 GLOBAL_STEP = "global_step"
 # Names of the trainer's step, the first that there is; "_step" and "Step" are W&B's and TensorBoard's own.
-TRAINER_STEPS = ("trainer/global_step", "training/iteration", "train/global_step", "loss/iteration", GLOBAL_STEP, "iteration")
-LOGGER_STEPS = ("_step", "Step", "step")
+TRAINER_STEPS = ("trainer/global_step", "training/iteration", "train/global_step", "loss/iteration", GLOBAL_STEP, "iteration", "step")
+LOGGER_STEPS = ("_step", "Step")
 STEPS = (*TRAINER_STEPS, *LOGGER_STEPS)
 NAMES = frozenset(
     [GLOBAL_STEP, *(name for family in FAMILIES for name in (*family.loss, *family.heldout, *family.test, *family.columns))],
@@ -165,7 +165,7 @@ class Vocabulary:
         if self.loss_key is not None:
             if self.loss_key not in names:
                 raise InputError(f"no {self.loss_key!r} found in the {what}, which --loss-key names; it holds {_listed([*names, *self.others])}")
-            near = max(FAMILIES, key=lambda family: len(names & family.columns.keys()))
+            near = max((PLAIN, *FAMILIES), key=lambda family: len(names & family.columns.keys()))
             return replace(near, loss=(self.loss_key,))
         found = next((family for family in FAMILIES if names.intersection(family.loss)), None)
         found = found or next((f for f in FAMILIES if any(f.columns.get(name) in ("step_time_s", "step_time_ms") for name in names)), None)
