@@ -25,7 +25,13 @@ def _sources(folder: Path) -> list[Path]:
         (folder / name).write_text("\n".join(lines) + "\n")
     (events,) = tensorboard(folder / "events", filled(FAMILIES[1][0], loss), 1).iterdir()
     columns = {"run - reduced_train_loss": loss, "run - train_step_timing in s": [0.25] * STEPS}
-    return [folder / "nemo.log", folder / "megatron.log", table(folder / "table.csv", "Step", columns), events, _offline(folder / "run.wandb", loss)]
+    return [
+        folder / "nemo.log",
+        folder / "megatron.log",
+        table(folder / "table.csv", "trainer/global_step", columns),
+        events,
+        _offline(folder / "run.wandb", loss),
+    ]
 
 
 def _offline(path: Path, loss: list[float]) -> Path:
@@ -37,7 +43,7 @@ def _offline(path: Path, loss: list[float]) -> Path:
     store.open_for_write(str(path))
     for step, value in enumerate(loss):
         record = Record()
-        for key, number in (("_step", step), ("reduced_train_loss", value), ("train_step_timing in s", 0.25)):
+        for key, number in (("trainer/global_step", step), ("reduced_train_loss", value), ("train_step_timing in s", 0.25)):
             item = record.history.item.add()
             item.key, item.value_json = key, json.dumps(number)
         store.write(record)
