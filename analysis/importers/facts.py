@@ -48,6 +48,8 @@ ALIASES = {
     "use_megatron_fsdp": "fsdp",
     "external_cuda_graph": "enable_cuda_graph",
     "train_batch_size": "global_batch_size",
+    "min_nodes": "nnodes",  # torchrun prints both, and they differ where it is elastic
+    "max_nodes": "nnodes",
 }
 INTEGERS = {  # a name in a log -> the plan's key, for what is taken as it is
     "tensor_model_parallel_size": "mapping.tp",
@@ -113,20 +115,23 @@ DERIVED = (  # names that give a key of the plan together with others
     "optimizer",
 )
 NAMES = frozenset([*INTEGERS, *NUMBERS, *DERIVED, *ALIASES])
+ENUMS = frozenset({"fp8", "fp8_recipe", "cuda_graph_impl"})  # may be printed with their type: Fp8Recipe.tensorwise
 INLINE = frozenset(name for name in NAMES if name.count("_") > 1) | {  # told apart from prose by their underscores
     *("num_layers", "hidden_size", "seq_length", "fp8", "fp8_recipe", "fp8_format", "fp8_margin"),
 }
-LAUNCHER = frozenset({"nproc_per_node", "nnodes"})  # torchrun's, also written with hyphens
+LAUNCHER = frozenset({"nproc_per_node", "nnodes", "min_nodes", "max_nodes"})  # torchrun's, also written with hyphens
 ELSEWHERE = frozenset({"ddp", "checkpoint", "tokenizer", "profiling", "logger"})  # sections that repeat names
 
 DEEPEST = 8  # sections within sections
 
 VALUE = r"['\"]?(?P<value>[-+]?[\w.][-+\w.]{0,39})['\"]?"
 PREFIX = r"^(?:.{0,80}?[\]:>]\s)?"  # a rank, a time stamp, "[NeMo I ... file:line]"
-ARGUMENT = re.compile(rf"{PREFIX}\s*(?P<name>\w{{2,40}}) \.{{2,}} {VALUE}\s*$")
+CLOCK = re.compile(r"\[?20\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d[-+.,:\dZ]{0,20}\]?\s?")
+ARGUMENT = re.compile(rf"{PREFIX}\s*(?P<name>\w{{2,40}})[ \t]\.{{2,}}[ \t]{VALUE}\s*$")
 YAML = re.compile(rf"{PREFIX}(?P<indent>\s*)(?P<name>\w{{2,40}}):(?:\s+{VALUE})?,?\s*$")
 WORD = r"[A-Za-z0-9][\w-]{1,40}"
-NAMED = re.compile(rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}")
+NAMED = re.compile(rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}(?![\w:])")
+UNKNOWN = "?"  # a value that a log names and does not print: --nnodes=$NODES
 PRESET = re.compile(rf"\b({'|'.join(PRESETS)})\b")
 WORLD = re.compile(r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b")
 USING = re.compile(r"\b([a-z-]{5,30}) size: (\d{1,7})")
@@ -135,8 +140,8 @@ LAST_RANK = re.compile(r"(\d{1,7})\]\]\s*$")
 MESH = re.compile(r"device mesh with \[([\w', ]{0,80})\], \[([\d, ]{1,60})\]")
 TITAN = re.compile(r"global batch size (\d{1,9}), sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup (\d{1,12})\))?")
 WORDS = (  # a text without any of them states nothing
-    *(" ..", "fp8", "parallel_size", "micro_batch_size", "seq_length", "sequence_length", "num_layers", "hidden_size"),
-    *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "devices:"),
+    *(" ..", "\t..", "fp8", "parallel_size", "micro_batch_size", "seq_length", "sequence_length", "num_layers", "hidden_size"),
+    *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "_nodes", "devices:"),
     *("device mesh", "sequence length", "recompute", "activations_checkpoint", "_mixed"),
 )
 GROUP_KEYS = {"tensor model": "mapping.tp", "pipeline model": "mapping.pp", "context": "mapping.cp"}
@@ -168,21 +173,26 @@ class Facts:
 
     def line(self, line: str) -> None:
         """Read a line that tells no training step."""
+        line = CLOCK.sub("", line, count=1)
         if argument := ARGUMENT.match(line):
             self.add(argument["name"], argument["value"])
             return
         self._sentence(line)
         if entry := YAML.match(line):
             self._entry(len(entry["indent"]), entry["name"], entry["value"])
-        elif any(word in line for word in ("_", "fp8", "nproc", "nnodes")):
+        elif any(word in line for word in ("_", "-", "fp8")):
             for found in NAMED.finditer(line):
                 name = (found["flag"] or found["name"]).replace("-", "_")
                 if name in INLINE or name in LAUNCHER:
                     self.add(name, found["value"])
+            if "nproc" in line and "nnodes" in line and "nnodes" not in self.raw:
+                self.add("nnodes", UNKNOWN)
 
     def add(self, name: str, value: object) -> None:
         """Note a value under a name of the log's; names that state nothing about a plan are left out."""
         known, text = ALIASES.get(name, name), str(value).strip("'\"")
+        if known in ENUMS:
+            text = text.rpartition(".")[2]
         if known in NAMES and name in NAMES and len(text) <= 40:
             self.raw.setdefault(known, {}).setdefault(text.lower(), f"{name} {text}")
 

@@ -71,12 +71,13 @@ NUMBER_OF_GPUS = {
         "using world size: 128, data-parallel size: 4, context-parallel size: 2, tensor-model-parallel size: 4, pipeline-model-parallel size: 4"
     ],
     "data-parallel size": arguments(data_parallel_size=4, tensor_model_parallel_size=4, pipeline_model_parallel_size=4, context_parallel_size=2),
-    "torchrun's log": ["  min_nodes        : 16", "  nproc_per_node   : 8", "INFO launch configs: nnodes: 16"],
+    "torchrun's log": ["  min_nodes          : 16", "  max_nodes          : 16", "  nproc_per_node     : 8"],
     "torchrun's command": ["+ torchrun --nproc_per_node=8 --nnodes=16 pretrain.py --lr 1e-4"],
     "torchrun's command, hyphens": ["+ torchrun --nproc-per-node 8 --nnodes 16 pretrain.py"],
     "NeMo 1's YAML": ["  trainer:", "    devices: 8", "    num_nodes: 16"],
     "NeMo 2's groups": [f"[NeMo I 2025-06-02 12:00:00 nemo_logging:393] All tensor model parallel group ranks: [{RANKS}]"],
     "an environment": ["[rank0]: WORLD_SIZE=128 LOCAL_WORLD_SIZE=8"],
+    "a time before it": [f"2026-03-04T08:00:00.123Z {line}" for line in arguments(world_size=128)],
     "a rank's prefix": [f"0: {LIGHTNING[1]}", f"\x1b[32m[rank3]: {LIGHTNING[1]}\x1b[0m"],
 }
 
@@ -101,6 +102,8 @@ IMPOSSIBLE = [
     ([*LIGHTNING, "Starting with 64 processes"], nemo(256, 10.4), SEVENTY_B, "the log states num_gpus as 128 and 64"),
     (LIGHTNING, nemo(256, 10.4, max_memory_allocated=500e9), SEVENTY_B, "the log's memory peaks at 500 GB, and h100 has 80"),
     (arguments(**F04), megatron(64, 7.424, tflops=1022.0), EIGHT_B, "prints 1,022 TFLOP/s per GPU, and its step time gives"),
+    (["+ torchrun --nproc_per_node 8 --nnodes=$NODES x.py"], nemo(256, 10.4, TFLOPS_per_GPU=758.1), SEVENTY_B, "nothing states num_gpus"),
+    (["+ torchrun --nproc_per_node 8 --nnodes 8:16 x.py"], nemo(256, 10.4, TFLOPS_per_GPU=758.1), SEVENTY_B, "nothing states num_gpus"),
     (arguments(**F04, fp16=True), megatron(64, 7.424), EIGHT_B, "the log states fp16"),
 ]
 
@@ -137,6 +140,7 @@ CONTRADICTED = [
     ({**TENSORWISE, "fp8_recipe": "delayed"}, ["precision=fp8_current"], "precision=fp8_delayed (fp8_recipe delayed), --set precision=fp8_current"),
     ({**TENSORWISE, "fp8_recipe": "mxfp8"}, ["precision=fp8_current"], "precision=mxfp8"),
     ({**TENSORWISE, "fp8_recipe": "blockwise"}, ["precision=fp8_current"], "precision=fp8_subchannel"),
+    ({**TENSORWISE, "fp8_recipe": "Fp8Recipe.tensorwise"}, ["precision=fp8_delayed"], "precision=fp8_current"),
     (TENSORWISE, ["precision=bf16"], "FP8 (fp8 hybrid), --set precision=bf16"),
     (F04, ["precision=fp8_current"], "precision=bf16 (fp8 None), --set precision=fp8_current"),
     (TENSORWISE, ["precision=fp8_current", "precision.fp8.first_layers_bf16=0"], "precision.fp8.first_layers_bf16=1"),
