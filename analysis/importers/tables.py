@@ -104,7 +104,8 @@ class _Table:
         try:
             reader = csv.reader(_lines(self.path), delimiter=self.delimiter)
             next(reader, None)
-            for row in reader:
+            for cells_as_printed in reader:
+                row = [self._with_point(cell) for cell in cells_as_printed]
                 step = number(row[self.step]) if len(row) == len(self.names) else None
                 if step is None:
                     continue
@@ -113,6 +114,10 @@ class _Table:
                 yield {STEP: step, **{name: number(text) or 0.0 for name, text in cells.items()}}, printed
         except csv.Error as error:
             raise InputError(f"{self.path} is no table ({error}); export it as CSV") from None
+
+    def _with_point(self, cell: str) -> str:
+        """Where semicolons separate, a comma stands for the decimal point."""
+        return cell.replace(",", ".") if self.delimiter == ";" and "." not in cell else cell
 
     def _step(self, run: str | None) -> int:
         """Return the column of steps: the trainer's before the logger's own."""

@@ -106,6 +106,10 @@ FILES: dict[str, tuple[str, Callable[[], str | list[str]]]] = {
     ),
     "pandas' CSV": ("history.csv", lambda: [",_step,lm loss,iteration-time", *(f"{i},{i},{v},0.84" for i, v in enumerate(LOSS, 1))]),
     "semicolons": ("table.csv", lambda: ["Step;lm loss;iteration-time", *(f"{i};{v};0.84" for i, v in enumerate(LOSS, 1))]),
+    "semicolons and decimal commas": (
+        "table.csv",
+        lambda: ["Step;lm loss;iteration-time", *(f"{i};{v};0.84".replace(".", ",") for i, v in enumerate(LOSS, 1))],
+    ),
     "tabs": ("table.tsv", lambda: ["iteration\tlm loss\titeration-time", *(f"{i}\t{v}\t0.84" for i, v in enumerate(LOSS, 1))]),
     "milliseconds and thousands": ("t.csv", lambda: ["step,train_loss,step_time_ms", *(f'"{i:,}",{v},"{840.0:,}"' for i, v in enumerate(LOSS, 1))]),
 }
