@@ -306,3 +306,21 @@ def test_a_key_of_another_option_is_refused_with_that_option(overrides: list[str
     with pytest.raises(InputError) as caught:
         compose_plan([*H100_8B, *overrides])
     assert str(caught.value) == f"{overrides[-1]}: no such key with these options; it takes {says}"
+
+
+@pytest.mark.parametrize("stack", ["nemo_25_04", "nemo_25_07"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
+def test_no_plan_has_an_optimizer_that_fsdp_gives_no_gradients(stack: str, precision: str) -> None:
+    """On two H200s such runs had a gradient norm of 0 in every step, and their losses stood still."""
+    fsdp = ["model=llama31_405b", f"stack={stack}", f"precision={precision}", "gpu=gb200"]
+    fsdp += ["mapping.fsdp=true", "settings=throughput", "data=mock", "gpu.memory_gb=1000"]
+    trains = stack == "nemo_25_07"
+    filled = compose_plan(fsdp)
+    assert filled.settings.precision_aware_optimizer == (trains and precision == "bf16")
+    asked = [*fsdp, "settings.precision_aware_optimizer=true"]
+    asked += ["precision.fp8.param_gather=false"] * (precision != "bf16")
+    if trains:
+        assert compose_plan(asked).settings.precision_aware_optimizer
+    else:
+        with pytest.raises(InputError, match=r"no weight is updated .*set settings.precision_aware_optimizer=false"):
+            compose_plan(asked)
