@@ -113,15 +113,20 @@ class Source:
         return values
 
 
-def read(root: Path) -> Source:
-    """Return the NeMo below `root` (a folder that holds nemo/); InputError where there is none."""
+def numbers(root: Path) -> dict[str, Any]:
+    """Return MAJOR, MINOR, PATCH and the like of the NeMo below `root`; InputError where there is none."""
     try:
         info = (root / "nemo/package_info.py").read_text()
     except OSError:
         raise InputError(f"{root} holds no nemo/package_info.py; name the folder of a NeMo source tree") from None
-    numbers = {_last(s.targets[0]): _value(s.value) for s in ast.parse(info).body if isinstance(s, ast.Assign)}
+    return {_last(s.targets[0]): _value(s.value) for s in ast.parse(info).body if isinstance(s, ast.Assign)}
+
+
+def read(root: Path) -> Source:
+    """Return the NeMo below `root` (a folder that holds nemo/); InputError where there is none."""
+    found = numbers(root)
     modules = {path.stem: ast.parse(path.read_text()) for path in sorted((root / RECIPES).glob("*.py"))}
-    source = Source(f"{numbers['MAJOR']}.{numbers['MINOR']}", modules)
+    source = Source(f"{found['MAJOR']}.{found['MINOR']}", modules)
     for path in sorted((root / MODELS).glob("*/model/*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
