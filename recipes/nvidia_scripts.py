@@ -29,7 +29,7 @@ from typing import Any
 from pydantic import Field, TypeAdapter
 from yaml import safe_load  # type: ignore[import-untyped]
 
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.compose import CONF, compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
@@ -417,4 +417,4 @@ def _report(found: Sequence[Difference], unmeant: Sequence[Difference], count: i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
