@@ -20,6 +20,8 @@ import yaml  # type: ignore[import-untyped]
 NEMO_RECIPES = Path(__file__).resolve().parent / "reference" / "nemo_recipes.csv"
 STACKS = Path(__file__).resolve().parent.parent / "conf" / "stack"
 
+# A kind of scaling -> `fp8_recipe` of NeMo and Megatron-Core.
+NEMO_NAMES = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
 SIZES = (
     "num_layers",
     "hidden_size",

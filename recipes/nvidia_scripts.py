@@ -34,6 +34,7 @@ from recipes.compose import CONF, compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.nemo_recipes import NEMO_NAMES
 from recipes.nemo_source import numbers
 from recipes.overlap import overlaps_tp
 from recipes.plan import Frozen, Name, Plan, Text
@@ -49,7 +50,6 @@ CELLS = "cells"  # the row of the list that names all cells of a version
 AXES = ("stack", "model", "precision", "gpu")
 STEPS = 50  # of a script's run; conf/experiment/throughput.yaml
 SCRIPT_RECIPES = {"bf16": "ds", "fp8_delayed": "ds", "fp8_current": "cs", "mxfp8": "mxfp8", "fp8_subchannel": "ss"}  # --fp8_recipe
-NEMO_NAMES = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
 Values = dict[str, dict[str, str]]  # cell -> field -> value
 
 

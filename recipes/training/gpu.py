@@ -17,6 +17,7 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.collections.llm.recipes.tp_overlap_configs import userbuffers
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
+from recipes.nemo_recipes import NEMO_NAMES
 from recipes.overlap import overlaps_tp
 from recipes.plan import Fp8, Plan
 
@@ -26,7 +27,6 @@ PRESETS: dict[str, Callable[[], run.Config]] = {
     "mxfp8": mixed_precision.bf16_with_mxfp8_mixed,
     "subchannel": mixed_precision.bf16_mixed,  # 2.3 has no preset; 2.4's is bf16_mixed with the recipe's name, as below
 }
-NEMO_NAMES = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
 
 # Userbuffer schedules by model, and by compute capability below 10 or from it on: as each model's script chooses them.
 USERBUFFERS = {
