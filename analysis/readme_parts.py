@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis import bits, depth, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
+from analysis import bits, depth, error_rates, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
 from analysis.runs import Run, folders_of
 from analysis.soundness import unsound
-from analysis.table import all_notes, compare, headline, row, shown
+from analysis.table import all_notes, compare, headline, shown
 from analysis.tabular import Table
 from recipes.errors import InputError
 
@@ -148,8 +148,13 @@ def throughputs(results: Sequence[Path]) -> str:
 
 def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
-    rows = [row(verdict) for verdict in compare(runs_of(results)).verdicts]
+    rows = compare(runs_of(results)).rows
     return Table("", shown(rows), rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
+
+
+def rates_of_errors(results: Sequence[Path]) -> str:
+    """How often a verdict is wrong, by kind of noise and evidence (python -m analysis.error_rates)."""
+    return error_rates.load(_one(results) / "rates.csv").markdown()
 
 
 def notes(results: Sequence[Path]) -> str:
@@ -272,6 +277,7 @@ TABLES: dict[str, Maker] = {
     "throughput": throughputs,
     "verdicts": verdicts,
     "verdict-notes": notes,
+    "error-rates": rates_of_errors,
     "operands": operands,
     "tuning": tunings,
     "harness-cost": harness_cost,
