@@ -23,7 +23,7 @@ import numpy as np
 from analysis.low_frequency import Array
 from analysis.tabular import Table, write
 from analysis.verdict import END_OF_TAIL, FAIL, PASS, Gap, decide, decide_seeds, gaps_of
-from recipes.cli import ArgumentParser
+from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 
@@ -238,4 +238,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
