@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from launch.state import cause, check_unwritten
-from recipes.errors import InputError
+from recipes.errors import InputError, one_line
 from recipes.plan import Plan
 from recipes.run_folder import SESSION, last_step, status_of
 
@@ -176,7 +176,7 @@ class _Bars:
         self.show(job)
         status = status_of(job.folder)
         if status not in ("done", "paused"):
-            said = f"{job.plan.run_name}: {status}: {cause(job.folder)}; see {job.folder / 'log.txt'}"
+            said = one_line(f"{job.plan.run_name}: {status}: {cause(job.folder)}; see {job.folder / 'log.txt'}")
             self.progress.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 

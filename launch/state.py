@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from launch.causes import cause_of, known_cause
 from launch.job import is_held
 from launch.slurm import Answer, Job, JobState, Known, NotKnown
 from recipes.errors import InputError
-from recipes.run_folder import SESSION, append_line, is_written, read_json, rows_of, status_of, write_json
+from recipes.run_folder import SESSION, append_line, is_written, last_rows, read_json, rows_of, status_of, write_json
 
+MOST_EVENTS = 10_000  # of a session that are looked at, from the end
 LOG_TAIL_BYTES = 2_000_000  # hundreds of ranks write as much after the first error
 
 ENDS = {
@@ -205,11 +207,9 @@ def _of_lost_job(folder: Path, recorded: str, job: JobState) -> tuple[str, str]:
 
 def cause(folder: Path) -> str:
     """Return what a failed run died of, by its log and by what its rank 0 recorded in its newest session."""
-    events = rows_of(folder / "events.jsonl")
-    begins = [n for n, e in enumerate(events) if e.get("event") in ("submitted", "start", "resume")]
-    ends = ("failed", "non_finite_loss")
-    newest = [e for e in events[begins[-1] if begins else 0 :] if e.get("event") in ends]
-    reason = str(newest[-1].get("reason", "NaN or Inf in loss or gradients")) if newest else None
+    of_session = takewhile(lambda e: e.get("event") not in ("submitted", "start", "resume"), last_rows(folder / "events.jsonl"))
+    last = next((e for e in islice(of_session, MOST_EVENTS) if e.get("event") in ("failed", "non_finite_loss")), None)
+    reason = str(last.get("reason", "NaN or Inf in loss or gradients")) if last else None
     return cause_of(log_tail(folder), reason) or f"see {folder / 'log.txt'}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,12 +26,14 @@ from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import last_step, read_plan
 
+WIDTH = 170  # columns where it is not printed on a terminal
+
 
 @dataclass(frozen=True)
 class Row:
     """One run.
 
-    `status` is queued, starting, running, done, paused, failed, cancelled, new or unknown; `why` is empty where nothing is to be told.
+    `status` is queued, starting, running, done, paused, failed, cancelled, new, unknown or unreadable; `why` is empty where nothing is to be told.
     """
 
     run: str
@@ -44,9 +47,16 @@ class Row:
 
 
 def runs_under(folder: Path) -> list[Path]:
-    """Return the run folders in `folder`, at any depth but not inside one another."""
-    found = sorted(path.parent for path in folder.rglob("plan.json"))
-    return [path for path in found if not any(other in path.parents for other in found)]
+    """Return the run folders in `folder`, at any depth but not inside one another; links are followed, each folder once."""
+    found, seen = list[Path](), set[tuple[int, int]]()
+    for place, inside, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen or "plan.json" in files:
+            inside.clear()
+        if (here.st_dev, here.st_ino) not in seen and "plan.json" in files:
+            found.append(Path(place))
+        seen.add((here.st_dev, here.st_ino))
+    return sorted(found)
 
 
 def row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
@@ -55,21 +65,30 @@ def row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
     status, why, job = judged(folder, answers)
     step, loss = (value if isinstance(value, int | float) else None for value in (newest.get("step"), newest.get("loss")))
     return Row(
-        run=str(folder),
-        status=status,
+        run=one_line(str(folder)),
+        status=one_line(status),
         step=int(step) if step is not None and math.isfinite(step) else 0,
         max_steps=plan.train.max_steps,
         loss=loss,
         job_id=job.job_id if job else jobs[-1].job_id if jobs else None,
         restarts=job.restarts if job else 0,
-        why=why,
+        why=one_line(why),
     )
 
 
 def rows(folders: Sequence[Path]) -> list[Row]:
     """Return a row for each run folder; Slurm is asked once for all of their jobs."""
     answers = asked(folders)
-    return [row(folder, answers[folder]) for folder in folders]
+    return [_row(folder, answers[folder]) for folder in folders]
+
+
+def _row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
+    try:
+        return row(folder, answers)
+    except InputError as error:
+        return Row(one_line(str(folder)), "unreadable", 0, 0, None, None, 0, str(error))
+    except OSError as error:
+        return Row(one_line(str(folder)), "unreadable", 0, 0, None, None, 0, one_line(f"{error.filename}: {error.strerror}"))
 
 
 def shown(found: Sequence[Row]) -> Table:
@@ -98,17 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps([asdict(r) for r in found], indent=1))
     else:
-        Console().print(shown(found))
+        console = Console()
+        console.width = console.width if console.is_terminal else WIDTH
+        console.print(shown(found))
     return _unknown(found)
 
 
 def _unknown(found: Sequence[Row]) -> int:
-    """Report runs whose state is not known on one line; return the exit code."""
-    unknown = [r for r in found if r.status == "unknown"]
-    if not unknown:
+    """Report runs that could not be read, or whose state is not known, on one line; return the exit code."""
+    open_rows = [r for r in found if r.status in ("unknown", "unreadable")]
+    if not open_rows:
         return 0
-    several = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-    print(f"error: the state of {unknown[0].run}{several} is not known: {one_line(unknown[0].why)}", file=sys.stderr)
+    first = open_rows[0]
+    several = f" (and of {len(open_rows) - 1} more)" if len(open_rows) > 1 else ""
+    what = "is not known" if first.status == "unknown" else "cannot be read"
+    print(f"error: the state of {first.run}{several} {what}: {first.why}", file=sys.stderr)
     return EXIT_WRONG_INPUT
 
 

@@ -35,6 +35,7 @@ SESSION = "--- a run of this folder begins"  # in log.txt: what stands before is
 CHECKPOINT = re.compile(r"step=(\d+)(-last)?")  # steps are counted from zero; -last: a copy, by earlier versions of this project
 PORT_TAKEN = "port_taken"  # a file by which rank 0 asks the job's script for a step with another port
 UNFINISHED = "-unfinished"  # NeMo's file beside a checkpoint that is being written or removed (v2.3.2, callbacks/model_checkpoint.py)
+BLOCK, LONGEST_LINE = 1 << 16, 1 << 24  # bytes; of a file that is read from its end
 FLOCK = "hhqqi"  # struct flock of Linux on 64 bits: type, whence, start, length, pid (fcntl(2))
 LAST_WORDS_S = 60  # a job that is queued again may start before the one before it has died
 
@@ -226,4 +227,24 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 def last_step(folder: Path) -> dict[str, Any]:
     """Return the newest training step's metrics, or {} before the first."""
-    return next((row for row in reversed(rows_of(folder / "metrics.jsonl")) if "loss" in row), {})
+    return next((row for row in last_rows(folder / "metrics.jsonl") if "loss" in row), {})
+
+
+def last_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole JSON lines of a file from its end, which is read in blocks: the newest of a million costs one block.
+
+    A line longer than LONGEST_LINE, and what stands before it, is left out.
+    """
+    if not path.is_file():
+        return
+    with open_file(path) as file:
+        at, rest = file.seek(0, os.SEEK_END), b""
+        while at and len(rest) <= LONGEST_LINE:
+            size = min(at, BLOCK)
+            at -= size
+            file.seek(at)
+            first, *lines = (file.read(size) + rest).split(b"\n")
+            yield from (row for line in reversed(lines) if (row := _row(line)) is not None)
+            rest = first
+        if not at and (row := _row(rest)) is not None:
+            yield row

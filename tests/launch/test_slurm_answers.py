@@ -12,6 +12,8 @@ from launch import cancel, resume, status
 from launch.__main__ import main
 from launch.slurm import user
 from recipes.run_folder import append_line, set_status
+from tests.faults.mutations import fresh
+from tests.faults.run_folders import DEMO
 from tests.launch.standins import Standins
 
 PLAN = ["executor=slurm", "cluster.account=a", "cluster.mpi=null", "cluster.container_runtime=none", "gpu=cpu", "run_name=one"]
@@ -252,3 +254,57 @@ def test_a_run_that_its_user_stopped_stays_stopped(slurm: Standins, run: Path, c
     for job in (1001, 1002):
         slurm.set(job, "COMPLETED")
     assert launch(run) == 0 and slurm.ids == [1001, 1002, 1003] and not (run / "stop").exists()
+
+
+# Status over many runs, broken ones among them
+
+
+def demo(folder: Path) -> Path:
+    return fresh(DEMO[0], folder)
+
+
+def test_one_run_that_cannot_be_read_hides_no_other_and_links_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo(tmp_path / "runs/whole"), demo(tmp_path / "disk/linked"), demo(tmp_path / "runs/cut"), demo(tmp_path / "runs/odd")
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "disk/linked")
+    (tmp_path / "runs/loop").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs/cut/plan.json").write_text("{")
+    (tmp_path / "runs/odd/status.json").write_text("[]")
+    assert status.main([str(tmp_path / "runs"), "--json"]) == 2
+    told = capsys.readouterr()
+    found = {Path(row["run"]).name: row["status"] for row in json.loads(told.out)}
+    assert found == {"whole": "done", "linked": "done", "cut": "unreadable", "odd": "unreadable"}
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "and of 1 more" in told.err
+
+
+def test_no_control_code_of_a_run_reaches_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = demo(tmp_path / "a\x1b[2J")
+    (run / "events.jsonl").unlink()
+    (run / "status.json").write_text(json.dumps({"status": "failed", "reason": "x", "step": 3}))
+    (run / "log.txt").write_bytes(b"error: \x1b]0;TITLE\x07\x1b[2J\x9b1m\xe2\x80\xae done\r\n")
+    assert status.main([str(run)]) == 0
+    (run / "status.json").write_text(json.dumps({"status": "\x1b[31mdone", "step": 3}))
+    assert status.main([str(run)]) == 0
+    told = capsys.readouterr()
+    assert not [c for c in told.out + told.err if not c.isprintable() and c != "\n"]
+
+
+def test_status_is_linear_in_runs_and_reads_the_ends_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted in bytes and folders, not in seconds: a busy machine changes neither."""
+    run = demo(tmp_path / "runs/long")
+    line = json.loads((run / "metrics.jsonl").read_text().partition("\n")[0])
+    with (run / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({**line, "step": step}) + "\n" for step in range(1, 20_001))
+    before = _read_bytes()
+    assert status.main([str(tmp_path / "runs"), "--json"]) == 0
+    read = _read_bytes() - before
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["step"] == 20_000 and read < 1_000_000 < (run / "metrics.jsonl").stat().st_size
+    run_plan = (run / "plan.json").read_text()
+    for n in range(300):
+        (tmp_path / f"many/{n}").mkdir(parents=True)
+        (tmp_path / f"many/{n}/plan.json").write_text(run_plan)
+    assert status.main([str(tmp_path / "many"), "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 300
+
+
+def _read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
