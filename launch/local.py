@@ -7,20 +7,21 @@ checkpoint and waits for that; killed, it leaves them running, each the only one
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from launch import gpus
+from launch.gpus import Gpu, HeldGpu
 from launch.state import cause, check_unwritten
 from recipes.errors import InputError, one_line
 from recipes.plan import Plan
@@ -37,7 +38,7 @@ class Job:
     folder: Path
     script: Path
     lock: int
-    gpus: tuple[str, ...] = ()
+    gpus: list[HeldGpu] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
 
 
@@ -45,45 +46,37 @@ def run_all(jobs: Sequence[Job]) -> int:
     """Run the jobs, at most `executor.max_parallel` at once, each on GPUs of its own; return 0 if all are done, else 1."""
     waiting, running = list(jobs), list[Job]()
     limit = min(job.plan.executor.max_parallel for job in jobs)
-    free = _checked(jobs)
+    visible, told = _checked(jobs), False
     with _bars(jobs) as bars, _ended(running):
         while waiting or running:
-            while waiting and len(running) < limit and (free is None or len(free) >= _needs(waiting[0])):
-                job = waiting.pop(0)
-                if free is not None:
-                    job.gpus, free = tuple(free[: _needs(job)]), free[_needs(job) :]
-                running.append(_start(job))
+            while waiting and len(running) < limit:
+                held = gpus.take(visible, _needs(waiting[0]), waiting[0].folder) if visible else []
+                if held is None:
+                    break
+                waiting[0].gpus = held
+                running.append(_start(waiting.pop(0)))
+            if visible and waiting and not running and not told:
+                print(f"{waiting[0].folder} waits: {gpus.holders(visible)}", file=sys.stderr)
+                told = True
             time.sleep(0.5)
             for job in running[:]:
                 bars.show(job)
                 if job.process and job.process.poll() is not None:
                     running.remove(job)
-                    free = None if free is None else [*free, *job.gpus]
+                    gpus.give_back(job.gpus)
                     bars.close(job)
     return 0 if all(status_of(job.folder) in ("done", "paused") for job in jobs) else 1
-
-
-def gpus() -> list[str] | None:
-    """Return the GPUs that runs may have, as CUDA_VISIBLE_DEVICES names them; None where nothing tells."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return re.findall(r"^GPU (\d+):", done.stdout, re.MULTILINE)
 
 
 def _needs(job: Job) -> int:
     return 0 if job.plan.on_cpu else job.plan.num_gpus
 
 
-def _checked(jobs: Sequence[Job]) -> list[str] | None:
-    """Return the free GPUs; InputError where a job wants more, or another process still writes its folder."""
+def _checked(jobs: Sequence[Job]) -> list[Gpu] | None:
+    """Return the GPUs that can be seen; InputError where a job wants more, or another process still writes its folder."""
     for job in jobs:
         check_unwritten(job.folder)
-    free = gpus() if any(map(_needs, jobs)) else None
+    free = gpus.visible() if any(map(_needs, jobs)) else None
     most = max(jobs, key=_needs)
     if free is not None and len(free) < _needs(most):
         raise InputError(
@@ -94,7 +87,13 @@ def _checked(jobs: Sequence[Job]) -> list[str] | None:
 
 def _start(job: Job) -> Job:
     """Start a job in a session of its own: an interrupt from the keyboard is for the launcher, which asks the runs to stop."""
-    env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if job.gpus else {})}
+    env = dict(os.environ)
+    if job.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(held.gpu.name for held in job.gpus)
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's order, by which the GPU was locked
+    for held in job.gpus:
+        if held.gpu.others:
+            print(f"{job.folder}: {held.gpu.others} computes on GPU {held.gpu.name} too; step times will not be sound", file=sys.stderr)
     with (job.folder / "log.txt").open("ab") as log:
         log.write(f"{SESSION}\n".encode())
         log.flush()
@@ -103,7 +102,7 @@ def _start(job: Job) -> Job:
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            pass_fds=[job.lock],
+            pass_fds=[job.lock, *(held.lock for held in job.gpus)],
             env=env,
             start_new_session=True,
         )

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from launch.local import Job, gpus, run_all
+from launch import gpus
+from launch.local import Job, run_all
 from recipes.code import PROJECT
 from recipes.compose import compose_plan
 from recipes.errors import InputError
@@ -73,6 +76,17 @@ def test_more_gpus_than_there_are_is_refused_before_anything_starts(tmp_path: Pa
     assert not (tmp_path / "small" / "said").exists()
 
 
+@pytest.fixture(autouse=True)
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of these tests alone: the machine's GPUs are not theirs."""
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path / "locks")
+
+
+def names() -> list[str]:
+    return [gpu.name for gpu in gpus.visible() or []]
+
+
 NVIDIA_SMI = """#!/bin/sh
 echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'
 echo '  MIG 1g.10gb     Device  0: (UUID: MIG-2)'
@@ -83,15 +97,80 @@ echo 'GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-3)'
 def test_the_gpus_are_those_that_are_named_or_else_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 4, MIG-GPU-2/1/0")
-    assert gpus() == ["4", "MIG-GPU-2/1/0"]
+    assert names() == ["4", "MIG-GPU-2/1/0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpus() == []
+    assert names() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
-    assert gpus() == ["0", "1"]
+    assert names() == ["0", "1"]
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert gpus() is None
+    assert gpus.visible() is None
+
+
+FOUR_GPUS = """#!/bin/sh
+case "$1" in
+  -L) for i in 0 1 2 3; do echo "GPU $i: NVIDIA H200 (UUID: GPU-{token}-$i)"; done ;;
+  --query-compute-apps*) echo "GPU-{token}-0, 4711, /usr/bin/somebody" ;;
+esac
+"""
+LAUNCH = """import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"""
+STUB = """#!/bin/sh
+[ "$2" = recipes.preflight ] && exit 0
+echo "$CUDA_VISIBLE_DEVICES" >> "$GOT"; exec sleep 300
+"""
+
+
+def test_two_launches_take_different_gpus_and_a_third_is_told_who_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU of a run stays its own when its launcher is killed; the one on which another process computes is taken last."""
+    tools, got, token = tmp_path / "tools", tmp_path / "got", uuid4().hex
+    tools.mkdir()
+    for name, text in (("nvidia-smi", FOUR_GPUS.replace("{token}", token)), ("stub", STUB)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "GOT": str(got)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    two = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping.global_batch=8", "num_gpus=2", f"runs_dir={tmp_path}/runs"]
+
+    def launch(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", LAUNCH, str(tools / "stub"), *two, f"run_name={name}"]
+        return subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    started = []
+    try:
+        for count, name in enumerate(("a", "b"), 1):
+            started.append(launch(name))
+            until(lambda count=count: got.exists() and len(got.read_text().split()) == count)
+        assert got.read_text().split() == ["1,2", "3,0"]
+        started[0].kill()
+        started.append(launch("c"))
+        assert started[2].stderr and "runs/a (user" in (line := started[2].stderr.readline()) and "c waits" in line
+        assert len(got.read_text().split()) == 2
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        for pid in _holding(f"nemo-gpu-GPU-{token}"):
+            os.kill(pid, signal.SIGKILL)
+        for lock in Path("/tmp").glob(f"nemo-gpu-GPU-{token}*"):
+            lock.unlink()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _holding(name: str) -> list[int]:
+    """Return the processes that hold a file of this name open."""
+    found = set[int]()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if name in os.readlink(link):
+                found.add(int(link.parts[2]))
+    return sorted(found)
 
 
 STUBBORN = "trap '' TERM\necho $$ > $FOLDER/pid\nwhile true; do sleep 0.1; done\n"
