@@ -115,6 +115,7 @@ MEGATRON = Dialect(
         "global batch size": "global_batch",
         "throughput per GPU (TFLOP/s/GPU)": "tflops",
         "tokens per gpu per second (tgs)": "tokens_per_s",
+        "actual seqlen": "seq_length",
         "number of skipped iterations": "skipped",
         "number of nan iterations": "nan",
     },

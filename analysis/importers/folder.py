@@ -18,7 +18,6 @@ import numpy as np
 import orjson
 
 from analysis.importers.log import MOST_STEPS, Log, why_unsound
-from analysis.importers.planning import NAME as NAME
 from analysis.importers.planning import SCALE, Planned
 from analysis.metrics import Array
 from recipes.errors import InputError
@@ -28,7 +27,7 @@ from recipes.run_folder import event, set_status, write_json
 ROWS = 1 << 14  # written at a time
 WHOLE = ("step", "tokens", "fp8_gemms")  # columns of whole numbers
 # Columns that are read, and no metrics of a run folder.
-UNWRITTEN = ("samples", "global_batch", "skipped", "nan", "tokens_per_s", "tflops")
+UNWRITTEN = ("samples", "global_batch", "seq_length", "skipped", "nan", "tokens_per_s", "tflops")
 MOST_EVENTS = 1000
 
 

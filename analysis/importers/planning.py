@@ -105,7 +105,13 @@ def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _from_columns(log: Log) -> list[tuple[str, str, str]]:
-    """Return what the training lines themselves state: the global batch."""
+    """Return what the training lines themselves state: the sequence length, and the global batch."""
+    lengths = np.unique(log.steps.get("seq_length", np.zeros(0)))
+    length = [("seq_length", f"{int(lengths[0])}", f"sequence length {int(lengths[0])}")] if lengths.size == 1 and lengths[0] >= 1 else []
+    return [*length, *_batch_of(log)]
+
+
+def _batch_of(log: Log) -> list[tuple[str, str, str]]:
     batches = np.unique(log.steps.get("global_batch", np.zeros(0)))
     batches = batches[np.isfinite(batches)]
     if batches.size > 1:

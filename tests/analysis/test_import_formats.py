@@ -148,6 +148,11 @@ def test_torchtitans_step_time_follows_from_its_tokens_per_second(tmp_path: Path
     assert "memory_gb" not in run.steps and run.manifest["imported"]["reserved_gb"] == pytest.approx(45.21 * 2**30 / 1e9)
 
 
+def test_megatron_deepspeed_states_its_sequence_length(tmp_path: Path) -> None:
+    assert main(command(write(tmp_path / "log", deepspeed()), tmp_path / "run", TINY)) == 0
+    assert load_run(tmp_path / "run").manifest["imported"]["stated"]["seq_length"] == "128"
+
+
 def test_dllogger_states_its_configuration(tmp_path: Path) -> None:
     log = write(tmp_path / "log.json", dllogger())
     assert main(command(log, tmp_path / "run", TINY)) == 0
