@@ -176,7 +176,7 @@ def cells(values: Row) -> dict[str, str]:
         "layout": f"{values['layout']} seq{values['seq_length']}",
         "step, s": f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to {values['step_time_high_s']:.3f})",
         "steps": f"{values['first_timed_step']} to {values['last_timed_step']}",
-        "tokens/s/GPU": number(values["tokens_per_s_per_gpu"], 0),
+        "tokens/s/GPU": "–" if values["tokens_per_s_per_gpu"] is None else f"{values['tokens_per_s_per_gpu']:,.0f}",
         "speedup": _speedup(values),
         "pair": _pair(values) if values["base"] != values["run"] else "–",
         "TFLOP/s": number(values["tflops_per_gpu"], 0),
