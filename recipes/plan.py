@@ -138,6 +138,7 @@ class Gpu(Frozen):
     """A device: compute capability (None: the CPU), memory in GB (1e9 bytes), dense peaks in TFLOP/s.
 
     `nvlink_domain`: devices joined by NVLink beyond a node (GB200: 72); None where the node is the domain.
+    `device_name`: what nvidia-smi's name of it holds; None: the job does not ask.
     `nvlink_multicast`: whether an NVSwitch joins them, which multicast needs.
     `gpus_per_numa_node`: by which ranks of a node are bound to processors.  `mapped_like`: the GPU whose recommended
     mappings serve this one too.  `hbm_tb_s`, `nvlink_gb_s` (both directions together) and `nic_gbit_s` (a GPU's share of its
@@ -150,6 +151,7 @@ class Gpu(Frozen):
     memory_gb: Rate | None
     devices_per_node: Positive
     gpus_per_numa_node: Positive | None = None
+    device_name: Text | None = None
     nvlink_domain: Positive | None = None
     nvlink_multicast: bool = True
     mapped_like: Name | None = None

@@ -45,13 +45,22 @@ def wrong_devices(plan: Plan) -> Iterator[str]:
     """Yield a sentence where this node's GPUs are fewer than the plan needs, or of another compute capability."""
     if plan.on_cpu:
         return
-    found = _capabilities()
+    found = _devices()
     needed = min(plan.num_gpus, plan.gpu.devices_per_node)
     if len(found) < needed:
         yield f"{len(found)} GPU(s) are visible, the plan needs {needed} on each node"
-    other = sorted({c for c in found if c != plan.gpu.compute_capability})
+    other = sorted({c for c, _ in found if c != plan.gpu.compute_capability})
     if other:
         yield f"the GPUs have compute capability {', '.join(other)}, {plan.gpu.name} has {plan.gpu.compute_capability}"
+    names = sorted({name for _, name in found if name and not _is_named(name, plan)})
+    if names:
+        yield f"the GPUs are {', '.join(names)}, the plan is for {plan.gpu.name} ({plan.gpu.device_name})"
+
+
+def _is_named(name: str, plan: Plan) -> bool:
+    """Whether nvidia-smi's name is one of the plan's GPU: an H200 is no H20."""
+    wanted = plan.gpu.device_name
+    return wanted is None or re.search(rf"\b{re.escape(wanted)}\b", name) is not None
 
 
 def wrong_cuda(plan: Plan) -> Iterator[str]:
@@ -78,15 +87,15 @@ def _cuda() -> str | None:
     return found[1] if found else None
 
 
-def _capabilities() -> list[str]:
-    """Return the compute capability of each visible GPU; none where nvidia-smi is missing or fails."""
+def _devices() -> list[tuple[str, str]]:
+    """Return compute capability and name of each visible GPU; none where nvidia-smi is missing or fails."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=60, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    parts = [line.partition(",") for line in done.stdout.splitlines() if line.strip()]
+    return [(computes.strip(), name.strip()) for computes, _, name in parts]
 
 
 def main(folder: Path) -> int:

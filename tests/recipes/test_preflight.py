@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-def node(folder: Path, plan_file: Path, cuda: str) -> dict[str, str]:
+def node(folder: Path, plan_file: Path, cuda: str, device: str | None = None) -> dict[str, str]:
     """Return the environment of a node: the stack's packages, a PyTorch of a CUDA, the plan's GPUs."""
     plan = json.loads(plan_file.read_text())
     names = {"nemo": "nemo_toolkit"}
@@ -41,8 +41,10 @@ def node(folder: Path, plan_file: Path, cuda: str) -> dict[str, str]:
     (folder / "torch" / "version.py").write_text(version_file)
     smi = folder / "bin" / "nvidia-smi"
     smi.parent.mkdir()
-    capabilities = "\n".join([plan["gpu"]["compute_capability"]] * plan["gpu"]["devices_per_node"])
-    smi.write_text(f"#!/bin/sh\ncat <<END\n{capabilities}\nEND\n")
+    gpu = plan["gpu"]
+    line = f"{gpu['compute_capability']}, {device or 'NVIDIA ' + gpu['device_name']}"
+    lines = "\n".join([line] * gpu["devices_per_node"])
+    smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_cap,name ] && cat <<END\n{lines}\nEND\n')
     smi.chmod(0o755)
     path = f"{smi.parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHONSAFEPATH": "1"}
@@ -65,3 +67,26 @@ def test_the_job_asks_for_the_cuda_of_its_pytorch(
         return
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
     assert status_of(run) == "failed"
+
+
+DEVICES = [
+    ("h100", "NVIDIA H100 80GB HBM3", True),
+    ("h100", "NVIDIA H20", False),
+    ("h20", "NVIDIA H200", False),
+    ("h800", "NVIDIA H800", True),
+    ("gh200", "NVIDIA GH200 480GB", True),
+    ("h200", "NVIDIA GH200 480GB", False),
+    ("b300", "NVIDIA B300 SXM6 AC", True),
+    ("gb300", "NVIDIA B300 SXM6 AC", False),
+    ("rtx_pro_6000", "NVIDIA RTX PRO 6000 Blackwell Server Edition", True),
+]
+
+
+@pytest.mark.parametrize(("gpu", "device", "is_right"), DEVICES)
+def test_the_job_asks_for_the_name_of_its_gpus(gpu: str, device: str, is_right: bool, tmp_path: Path) -> None:
+    run = open_folder(compose_plan(["model=llama32_1b", f"gpu={gpu}", f"runs_dir={tmp_path}"]))
+    env = node(tmp_path / "site", run / "plan.json", "'12.9'", device)
+    command = [sys.executable, "-m", "recipes.preflight", str(run)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == (0 if is_right else 2), done.stderr
+    assert is_right or f"the GPUs are {device}, the plan is for {gpu}" in done.stderr
