@@ -53,6 +53,9 @@ def _combinations() -> Iterator[Plan]:
                 yield plan
 
 
+NO_NVSWITCH = ("gh200", "rtx_pro_6000")
+
+
 def _gpus() -> list[str]:
     return [name for name in options("gpu") if name != "cpu"]
 
@@ -60,7 +63,7 @@ def _gpus() -> list[str]:
 def _possible(plan: Plan) -> bool:
     """Whether the stack overlaps the plan's number format in every layer, by the table above."""
     fp8, m = plan.precision.fp8, plan.mapping
-    if plan.precision.name not in OVERLAPS[plan.stack.name]:
+    if plan.precision.name not in OVERLAPS[plan.stack.name] or plan.gpu.name in NO_NVSWITCH:
         return False
     if fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16:
         return False
