@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis import bits, depth, error_rates, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
+from analysis import bits, depth, error_rates, fig3, gemm, layer, layouts, numerics, readme_predicted, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
@@ -157,6 +157,11 @@ def rates_of_errors(results: Sequence[Path]) -> str:
     return error_rates.load(_one(results) / "rates.csv").markdown()
 
 
+def layouts_alike(results: Sequence[Path]) -> str:
+    """Losses of each layout beside one GPU's (python -m analysis.layouts)."""
+    return layouts.table(runs_of(results)).markdown()
+
+
 def notes(results: Sequence[Path]) -> str:
     """What a reader should know of each verdict beside its row."""
     return "\n".join(f"- {note}" for note in all_notes(compare(runs_of(results))))
@@ -278,6 +283,7 @@ TABLES: dict[str, Maker] = {
     "verdicts": verdicts,
     "verdict-notes": notes,
     "error-rates": rates_of_errors,
+    "layouts": layouts_alike,
     "operands": operands,
     "tuning": tunings,
     "harness-cost": harness_cost,
