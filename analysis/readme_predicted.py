@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.predictor.as_ran import plan_as_ran
 from analysis.predictor.documents import choices_table, constants_table, intervals_table
 from analysis.predictor.rows import Row
 from analysis.predictor.rows import rows as published_rows
@@ -54,7 +56,7 @@ def memory(results: Sequence[Path]) -> str:
 
 
 def _refused(each: Row) -> bool:
-    return state(each.plan) == "refused"
+    return state(plan_as_ran(each)) == "refused"
 
 
 def _peaks(kind: str, format: str, rows: pd.DataFrame) -> dict[str, str]:
@@ -69,18 +71,20 @@ def _peaks(kind: str, format: str, rows: pd.DataFrame) -> dict[str, str]:
 
 
 def refused_rows(_: Sequence[Path]) -> str:
-    """The published rows that the predictor is held to and the memory rule refuses, a line a layout."""
-    refused: dict[tuple[str, ...], list[str]] = {}
+    """The published rows whose estimate exceeds what the GPU gives, a line a layout: within the estimate's error, or refused."""
+    beyond: dict[tuple[str, ...], list[str]] = {}
     for each in published_rows():
-        if _refused(each):
-            m, plan = each.plan.mapping, each.plan
+        plan = plan_as_ran(each)
+        need, have, m = estimate(plan).total_gb, usable_gb(plan) or math.inf, plan.mapping
+        if need > have:
             layout = f"tp{m.tp} pp{m.pp} cp{m.cp} vp{m.vp} mbs{m.micro_batch} gbs{m.global_batch}{' fsdp' if m.fsdp else ''}"
-            needs = f"{estimate(plan).total_gb:.0f} of {usable_gb(plan) or 0:.0f}"
-            refused.setdefault((each.held, each.model, plan.precision.name, f"{plan.num_gpus} {each.gpu}", layout, needs), []).append(each.release)
-    columns = ("set", "model", "precision", "GPUs", "layout", "GB needed")
-    shown = [{**dict(zip(columns, key, strict=True)), "NeMo": ", ".join(releases)} for key, releases in refused.items()]
-    note = f"{sum(map(len, refused.values()))} of {len(published_rows())} published rows. Recomputation and offloading are not in the tables."
-    return Table("", shown, [{"rows": 0}], [note], frozenset([*columns[:3], "layout", "NeMo"])).markdown()
+            cell = (each.held, each.model, plan.precision.name, f"{plan.num_gpus} {each.gpu}", layout)
+            beyond.setdefault((*cell, f"{need:.0f} of {have:.0f}", state(plan)), []).append(each.release)
+    columns = ("set", "model", "precision", "GPUs", "layout", "GB needed", "state")
+    shown = [{**dict(zip(columns, key, strict=True)), "NeMo": ", ".join(releases)} for key, releases in beyond.items()]
+    every = published_rows()
+    note = f"{sum(map(_refused, every))} of {len(every)} published rows are refused, {sum(map(len, beyond.values()))} exceed what the GPU gives."
+    return Table("", shown, [{"rows": 0}], [note], frozenset([*columns[:3], "layout", "state", "NeMo"])).markdown()
 
 
 @functools.cache

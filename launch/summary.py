@@ -11,11 +11,12 @@ from rich.table import Table
 from launch.script import boosts, described, nodes
 from recipes.compose import compose_plan
 from recipes.errors import InputError
-from recipes.fit import ESTIMATE_ERROR, is_tight, state
+from recipes.fit import is_tight, margin, state
 from recipes.layout import changes
 from recipes.memory import Memory, estimate, usable_gb
 from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
+from recipes.rules import memory_remedy
 from recipes.run_folder import differences, flatten, folder_of
 from recipes.schedule import described as schedule
 from recipes.sizes import parameters
@@ -66,6 +67,8 @@ def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
         "usable": usable_gb(plan),
         "tight": is_tight(plan),
         "state": state(plan),
+        "margin": margin(plan),
+        "remedy": memory_remedy(plan) if is_tight(plan) else None,
     }
 
 
@@ -128,8 +131,8 @@ def _data(plan: Plan) -> str:
 
 def _memory(memory: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {size:.0f}" for name, size in sorted(memory["terms"].items(), key=lambda item: -item[1]) if size >= 0.5)
-    within = f"within the {ESTIMATE_ERROR:.0%} by which the estimate may be off"
-    tight = f"; tight: {within}, mapping.recompute_layers=… makes room" if memory["tight"] else ""
+    within = f"within the {memory['margin']:.1%} by which the estimate may be off"
+    tight = f"; tight: {within}; {memory['remedy']}" if memory["tight"] else ""
     return f"{memory['predicted']:.0f} GB a GPU of {memory['usable']:.0f} usable (predicted): {parts}{tight}"
 
 

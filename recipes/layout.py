@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from recipes.defaults import FOR_BF16, LOOKED_UP, fill
-from recipes.fit import ESTIMATE_ERROR, fits
+from recipes.fit import fits, margin
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import differing, nearest
 from recipes.plan import Plan
@@ -99,7 +99,7 @@ def _with_reason(plan: Plan, found: Plan, deciding: list[Plan]) -> Plan:
     """Return the plan that was found, with what changed and why in its mapping's source."""
     worst = max(deciding, key=lambda each: estimate(each).total_gb)
     whose = "" if worst.precision == plan.precision else f" in {worst.precision.name}"
-    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}, {ESTIMATE_ERROR:.0%} kept free"
+    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}, {margin(worst):.1%} are kept free"
     changed = ", ".join(f"{key} {old} → {new}" for key, (old, new) in differing(plan, found).items())
     source = f"{plan.mapping.source}; {FOR_MEMORY} ({needs}): {changed}"
     return found.model_copy(update={"mapping": found.mapping.model_copy(update={"source": source})})

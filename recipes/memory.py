@@ -65,7 +65,6 @@ DRIVER_SHARE = 0.01  # of the device: of an H100's 80 GiB PyTorch sees 79.18
 MARGIN = 0.02  # of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
 CACHED_DUMMIES = (2, 3)  # the first TE that keeps them (pytorch/module/base.py, get_dummy_wgrad)
 BSHD_UNTIL = (0, 14)  # the first MCore whose TEDotProductAttention takes [s, b] as it is
-OFFLOADED_SWIGLU = (0, 13)  # the first MCore that offloads SwiGLU's input (03f7793)
 
 
 @dataclass(frozen=True)
@@ -307,10 +306,10 @@ def _chunk_activations(plan: Plan, chunk: list[bool]) -> float:
 
 
 def _kept(plan: Plan, in_fp8: bool, offloaded: bool) -> float:
-    """Return bytes a token of a layer on the GPU: TE offloads what it keeps, MCore's SwiGLU too."""
+    """Return bytes a token of a layer on the GPU: TE offloads what it keeps, and MCore SwiGLU's input where the stack does."""
     if not offloaded:
         return layer_bytes_per_token(plan, in_fp8)
-    if _version(plan, "megatron_core") >= OFFLOADED_SWIGLU:
+    if plan.stack.offloads_swiglu:
         return 0.0
     return BF16 * _fc1_width(plan) / plan.mapping.tp
 

@@ -285,6 +285,8 @@ class Stack(Frozen):
     graphs run layers in FP8 that are kept in BF16 (None: they do not).  `fsdp_drops_gradients`: why a
     precision-aware optimizer updates nothing under FSDP (None: it does).  `cuda`: the container's; None
     where there is no container.  The job asks for the real one (recipes.preflight).  `scripts`: what its performance scripts set.
+    `offloads_swiglu`: whether activation offloading takes SwiGLU's input along, which Megatron-Core keeps and not
+    Transformer Engine.
     """
 
     name: Name
@@ -299,6 +301,7 @@ class Stack(Frozen):
     graphs_drop_bf16_layers: str | None = None
     fsdp_drops_gradients: str | None = None
     cuda: Capability | None = None
+    offloads_swiglu: bool = False
     scripts: Scripts = Scripts()
 
 

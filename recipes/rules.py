@@ -266,16 +266,16 @@ def model_fits_gpu(plan: Plan) -> str | None:
     largest = f"{memory.dominant} alone {memory.terms[memory.dominant] / 1e9:,.0f} GB"
     cell = f"{plan.model.name} in {plan.precision.name}"
     what = f"{cell} needs about {memory.total_gb:,.0f} GB a GPU, {largest}"
-    return f"{what}; {plan.gpu.name} has {have:,.0f} GB to give; {_memory_remedy(plan)}"
+    return f"{what}; {plan.gpu.name} has {have:,.0f} GB to give; {memory_remedy(plan)}"
 
 
-def _memory_remedy(plan: Plan) -> str:
+def memory_remedy(plan: Plan) -> str:
     """Return the nearest layout that every rule takes and that fits with a margin, as overrides."""
     found = nearest(plan, BEFORE_MEMORY, times=MORE_GPUS)
     if found is not None:
         return f"use {overrides(plan, found)} (about {estimate(found).total_gb:,.0f} GB)"
-    most = MORE_GPUS[-1]
-    return f"no recomputation, larger tp, cp or pp, or up to {most} times the GPUs makes it fit; use a GPU with more memory or a smaller model"
+    tried = f"no recomputation, larger tp, cp or pp, or up to {MORE_GPUS[-1]} times the GPUs"
+    return f"{tried} makes it fit with a margin; use a GPU with more memory or a smaller model"
 
 
 BEFORE_MEMORY: tuple[Rule, ...] = (

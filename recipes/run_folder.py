@@ -183,7 +183,16 @@ def comparable(plan: Plan) -> dict[str, Any]:
     place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s", "train.log_interval")
     said = ("mapping.source", "settings.batch", "settings.layout", "model.convergence", "gpu.source")
     for_predictions = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w")
-    abilities = ("gpu.device_name", "gpu.nvlink_multicast", "stack.cuda", "stack.fp8.", "stack.missing", "stack.userbuffers", "stack.graphs_")
+    abilities = (
+        "gpu.device_name",
+        "gpu.nvlink_multicast",
+        "stack.cuda",
+        "stack.fp8.",
+        "stack.missing",
+        "stack.userbuffers",
+        "stack.graphs_",
+        "stack.offloads_",
+    )
     flat["mapping.tp_overlap"] = overlaps_tp(plan)  # older plans leave it open
     left_out = (*place, *said, *for_predictions, *abilities)
     return {k: v for k, v in flat.items() if not k.startswith(left_out)}

@@ -31,7 +31,7 @@ def search(plan: Plan, wanted: int = 10) -> list[tuple[Plan, Prediction]]:
     found = list(itertools.islice((pair for pair in tried if fits(pair[0])), wanted))
     if not found:
         cell = f"{plan.model.name} in {plan.precision.name} on {plan.num_gpus} {plan.gpu.name}"
-        raise InputError(f"none of {len(tried)} layouts of {cell} fits in memory; use more GPUs (num_gpus=…) or a GPU with more memory")
+        raise InputError(f"none of {len(tried)} layouts of {cell} fits in memory with a margin; use more GPUs (num_gpus=…) or a GPU with more memory")
     return found
 
 

@@ -11,7 +11,7 @@ from launch.matrix import matrix
 from launch.summary import summary, table
 from recipes.compose import compose_plan
 from recipes.errors import InputError
-from recipes.fit import ESTIMATE_ERROR, state
+from recipes.fit import margin, state
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import RESOLVED
 
@@ -49,7 +49,7 @@ def test_the_summary_shows_the_change(precision: str) -> None:
     facts = summary(plan)
     assert any(note in each for each in facts["layout"]["changed"]) and facts["memory_gb_per_gpu"]["state"] == "fits"
     assert note in " ".join(table(plan).split())
-    assert estimate(plan).total_gb * (1 + ESTIMATE_ERROR) <= (usable_gb(plan) or 0)
+    assert estimate(plan).total_gb * (1 + margin(plan)) <= (usable_gb(plan) or 0)
 
 
 def test_throughput_keeps_nvidias_layouts() -> None:
@@ -83,6 +83,9 @@ def test_an_override_of_one_precision_leaves_the_shared_layout_alone() -> None:
 def test_a_layout_that_is_asked_for_is_not_changed() -> None:
     plan = compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2"])
     assert plan.mapping.recompute_layers == 0 and state(plan) == "tight"
+    remedy = summary(plan)["memory_gb_per_gpu"]["remedy"].removeprefix("use ").split(" (about")[0].split()
+    assert " ".join(remedy) in " ".join(table(plan).split())
+    assert state(compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2", *remedy])) == "fits"
 
 
 @pytest.mark.parametrize(

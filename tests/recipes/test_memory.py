@@ -12,7 +12,7 @@ import pytest
 from recipes import memory
 from recipes.compose import compose_plan, compose_tree, plan_from_tree
 from recipes.defaults import fill, recommended
-from recipes.fit import ESTIMATE_ERROR, fits
+from recipes.fit import ESTIMATE_ERROR, WORST_MEASURED, fits, margin
 from recipes.memory import estimate, layer_bytes_per_token, usable_gb
 from recipes.plan import Plan
 from recipes.rules import model_fits_gpu as does_not_fit
@@ -166,12 +166,21 @@ def test_whole_steps_are_predicted_within_half_a_percent(compared: Rows) -> None
     assert max(abs(float(row["error"])) for row in emulated) <= 0.02
 
 
-def test_the_margin_covers_the_worst_measured_error(compared: Rows) -> None:
-    """Left out: peaks without CUDA graphs' pools, and those that another stack published."""
+def test_the_margin_is_that_of_the_worst_measured_error(compared: Rows) -> None:
+    """WORST_MEASURED is the worst error, rounded up to half a percent: a better or worse estimate moves it.
+
+    Left out: peaks without CUDA graphs' pools, and those that another stack published.
+    """
     kinds = ("measured", "measured without step")
     errors = [abs(float(row["error"])) for row in compared if row["kind"] in kinds]
     assert len(errors) == 82
-    assert max(errors) <= ESTIMATE_ERROR
+    assert WORST_MEASURED - 0.005 < max(errors) <= WORST_MEASURED
+    assert 2 * max(errors) <= ESTIMATE_ERROR
+
+
+def test_context_parallelism_leaves_a_larger_margin() -> None:
+    one, two = (plan_of(*LARGE, f"mapping.cp={cp}", "num_gpus=64") for cp in (1, 2))
+    assert margin(one) == ESTIMATE_ERROR and margin(two) >= 0.065
 
 
 def test_stand_ins_for_weight_gradients_stay_from_transformer_engine_2_3_on() -> None:
