@@ -25,11 +25,14 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
+from recipes.fit import State, state
 from recipes.layout import fitted
 from recipes.mapping_rules import Rule
 from recipes.origin import check_site, file_of
 from recipes.overlap import resolved
 from recipes.plan import Plan
+from recipes.refusal import Change
+from recipes.refusal import overrides as of_change
 from recipes.rules import RULES, check, model_fits_gpu
 from recipes.secret_values import refuse_secrets
 
@@ -83,6 +86,20 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequen
     A recommended layout may give way to one that fits (recipes.layout), unless memory is not among the rules: that of a run
     which has happened stays.
     """
+
+    def accepts(change: Change) -> State:
+        try:
+            kept = [override for override in overrides if override.lstrip("+").partition("=")[0] not in change]
+            changed = check(_composed([*kept, *of_change(change).split()], conf, rules), rules)
+        except InputError:
+            return "refused"
+        return state(changed) if model_fits_gpu in rules else "fits"
+
+    return check(_composed(overrides, conf, rules), rules, accepts)
+
+
+def _composed(overrides: Sequence[str], conf: Path, rules: Sequence[Rule]) -> Plan:
+    """Return the typed plan that is to be checked."""
     tree = compose_tree(overrides, conf)
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
@@ -91,9 +108,10 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequen
     refuse_secrets(tree)
     _sizes_are_numbers(tree)
     _bf16_layers_are_kept(tree, overrides)
+    _shorten_warmup(tree, overrides)
     tree = {k: v for k, v in tree.items() if k not in COMMAND_KEYS}
     plan = plan_from_tree(fill(tree), overrides, conf)
-    return check(resolved(fitted(plan, tree, conf) if model_fits_gpu in rules else plan), rules)
+    return resolved(fitted(plan, tree, conf) if model_fits_gpu in rules else plan)
 
 
 def _free(override: str) -> str:
@@ -124,6 +142,17 @@ def _bf16_layers_are_kept(tree: dict[str, Any], overrides: Sequence[str]) -> Non
         key, _, value = override.lstrip("+").partition("=")
         if key in BF16_LAYERS and value != "0":
             raise InputError(f"{override}: settings.bf16_layers=false keeps no layer in BF16; set settings.bf16_layers=true, or leave it out")
+
+
+def _shorten_warmup(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """An experiment's warm-up that is as long as the run gives way to the model's own; one from the command line stays."""
+    asked = any(override.lstrip("+").partition("=")[0] == "train.warmup_steps" for override in overrides)
+    train = tree.get("train")
+    if asked or not isinstance(train, dict):
+        return
+    steps, warmup = train.get("max_steps"), train.get("warmup_steps")
+    if type(steps) is int and type(warmup) is int and warmup >= steps:
+        train["warmup_steps"] = None
 
 
 def plan_from_tree(tree: dict[str, Any], overrides: Sequence[str] | None = None, conf: Path = CONF) -> Plan:

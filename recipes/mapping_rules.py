@@ -7,11 +7,13 @@ the plan alone.  A rule returns None, or a sentence: what, why, what to do inste
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 from recipes.overlap import tp_overlap_is_possible
 from recipes.plan import Plan
+from recipes.refusal import Change, Refusal, divisors, nearest, next_multiple
 
 Rule = Callable[[Plan], str | None]
 FP8_MULTIPLE = {"mxfp8": 32}  # dimensions of an operand; every other scaling: 16
@@ -23,9 +25,13 @@ def heads_divide(plan: Plan) -> str | None:
     """Heads share hidden_size evenly, unless they have a size of their own, and query groups share the heads."""
     model = plan.model
     if model.head_size is None and model.hidden_size % model.num_attention_heads:
-        return f"model.hidden_size={model.hidden_size} is no multiple of model.num_attention_heads={model.num_attention_heads}; change one"
+        what = f"model.hidden_size={model.hidden_size} is no multiple of model.num_attention_heads={model.num_attention_heads}"
+        heads = [n for n in divisors(model.hidden_size) if n % model.num_query_groups == 0]
+        return Refusal(what, "change one", *({"model.num_attention_heads": n} for n in nearest(heads, model.num_attention_heads)))
     if model.num_attention_heads % model.num_query_groups:
-        return f"model.num_attention_heads={model.num_attention_heads} is no multiple of model.num_query_groups={model.num_query_groups}; change one"
+        what = f"model.num_attention_heads={model.num_attention_heads} is no multiple of model.num_query_groups={model.num_query_groups}"
+        groups = nearest(divisors(model.num_attention_heads), model.num_query_groups)
+        return Refusal(what, "change one", *({"model.num_query_groups": n} for n in groups))
     return None
 
 
@@ -33,18 +39,32 @@ def devices_divide(plan: Plan) -> str | None:
     """parallel_state.py: the world size is a multiple of tp*pp*cp; Slurm: beyond one node, jobs take whole nodes."""
     m, node = plan.mapping, plan.gpu.devices_per_node
     if plan.num_gpus % (m.tp * m.pp * m.cp):
-        return f"num_gpus={plan.num_gpus} is no multiple of tp*pp*cp={m.tp * m.pp * m.cp}; change num_gpus or the mapping"
+        what = f"num_gpus={plan.num_gpus} is no multiple of tp*pp*cp={m.tp * m.pp * m.cp}"
+        return Refusal(what, "change num_gpus or the mapping", *_numbers_of_gpus(plan))
     if plan.num_gpus > node and plan.num_gpus % node:
-        whole = _next_multiple(plan.num_gpus, node)
-        return f"num_gpus={plan.num_gpus} is no whole number of {plan.gpu.name} nodes with {node} GPUs each; use num_gpus={whole}"
+        what = f"num_gpus={plan.num_gpus} is no whole number of {plan.gpu.name} nodes with {node} GPUs each"
+        return Refusal(what, f"use num_gpus={next_multiple(plan.num_gpus, node)}", *_numbers_of_gpus(plan))
     return None
+
+
+def _numbers_of_gpus(plan: Plan) -> list[Change]:
+    """Return the numbers of GPUs around the plan's that are whole replicas, and whole nodes beyond one."""
+    m, node = plan.mapping, plan.gpu.devices_per_node
+    ranks = m.tp * m.pp * m.cp
+    step = ranks if next_multiple(plan.num_gpus, ranks) <= node else math.lcm(ranks, node)
+    above = next_multiple(plan.num_gpus, step)
+    return [{"num_gpus": above + i * step} for i in (0, -1, 1, 2, 3) if above + i * step > 0]
 
 
 def tensor_parallel_divides(plan: Plan) -> str | None:
     """transformer_config.py: heads and query groups are multiples of tp; so is the MLP's width."""
     sizes = {name: getattr(plan.model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     bad = next((name for name, size in sizes.items() if size % plan.mapping.tp), None)
-    return f"mapping.tp={plan.mapping.tp} does not divide model.{bad}={sizes[bad]}; choose a divisor" if bad else None
+    if bad is None:
+        return None
+    what = f"mapping.tp={plan.mapping.tp} does not divide model.{bad}={sizes[bad]}"
+    common = divisors(math.gcd(*sizes.values()))
+    return Refusal(what, "choose a divisor", *({"mapping.tp": tp} for tp in nearest(common, plan.mapping.tp)))
 
 
 def layers_per_stage(plan: Plan) -> int:
@@ -60,8 +80,27 @@ def layers_divide(plan: Plan) -> str | None:
     counted = model.num_layers + 2 * model.embedding_and_loss_count_as_layers
     if counted % m.pp or (counted // m.pp) % m.vp:
         with_two = ", embedding and loss counted," if model.embedding_and_loss_count_as_layers else ""
-        return f"mapping.pp={m.pp} times vp={m.vp} does not divide the {counted} layers{with_two} of {model.name}; choose divisors"
+        what = f"mapping.pp={m.pp} times vp={m.vp} does not divide the {counted} layers{with_two} of {model.name}"
+        return Refusal(what, "choose divisors", *_shares(plan, counted))
     return None
+
+
+def _shares(plan: Plan, counted: int) -> list[Change]:
+    """Return the ways to share layers evenly: embedding and loss counted otherwise, then other stages, the nearest first."""
+    m, counts = plan.mapping, plan.model.embedding_and_loss_count_as_layers
+    otherwise: Change = {"model.embedding_and_loss_count_as_layers": not counts}
+    stages = [
+        {"mapping.pp": pp, "mapping.vp": vp}
+        for pp in nearest(divisors(counted), m.pp)
+        for vp in nearest(divisors(counted // pp) if pp > 1 else [1], m.vp)
+    ]
+    changes = [{key: value for key, value in each.items() if value != getattr(m, key[-2:])} for each in stages]
+    for change in changes:  # a number of GPUs that the stages divide
+        ranks = m.tp * m.cp * change.get("mapping.pp", m.pp)
+        if plan.num_gpus % ranks:
+            change["num_gpus"] = next_multiple(plan.num_gpus, math.lcm(ranks, min(ranks, plan.gpu.devices_per_node)))
+    near = sorted(changes, key=len)[:100]
+    return [otherwise, *near] if (counted - 2 if counts else counted + 2) % (m.pp * m.vp) == 0 else near
 
 
 def interleaving_has_a_pipeline(plan: Plan) -> str | None:
@@ -71,14 +110,13 @@ def interleaving_has_a_pipeline(plan: Plan) -> str | None:
     """
     m = plan.mapping
     if m.vp > 1 and m.pp == 1:
-        return f"mapping.vp={m.vp} needs mapping.pp > 1; set mapping.vp=1"
+        return f"mapping.vp={m.vp} needs mapping.pp > 1; use mapping.vp=1"
     micro_batches = m.global_batch // (m.micro_batch * max(1, plan.data_parallel))
     if m.vp > 1 and micro_batches % m.pp:
         more = m.micro_batch * plan.data_parallel * m.pp
-        return (
-            f"mapping.vp={m.vp} wants the {micro_batches} micro-batches of a replica to be a multiple of mapping.pp={m.pp}; "
-            f"use mapping.vp=1, or mapping.global_batch a multiple of {more}"
-        )
+        what = f"mapping.vp={m.vp} wants the {micro_batches} micro-batches of a replica to be a multiple of mapping.pp={m.pp}"
+        advice = f"use mapping.vp=1, or mapping.global_batch a multiple of {more}"
+        return Refusal(what, advice, {"mapping.global_batch": next_multiple(m.global_batch, more)}, {"mapping.vp": 1})
     return None
 
 
@@ -86,15 +124,11 @@ def batch_divides(plan: Plan) -> str | None:
     """num_microbatches_calculator.py: a global batch is a whole number of micro-batches on every replica."""
     m, replicas = plan.mapping, plan.data_parallel
     if m.global_batch % (m.micro_batch * replicas):
-        return (
-            f"mapping.global_batch={m.global_batch} is no multiple of micro_batch*data_parallel="
-            f"{m.micro_batch}*{replicas}; use e.g. mapping.global_batch={_next_multiple(m.global_batch, m.micro_batch * replicas)}"
-        )
+        what = f"mapping.global_batch={m.global_batch} is no multiple of micro_batch*data_parallel={m.micro_batch}*{replicas}"
+        batches = [next_multiple(m.global_batch, m.micro_batch * replicas * rounds) for rounds in (1, m.pp)]
+        changes = ({"mapping.global_batch": batch} for batch in batches)
+        return Refusal(what, f"use e.g. mapping.global_batch={batches[0]}", *changes, {"mapping.micro_batch": 1})
     return None
-
-
-def _next_multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
 
 
 def sequence_pieces(plan: Plan) -> int:
@@ -107,8 +141,16 @@ def sequence_divides(plan: Plan) -> str | None:
     """utils.py get_batch_on_this_cp_rank: a rank takes two of 2*cp pieces; sequence parallelism shares one by tp."""
     pieces = sequence_pieces(plan)
     if plan.seq_length % pieces:
-        return f"seq_length={plan.seq_length} is no multiple of {pieces} (2*cp*tp, the pieces it is cut in); change it, mapping.cp or mapping.tp"
+        what = f"seq_length={plan.seq_length} is no multiple of {pieces} (2*cp*tp, the pieces it is cut in)"
+        return Refusal(what, "change it, mapping.cp or mapping.tp", *_sequences(plan, pieces))
     return None
+
+
+def _sequences(plan: Plan, multiple: int) -> list[Change]:
+    """Return the sequence lengths around the plan's that are multiples, of more as well."""
+    multiples = [math.lcm(multiple, more) for more in (1, 8, 32, 128)]
+    lengths = itertools.chain(*((next_multiple(plan.seq_length + 1, of) - of, next_multiple(plan.seq_length, of)) for of in multiples))
+    return [{"seq_length": length} for length in lengths if length > 0]
 
 
 def fp8_features_divide(plan: Plan) -> str | None:
@@ -132,7 +174,7 @@ def fp8_features_divide(plan: Plan) -> str | None:
     for name, (size, of) in features.items():
         if size % of:
             what = f"{plan.precision.name} wants {name}={size} to be a multiple of {of}"
-            return f"{what}; change mapping.tp, or use precision=bf16"
+            return Refusal(what, "use precision=bf16", *({"mapping.tp": tp} for tp in reversed(divisors(m.tp)[:-1])))
     return None
 
 
@@ -163,7 +205,7 @@ def fp8_tokens_divide(plan: Plan) -> str | None:
     )
     multiple = math.lcm(of_gemm, of_share * m.tp if m.tp > 1 else 1) * m.cp
     multiple = math.lcm(multiple // math.gcd(multiple, m.micro_batch), sequence_pieces(plan))
-    nearest = _next_multiple(plan.seq_length, multiple)
+    nearest = next_multiple(plan.seq_length, multiple)
     return f"{plan.precision.name} wants {what}; use seq_length={nearest}, or lower mapping.tp or cp"
 
 
@@ -172,7 +214,9 @@ def bf16_layers_fit_a_stage(plan: Plan) -> str | None:
     fp8, most = plan.precision.fp8, plan.model.num_layers // plan.mapping.pp
     if fp8 and max(fp8.first_layers_bf16, fp8.last_layers_bf16) > most:
         kept = max(fp8.first_layers_bf16, fp8.last_layers_bf16)
-        return f"precision.fp8 keeps {kept} layers in BF16 at one end, Megatron-Core allows no more than a pipeline stage has ({most}); keep fewer"
+        what = f"precision.fp8 keeps {kept} layers in BF16 at one end, Megatron-Core allows no more than a pipeline stage has ({most})"
+        ends = {"first": fp8.first_layers_bf16, "last": fp8.last_layers_bf16}
+        return Refusal(what, "keep fewer", {f"precision.fp8.{end}_layers_bf16": most for end, layers in ends.items() if layers > most})
     return None
 
 
@@ -181,7 +225,8 @@ def recompute_fits_a_stage(plan: Plan) -> str | None:
     m = plan.mapping
     most = -(-layers_per_stage(plan) // m.vp)
     if m.recompute_layers > most:
-        return f"mapping.recompute_layers={m.recompute_layers} is more than the {most} layers of a (virtual) pipeline stage; use at most {most}"
+        what = f"mapping.recompute_layers={m.recompute_layers} is more than the {most} layers of a (virtual) pipeline stage"
+        return Refusal(what, f"use at most {most}", {"mapping.recompute_layers": most})
     return None
 
 
@@ -191,11 +236,15 @@ def offload_is_possible(plan: Plan) -> str | None:
     if not m.offload_layers:
         return None
     if m.pp > 1:
-        return f"mapping.offload_layers={m.offload_layers} does not work with pipeline parallelism (pp={m.pp}); set one of them off"
+        what = f"mapping.offload_layers={m.offload_layers} does not work with pipeline parallelism (pp={m.pp})"
+        return Refusal(what, "set one of them off", {"mapping.offload_layers": 0})
     if m.recompute_layers:
-        return f"mapping.offload_layers={m.offload_layers} does not work with mapping.recompute_layers={m.recompute_layers}; set one to 0"
+        what = f"mapping.offload_layers={m.offload_layers} does not work with mapping.recompute_layers={m.recompute_layers}"
+        return Refusal(what, "set one to 0", {"mapping.offload_layers": 0}, {"mapping.recompute_layers": 0})
     if m.offload_layers >= plan.model.num_layers:
-        return f"mapping.offload_layers={m.offload_layers} must be less than the {plan.model.num_layers} layers of {plan.model.name}"
+        what = f"mapping.offload_layers={m.offload_layers} must be less than the {plan.model.num_layers} layers of {plan.model.name}"
+        fewer = ({"mapping.offload_layers": layers} for layers in (plan.model.num_layers - 1, 0))
+        return Refusal(what, "offload fewer", *fewer)
     return None
 
 

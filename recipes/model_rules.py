@@ -9,6 +9,7 @@ from __future__ import annotations
 from recipes.mapping_rules import Rule
 from recipes.nemo_recipes import FIXED, NemoRecipe, recipe_of, recipes_of, unknown
 from recipes.plan import Plan
+from recipes.refusal import Refusal, divisors
 
 
 def recipe_is_trained(plan: Plan) -> str | None:
@@ -70,7 +71,8 @@ def windowed_attention_divides(plan: Plan) -> str | None:
     m, model = plan.mapping, plan.model
     if model.sliding_window and m.cp > 1 and (model.num_query_groups // m.tp) % m.cp:
         groups = f"the {model.num_query_groups} query groups of {model.name}"
-        return f"mapping.cp={m.cp} with a sliding window shares the heads, and tp*cp={m.tp * m.cp} does not divide {groups}; lower one"
+        what = f"mapping.cp={m.cp} with a sliding window shares the heads, and tp*cp={m.tp * m.cp} does not divide {groups}"
+        return Refusal(what, "lower one", *({"mapping.cp": cp} for cp in reversed(divisors(m.cp)[:-1])))
     return None
 
 

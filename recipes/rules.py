@@ -6,19 +6,25 @@ the cell first (can this stack run this recipe on this device?), then the shapes
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from recipes.errors import InputError
-from recipes.fit import state
+from recipes.fit import State, state
 from recipes.mapping_rules import MAPPING_RULES, Rule
 from recipes.memory import estimate, usable_gb
 from recipes.model_rules import MODEL_RULES
 from recipes.nearest import MORE_GPUS, nearest, overrides
 from recipes.plan import Plan
+from recipes.refusal import Change, Refusal, with_batches
+from recipes.refusal import overrides as of_change
 from recipes.sizes import training_state_gb
 
+Accepts = Callable[[Change], State]  # how the plan with a change fits; refused where a rule refuses it
+MOST_TRIED = 4  # changes that are composed to find a remedy, 0.1 s each
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "CREDENTIAL")
 
 
@@ -36,14 +42,14 @@ def cell_is_supported(plan: Plan) -> str | None:
     cell = f"{plan.precision.name} on {plan.gpu.name} with {plan.stack.name}"
     if fp8.scaling in plan.stack.missing:
         missing = plan.stack.missing[fp8.scaling]
-        return f"{cell}: {missing.reason}; {missing.remedy}"
+        return _of_other_axes(f"{cell}: {missing.reason}", missing.remedy)
     if fp8.scaling not in plan.stack.fp8:
         return f"{cell}: the stack does not list {fp8.scaling} scaling; choose one of {', '.join(plan.stack.fp8)}"
     support = plan.stack.fp8[fp8.scaling]
     low, high = support.min_capability, support.max_capability
     if capability(device) < capability(low) or (high and capability(device) > capability(high)):
         allowed = f"{low} or higher" if high is None else low if low == high else f"{low} to {high}"
-        return f"{cell}: needs compute capability {allowed} and not {device} ({support.source}); {support.remedy}"
+        return _of_other_axes(f"{cell}: needs compute capability {allowed} and not {device} ({support.source})", support.remedy)
     return None
 
 
@@ -67,11 +73,20 @@ def min_cuda(plan: Plan) -> str | None:
     return plan.stack.fp8[fp8.scaling].min_cuda
 
 
+def _of_other_axes(what: str, remedy: str) -> Refusal:
+    """Return a refusal whose changes are the alternatives of a remedy in conf/stack; "with" joins two."""
+    alternatives = re.split(r",? or |, ", remedy)
+    changes = (dict(re.findall(r"\b(gpu|precision|stack)=(\w+)", one)) for one in alternatives)
+    return Refusal(what, remedy, *(change for change in changes if change), any_of=True)
+
+
 def delayed_keeps_no_bf16_layers(plan: Plan) -> str | None:
     """Megatron-Core 0.12 transformer_config.py refuses delayed scaling with first or last layers in BF16."""
     fp8 = plan.precision.fp8
     if fp8 and fp8.scaling == "delayed" and fp8.first_layers_bf16 + fp8.last_layers_bf16:
-        return "delayed scaling with first or last layers in BF16 is refused by Megatron-Core 0.12; use precision=fp8_current or set both to 0"
+        what = "delayed scaling with first or last layers in BF16 is refused by Megatron-Core 0.12"
+        both = {f"precision.fp8.{end}_layers_bf16": 0 for end in ("first", "last")}
+        return Refusal(what, "use precision=fp8_current", {key: value for key, value in both.items() if getattr(fp8, key.split(".")[-1])})
     return None
 
 
@@ -80,7 +95,10 @@ def bf16_layers_leave_some_fp8(plan: Plan) -> str | None:
     fp8 = plan.precision.fp8
     if fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16 >= plan.model.num_layers:
         kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
-        return f"precision.fp8 keeps {kept} layers in BF16 but {plan.model.name} has {plan.model.num_layers}: nothing would run in FP8; keep fewer"
+        what = f"precision.fp8 keeps {kept} layers in BF16 but {plan.model.name} has {plan.model.num_layers}: nothing would run in FP8"
+        most = (plan.model.num_layers - 1) // 2
+        ends = {"first": fp8.first_layers_bf16, "last": fp8.last_layers_bf16}
+        return Refusal(what, "keep fewer", {f"precision.fp8.{end}_layers_bf16": most for end, layers in ends.items() if layers > most})
     return None
 
 
@@ -90,10 +108,10 @@ def schedule_is_possible(plan: Plan) -> str | None:
     if t.warmup_steps >= t.max_steps:
         return (
             f"train.warmup_steps={t.warmup_steps} must be less than train.max_steps={t.max_steps}; "
-            "lower it, or set it to null (the model's own, at most a tenth of the steps)"
+            "lower it, or set train.warmup_steps=null (the model's own, at most a tenth of the steps)"
         )
     if t.min_lr > t.max_lr:
-        return f"train.min_lr={t.min_lr} is above train.max_lr={t.max_lr}; lower it"
+        return f"train.min_lr={t.min_lr} is above train.max_lr={t.max_lr}; lower it, or set train.min_lr=null (the model's own)"
     return None
 
 
@@ -126,7 +144,7 @@ def documents_are_masked_where_attention_takes_a_mask(plan: Plan) -> str | None:
     if plan.data.reset_attention_mask and not plan.on_cpu:
         return (
             f"data.reset_attention_mask has no effect on {plan.gpu.name}: Transformer Engine's causal attention takes no mask; "
-            "set it to false (data.eod_mask_loss works), or use gpu=cpu"
+            "set data.reset_attention_mask=false (data.eod_mask_loss works)"
         )
     return None
 
@@ -136,10 +154,12 @@ def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
     m, what = plan.mapping, None
     if not plan.on_cpu:
         return None
+    gpus_own = {"cuda_graphs": False, "fsdp": False, "recompute_layers": 0, "offload_layers": 0}
     if plan.settings.name == "throughput" or plan.settings.precision_aware_optimizer or plan.settings.cross_entropy_fusion == "te":
         what = "settings=throughput measures GPUs; use settings=convergence"
-    elif m.cuda_graphs or m.fsdp or m.recompute_layers or m.offload_layers:
-        what = "CUDA graphs, FSDP, recompute and offloading are for GPUs; use mapping=single"
+    elif any(getattr(m, name) for name in gpus_own):
+        what = "gpu=cpu emulates FP8, CUDA graphs, FSDP, recompute and offloading are for GPUs"
+        return Refusal(what, "use mapping=single", _differing(plan, gpus_own))
     elif plan.data.kind == "mock":
         what = "for the loss, and data=mock has random tokens; use data=text"
     return f"gpu=cpu emulates FP8, {what}" if what else None
@@ -149,8 +169,18 @@ def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
     """The CPU path is tried with data parallelism; the other ways to split a model need the GPU's collectives."""
     m = plan.mapping
     if plan.on_cpu and max(m.tp, m.pp, m.cp) > 1:
-        return f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}; set them to 1 or choose a GPU"
+        what = f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}"
+        return Refusal(what, "set them to 1 or choose a GPU", _differing(plan, {"tp": 1, "pp": 1, "cp": 1}))
     return None
+
+
+UNSPLIT: dict[str, int | bool] = {"tp": 1, "pp": 1, "cp": 1, "vp": 1, "fsdp": False}
+PLAIN: dict[str, int | bool] = {"cuda_graphs": False, "recompute_layers": 0, "offload_layers": 0}
+
+
+def _differing(plan: Plan, mapping: dict[str, int | bool]) -> dict[str, int | bool]:
+    """Return the fields of a layout that a plan has otherwise, as a change of it."""
+    return {f"mapping.{name}": value for name, value in mapping.items() if getattr(plan.mapping, name) != value}
 
 
 def emulated_fp8_is_plain(plan: Plan) -> str | None:
@@ -161,9 +191,11 @@ def emulated_fp8_is_plain(plan: Plan) -> str | None:
     cell = f"{plan.precision.name} on {plan.gpu.name} with {plan.stack.name}"
     if max(m.tp, m.pp, m.cp, m.vp) > 1 or m.fsdp:
         split = f"tp={m.tp} pp={m.pp} cp={m.cp} vp={m.vp} fsdp={str(m.fsdp).lower()}"
-        return f"{cell} is emulated in layers that are not split, mapping has {split}; use mapping=single, data-parallel over num_gpus"
+        what = f"{cell} is emulated in layers that are not split (only data-parallel over num_gpus), mapping has {split}"
+        return Refusal(what, "use mapping=single", _differing(plan, UNSPLIT), _differing(plan, UNSPLIT | PLAIN))
     if m.cuda_graphs or m.recompute_layers or m.offload_layers:
-        return f"{cell} is emulated, without CUDA graphs, recompute or offloading; use mapping=single"
+        what = f"{cell} is emulated, without CUDA graphs, recompute or offloading"
+        return Refusal(what, "use mapping=single", _differing(plan, PLAIN))
     if plan.settings.name != "convergence":
         return f"{cell} is emulated, its step times say nothing about FP8 in hardware; use settings=convergence, or precision=bf16"
     return None
@@ -172,7 +204,9 @@ def emulated_fp8_is_plain(plan: Plan) -> str | None:
 def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
     """Megatron-Core 0.12 optimizer_config.py asserts it."""
     if plan.settings.adam_moments != "fp32" and not plan.settings.precision_aware_optimizer:
-        return f"settings.adam_moments={plan.settings.adam_moments} needs settings.precision_aware_optimizer=true; set it, or adam_moments=fp32"
+        return (
+            f"settings.adam_moments={plan.settings.adam_moments} needs settings.precision_aware_optimizer=true; set it, or settings.adam_moments=fp32"
+        )
     return None
 
 
@@ -180,14 +214,13 @@ def kernels_have_their_use(plan: Plan) -> str | None:
     """Kernels that `settings` chooses beside the stack's own: each serves one case, on a GPU."""
     settings = plan.settings
     if settings.adam_kernel == "triton" and settings.adam_moments != "bf16":
-        return "settings.adam_kernel=triton updates BF16 moments; set settings.adam_moments=bf16, or adam_kernel=transformer_engine"
+        return "settings.adam_kernel=triton updates BF16 moments; set settings.adam_moments=bf16, or settings.adam_kernel=transformer_engine"
     if settings.swiglu_backward == "transformer_engine":
         if plan.on_cpu:
-            return "settings.swiglu_backward=transformer_engine needs a GPU; set it to megatron_core"
+            return "settings.swiglu_backward=transformer_engine needs a GPU; set settings.swiglu_backward=megatron_core"
         if plan.model.activation != "swiglu":
-            return (
-                f"settings.swiglu_backward=transformer_engine: {plan.model.name} has {plan.model.activation} and no SwiGLU; set it to megatron_core"
-            )
+            what = f"settings.swiglu_backward=transformer_engine: {plan.model.name} has {plan.model.activation} and no SwiGLU"
+            return f"{what}; set settings.swiglu_backward=megatron_core"
     return None
 
 
@@ -213,7 +246,8 @@ def time_limit_leaves_time(plan: Plan) -> str | None:
     if plan.executor.kind == "slurm" and seconds(plan.executor.time_limit) <= plan.executor.stop_before_limit_s:
         return (
             f"executor.time_limit={plan.executor.time_limit} is no longer than executor.stop_before_limit_s="
-            f"{plan.executor.stop_before_limit_s}: nothing would be trained; raise the limit"
+            f"{plan.executor.stop_before_limit_s}: nothing would be trained; raise the limit, "
+            f"or set executor.stop_before_limit_s={seconds(plan.executor.time_limit) // 2}"
         )
     return None
 
@@ -249,13 +283,19 @@ def data_is_in_the_container(plan: Plan) -> str | None:
     if plan.executor.kind != "slurm" or c.container_runtime != "pyxis" or any(flag.startswith("--container-mounts") for flag in c.extra_srun):
         return None
     inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *(Path((mount.split(":") * 2)[1]) for mount in c.mounts)]
-    for name, paths in (("root", [d.root or ""]), ("sources", d.sources), ("train", d.train), ("heldout", d.heldout)):
-        for path in paths:
-            if path.startswith("/") and not any(Path(path).is_relative_to(place) for place in inside):
-                return (
-                    f"data.{name} names {path}, which is not mounted in the container; set cluster.mounts=[{Path(path).parent}:{Path(path).parent}]"
-                )
-    return None
+    named = {"root": (d.root or "",), "sources": d.sources, "train": d.train, "heldout": d.heldout}
+    missing = [
+        (name, Path(path))
+        for name, paths in named.items()
+        for path in paths
+        if path.startswith("/") and not any(Path(path).is_relative_to(place) for place in inside)
+    ]
+    if not missing:
+        return None
+    name, first = missing[0]
+    folders = dict.fromkeys(path.parent if path.parent.name else path for _, path in missing)  # never all of a node's disk
+    mounts = ",".join([*c.mounts, *(f"{folder}:{folder}" for folder in folders)])
+    return f"data.{name} names {first}, which is not mounted in the container; set cluster.mounts=[{mounts}]"
 
 
 def model_fits_gpu(plan: Plan) -> str | None:
@@ -303,9 +343,30 @@ BEFORE_MEMORY: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (*BEFORE_MEMORY, model_fits_gpu)
 
 
-def check(plan: Plan, rules: Sequence[Rule] = RULES) -> Plan:
-    """Return `plan` if every rule lets it pass; raise InputError with the first refusal."""
+def check(plan: Plan, rules: Sequence[Rule] = RULES, accepts: Accepts | None = None) -> Plan:
+    """Return `plan` if every rule lets it pass; raise InputError with the first refusal.
+
+    With `accepts`, the refusal names a change that is accepted, where one of its own is.
+    """
     for rule in rules:
         if refusal := rule(plan):
-            raise InputError(refusal)
+            raise InputError(_with_remedy(plan, refusal, accepts) if accepts else refusal)
     return plan
+
+
+def _with_remedy(plan: Plan, refusal: str, accepts: Accepts) -> str:
+    """Return a refusal that names the first of its changes which is accepted with a margin of memory, or else without."""
+    if not isinstance(refusal, Refusal):
+        return refusal
+    if refusal.any_of:
+        found = [of_change(change) for change in refusal.changes if accepts(change) != "refused"]
+        return f"{refusal.what}; use {' or '.join(found)}" if found else refusal
+    all_changes = itertools.chain.from_iterable(with_batches(plan, change) for change in refusal.changes)
+    possible = (change for change, candidate in all_changes if not any(rule(candidate) for rule in MAPPING_RULES))
+    best = dict[State, Change]()
+    for change in itertools.islice(possible, MOST_TRIED):
+        best.setdefault(accepts(change), change)
+        if "fits" in best:
+            break
+    accepted = best.get("fits") or best.get("tight")
+    return f"{refusal.what}; use {of_change(accepted)}" if accepted else refusal

@@ -116,6 +116,15 @@ def test_the_plan_is_immutable() -> None:
         compose_plan().seed = 2
 
 
+@pytest.mark.parametrize("experiment", ["demo", "convergence", "throughput"])
+def test_a_short_run_of_an_experiment_has_a_short_warmup(experiment: str) -> None:
+    """Unless the command line names one: that is refused where it is too long."""
+    cell = [f"experiment={experiment}", "train.max_steps=10", *(["gpu=h100"] if experiment != "demo" else [])]
+    assert compose_plan(cell).train.warmup_steps == 1
+    with pytest.raises(InputError, match=r"train\.warmup_steps=10 must be less"):
+        compose_plan([*cell, "train.warmup_steps=10"])
+
+
 @pytest.mark.parametrize(
     ("max_steps", "interval", "expected"),
     [(3, 10, [1, 2, 3]), (50, 10, range(5, 51, 5)), (57, 20, [*range(5, 56, 5), 57]), (400, 20, range(20, 401, 20)), (12, 1, range(1, 13))],

@@ -1,5 +1,7 @@
 """Every rule refuses what it is there for, in one line that names a way out; and lets every published layout pass."""
 
+import re
+
 import pytest
 
 from recipes import rules
@@ -25,12 +27,15 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "precision=fp8_subchannel"], "stack=nemo_25_07"),
         (["model=llama3_8b", "gpu=b200", "precision=fp8_subchannel", "stack=nemo_25_07"], "gpu=h100"),
         ([*H100_8B, "precision=fp8_delayed", "gpu.compute_capability='8.0'"], "precision=bf16"),
-        (["gpu=h200", "precision=mxfp8", "stack=nemo_25_04_te_2_11"], "stack=emulated"),
-        ([*H100_8B, "precision=fp8_subchannel"], "stack=emulated"),
+        (["gpu=h200", "precision=mxfp8", "stack=nemo_25_04_te_2_11", "executor=local"], "stack=emulated"),
+        (["gpu=h200", "precision=fp8_subchannel", "executor=local"], "stack=emulated"),
         ([*EMULATED, "precision=mxfp8", "gpu.compute_capability='7.5'"], "gpu=cpu"),
         *(
-            (["model=llama3_8b", "gpu=b200", "precision=mxfp8", f"stack={stack}", *WORKSTATION], "precision=fp8_current")
-            for stack in ("nemo_25_04", "nemo_25_04_te_2_11", "nemo_25_07")
+            (
+                ["model=llama3_8b", "gpu=b200", "precision=mxfp8", f"stack={stack}", *WORKSTATION],
+                "precision=bf16" if stack == "nemo_25_04" else "precision=fp8_current",
+            )
+            for stack, remedy in (("nemo_25_04", "precision=bf16"), ("nemo_25_04_te_2_11", "=fp8_current"), ("nemo_25_07", "=fp8_current"))
         ),
         ([*H100_8B, "precision=fp8_delayed", *WORKSTATION], "stack=nemo_25_07"),
         ([*H100_8B, "precision=fp8_current", *WORKSTATION], "stack=nemo_25_07"),
@@ -51,30 +56,33 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         (["model=gemma2_9b", "gpu=b200", "mapping.cp=2", "num_gpus=2"], "set mapping.cp=1"),
         (["model=gemma2_9b", "gpu=b200", "seq_length=8192"], "use seq_length=4096"),
     ],
-    "windowed_attention_divides": [(["model=mistral_7b", "gpu=b200", "mapping.tp=4", "mapping.cp=4", "num_gpus=16"], "lower one")],
-    "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "precision=fp8_current")],
-    "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "keep fewer")],
-    "heads_divide": [(["model.num_query_groups=3"], "change one"), (["model.num_attention_heads=12", "model.num_query_groups=4"], "change one")],
+    "windowed_attention_divides": [(["model=mistral_7b", "gpu=b200", "mapping.tp=4", "mapping.cp=4", "num_gpus=16"], "mapping.cp=2")],
+    "delayed_keeps_no_bf16_layers": [([*H100_8B, "precision=fp8_delayed", "precision.fp8.last_layers_bf16=1"], "last_layers_bf16=0")],
+    "bf16_layers_leave_some_fp8": [(["precision=fp8_current", "precision.fp8.last_layers_bf16=9"], "last_layers_bf16=1")],
+    "heads_divide": [
+        (["model.num_query_groups=3"], "use model.num_query_groups=4"),
+        (["model.num_attention_heads=12", "model.num_query_groups=4"], "use model.num_attention_heads=16"),
+    ],
     "devices_divide": [([*H100_8B, "num_gpus=9"], "num_gpus"), ([*H100_8B, "num_gpus=12"], "num_gpus=16")],
     "tensor_parallel_divides": [
-        ([*H100_8B, "mapping.tp=16", "num_gpus=32"], "divisor"),
-        (["gpu=h100", "mapping=single", "mapping.tp=4", "num_gpus=4"], "divisor"),
-        ([*H100_8B, "model.ffn_hidden_size=14338", "mapping.tp=4"], "divisor"),
+        ([*H100_8B, "mapping.tp=16", "num_gpus=32"], "use mapping.tp=8"),
+        (["gpu=h100", "mapping=single", "mapping.tp=4", "num_gpus=4"], "use mapping.tp=2"),
+        ([*H100_8B, "model.ffn_hidden_size=14338", "mapping.tp=4"], "use mapping.tp=2"),
     ],
     "layers_divide": [
-        ([*H100_70B, "mapping.pp=3", "num_gpus=48", "mapping.global_batch=96"], "divisors"),
-        ([*H100_70B, "mapping.vp=3"], "divisors"),
+        ([*H100_70B, "mapping.pp=3", "num_gpus=48", "mapping.global_batch=96"], "use mapping.pp=4 num_gpus=64"),
+        ([*H100_70B, "mapping.vp=3"], "use mapping.vp=4"),
         (["model=llama31_405b", "gpu=h100", "mapping.vp=5"], "128 layers, embedding and loss counted,"),
     ],
     "interleaving_has_a_pipeline": [
         ([*H100_8B, "mapping.vp=2"], "mapping.vp=1"),
-        ([*H100_70B, "mapping.global_batch=36", "precision=fp8_current"], "mapping.global_batch a multiple of 16"),
+        ([*H100_70B, "mapping.global_batch=36", "precision=fp8_current"], "mapping.global_batch=48"),
     ],
     "batch_divides": [
         ([*H100_70B, "mapping.global_batch=127"], "mapping.global_batch=128"),
         ([*H100_8B, "num_gpus=1024", "mapping.global_batch=128"], "=512"),
     ],
-    "sequence_divides": [([*H100_8B, "seq_length=1022"], "mapping.cp"), ([*H100_70B, "seq_length=8200"], "mapping.tp")],
+    "sequence_divides": [([*H100_8B, "seq_length=1022"], "use seq_length=1020"), ([*H100_70B, "seq_length=8200"], "use seq_length=8192")],
     "fp8_features_divide": [
         ([*H100_8B, "precision=fp8_current", "model.ffn_hidden_size=14344"], "precision=bf16"),
         ([*BLOCKS, "model.hidden_size=8000", "model.head_size=128"], "hidden_size=8000 to be a multiple of 128"),
@@ -88,13 +96,13 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*TP8, "precision=mxfp8", "seq_length=8000", "gpu=b200"], "the 1000 tokens of a rank"),
         ([*TP8, "precision=mxfp8", "seq_length=8000", "gpu=b200"], "use seq_length=8192"),
         ([*TP8, "precision=fp8_subchannel", "seq_length=8000", "stack=nemo_25_07"], "use seq_length=8192"),
-        ([*TP8, "precision=fp8_subchannel", "seq_length=3584", "stack=nemo_25_04_te_2_11"], "multiple of 128"),
+        ([*TP8, "precision=fp8_subchannel", "seq_length=3584", "stack=nemo_25_04_te_2_11", "executor=local"], "multiple of 128"),
     ],
-    "bf16_layers_fit_a_stage": [([*H100_70B, "precision=fp8_current", "precision.fp8.first_layers_bf16=11"], "keep fewer")],
-    "recompute_fits_a_stage": [([*H100_70B, "mapping.recompute_layers=5"], "at most 4")],
+    "bf16_layers_fit_a_stage": [([*H100_70B, "precision=fp8_current", "precision.fp8.first_layers_bf16=11"], "first_layers_bf16=10")],
+    "recompute_fits_a_stage": [([*H100_70B, "mapping.recompute_layers=5"], "use mapping.recompute_layers=4")],
     "offload_is_possible": [
         ([*H100_70B, "mapping.offload_layers=2"], "off"),
-        ([*H100_8B, "mapping.offload_layers=2", "mapping.recompute_layers=2"], "set one to 0"),
+        ([*H100_8B, "mapping.offload_layers=2", "mapping.recompute_layers=2"], "use mapping.offload_layers=0"),
         ([*H100_8B, "mapping.offload_layers=32"], "less than the 32"),
     ],
     "cuda_graphs_are_possible": [
@@ -122,7 +130,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "mapping.tp_overlap=true"], "mapping.tp=1"),
         ([*H100_70B, "mapping.fsdp=true", "mapping.pp=1", "mapping.vp=1", "mapping.tp_overlap=true"], "jitter"),
     ],
-    "schedule_is_possible": [(["train.warmup_steps=100"], "set it to null"), (["train.min_lr=1.0"], "lower it")],
+    "schedule_is_possible": [(["train.warmup_steps=100"], "set train.warmup_steps=null"), (["train.min_lr=1.0"], "lower it")],
     "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
     "data_takes_what_is_set": [
         ([*H100_8B, "data=mock", "+data.eod_mask_loss=true"], "use data=text or data=indexed"),
@@ -133,7 +141,7 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "documents_are_masked_where_attention_takes_a_mask": [
         ([*H100_8B, "data.reset_attention_mask=true"], "data.eod_mask_loss"),
-        ([*EMULATED, "data.reset_attention_mask=true"], "gpu=cpu"),
+        ([*EMULATED, "data.reset_attention_mask=true"], "data.reset_attention_mask=false"),
     ],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
@@ -143,12 +151,12 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "data=text", "data.sources=[/texts/a]", "data.root=data/mine"], "data.sources"),
     ],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
-    "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "choose a GPU")],
+    "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "use mapping.tp=1")],
     "emulated_fp8_is_plain": [
-        ([*EMULATED, "precision=mxfp8", "mapping.tp=2", "num_gpus=2"], "mapping=single"),
+        ([*EMULATED, "precision=mxfp8", "mapping.tp=2", "num_gpus=2"], "use mapping.tp=1"),
         ([*EMULATED, "precision=fp8_current", "mapping.fsdp=true"], "data-parallel"),
-        ([*EMULATED, "precision=mxfp8", "mapping.cuda_graphs=true"], "mapping=single"),
-        ([*EMULATED, "precision=mxfp8", "mapping.recompute_layers=1"], "mapping=single"),
+        ([*EMULATED, "precision=mxfp8", "mapping.cuda_graphs=true"], "use mapping.cuda_graphs=false"),
+        ([*EMULATED, "precision=mxfp8", "mapping.recompute_layers=1"], "use mapping.recompute_layers=0"),
         ([*EMULATED, "precision=mxfp8", "experiment=throughput"], "settings=convergence"),
     ],
     "narrow_moments_need_their_optimizer": [([*H100_8B, "settings.adam_moments=bf16"], "adam_moments=fp32")],
@@ -159,26 +167,72 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "cpu_runs_what_is_emulated": [
         (["settings=throughput"], "settings=convergence"),
-        (["mapping.recompute_layers=1"], "mapping=single"),
+        (["mapping.recompute_layers=1"], "use mapping.recompute_layers=0"),
         (["data=mock"], "data=text"),
     ],
     "model_fits_machine": [(["model=llama31_405b"], "model=llama3_tiny")],
     "model_fits_gpu": [([*H100_8B, "mapping.cp=1", "num_gpus=8"], "mapping.")],
 }
 
+H200_405B = ["model=llama31_405b", "gpu=h200", "experiment=throughput", "num_gpus=576"]
+# Further command lines whose remedies are applied: neighbours of the cases above.
+MORE: list[list[str]] = [
+    [*H200_405B, "mapping.tp=8", "mapping.pp=9", "mapping.cp=1", "mapping.vp=14", "mapping.global_batch=2016"],
+    [*H200_405B, "mapping.tp=8", "mapping.pp=9", "mapping.cp=1", "mapping.vp=7", "mapping.global_batch=2016"],
+    ["model=llama31_405b", "gpu=gb200", "mapping.pp=7", "mapping.vp=1", "mapping.fsdp=false", "num_gpus=448"],
+    [*H100_70B, "mapping.pp=3"],
+    [*H100_70B, "mapping.pp=6", "mapping.vp=1", "experiment=throughput"],
+    ["model=nemotron4_340b", "gpu=b200", "mapping.pp=5", "experiment=throughput"],
+    [*H100_70B, "mapping.tp=3", "num_gpus=96"],
+    [*H100_70B, "num_gpus=100"],
+    ["model=qwen25_7b", "gpu=h100", "mapping.tp=8"],
+    ["model=llama3_8b", "gpu=gb200", "num_gpus=6"],
+    ["model=llama3_8b", "gpu=b200", "precision=mxfp8", "seq_length=4100"],
+    [*H100_8B, "experiment=throughput", "num_gpus=24", "mapping.global_batch=100"],
+    [*H100_8B, *C4, "data.heldout=[/other/valid]", "cluster.mounts=[/scratch:/scratch]"],
+]
 
-@pytest.mark.parametrize(("name", "overrides", "way_out"), [(name, *case) for name, cases in CASES.items() for case in cases], ids=str)
-def test_each_rule_refuses_in_one_line_with_a_way_out(name: str, overrides: list[str], way_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+
+# Advice that cannot be a value: names and paths that only the user knows.
+IN_WORDS = ("needs it; set it", "cluster.token_files", "docs/models.md", "use llama3_8b or")
+VALUE = re.compile(r"(?<![\w.])([a-z][\w.]*)=(\[[^]]*\]|[^\s,;()]+)")
+
+
+def remedies(line: str) -> list[list[str]]:
+    """Return the overrides that a refusal advises: what stands after its reason, a list for each alternative."""
+    advice = re.split(r", or | or (?=[a-z_.]+=)|, (?=[a-z_.]+=)", line.rpartition("; ")[2])
+    return [[f"{key}={value}" for key, value in VALUE.findall(one)] for one in advice if VALUE.search(one)]
+
+
+def applied(overrides: list[str], remedy: list[str]) -> list[str]:
+    """Return a command line that follows a remedy: another GPU comes with its own properties."""
+    keys = [override.partition("=")[0] for override in remedy]
+    left_out = (*keys, *(f"{key}." for key in keys if key == "gpu"))
+    return [*(o for o in overrides if not (o.partition("=")[0] in keys or o.startswith(left_out[len(keys) :]))), *remedy]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "way_out"),
+    [*((name, *case) for name, cases in CASES.items() for case in cases), *(("", case, "") for case in MORE)],
+    ids=str,
+)
+def test_each_rule_refuses_in_one_line_with_a_remedy_that_is_accepted(name: str, overrides: list[str], way_out: str) -> None:
+    """What a line advises composes at the first attempt, or at the second where it then lacks memory."""
     with pytest.raises(InputError) as caught:
         compose_plan(overrides)
     line = str(caught.value)
     assert way_out in line and "\n" not in line
-    # it is this rule that refused, and without it nothing before it does
-    remaining = tuple(rule for rule in rules.RULES if rule.__name__ == name)
-    monkeypatch.setattr(rules, "RULES", remaining)
-    with pytest.raises(InputError) as alone:
-        compose_plan(overrides)
-    assert str(alone.value) == line
+    if name:  # it is this rule that refused, and without it nothing before it does
+        alone = tuple(rule for rule in rules.RULES if rule.__name__ == name)
+        with pytest.raises(InputError, match=re.escape(line.partition("; ")[0])):
+            compose_plan(overrides, rules=alone)
+    assert remedies(line) or any(words in line for words in IN_WORDS), line
+    for remedy in remedies(line):
+        try:
+            compose_plan(applied(overrides, remedy))
+        except InputError as next_one:  # memory has remedies of its own, for another layout
+            assert "GB to give" in str(next_one)
+            compose_plan(applied(applied(overrides, remedy), remedies(str(next_one))[0]))
 
 
 def test_every_rule_has_a_case() -> None:
