@@ -40,7 +40,7 @@ def devices_divide(plan: Plan) -> str | None:
     m, node = plan.mapping, plan.gpu.devices_per_node
     if plan.num_gpus % (m.tp * m.pp * m.cp):
         what = f"num_gpus={plan.num_gpus} is no multiple of tp*pp*cp={m.tp * m.pp * m.cp}"
-        return Refusal(what, "change num_gpus or the mapping", *_numbers_of_gpus(plan))
+        return Refusal(what, "change num_gpus or the mapping", *_numbers_of_gpus(plan), *_ranks(plan))
     if plan.num_gpus > node and plan.num_gpus % node:
         what = f"num_gpus={plan.num_gpus} is no whole number of {plan.gpu.name} nodes with {node} GPUs each"
         return Refusal(what, f"use num_gpus={next_multiple(plan.num_gpus, node)}", *_numbers_of_gpus(plan))
@@ -54,6 +54,20 @@ def _numbers_of_gpus(plan: Plan) -> list[Change]:
     step = ranks if next_multiple(plan.num_gpus, ranks) <= node else math.lcm(ranks, node)
     above = next_multiple(plan.num_gpus, step)
     return [{"num_gpus": above + i * step} for i in (0, -1, 1, 2, 3) if above + i * step > 0]
+
+
+def _ranks(plan: Plan) -> list[Change]:
+    """Return the ways to split the model that divide the number of GPUs, by one field each; then smaller tp on other GPUs."""
+    m = plan.mapping
+    found = list[Change]()
+    for name in ("pp", "tp", "cp"):
+        others = m.tp * m.pp * m.cp // getattr(m, name)
+        if plan.num_gpus % others == 0:
+            sizes = nearest(divisors(plan.num_gpus // others), getattr(m, name))
+            found += [{f"mapping.{name}": size, **({"mapping.vp": 1} if name == "pp" and size == 1 else {})} for size in sizes]
+    for tp in reversed(divisors(m.tp)[:-1]):
+        found.append({"mapping.tp": tp, "num_gpus": next_multiple(plan.num_gpus, tp * m.pp * m.cp)})
+    return found
 
 
 def tensor_parallel_divides(plan: Plan) -> str | None:
