@@ -120,6 +120,9 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
             "gather=false",
         ),
     ],
+    "fsdp_gives_the_optimizer_its_gradients": [
+        ([*H100_8B, "settings=tuned", "mapping.fsdp=true"], "settings.precision_aware_optimizer=false"),
+    ],
     "gather_overlap_is_possible": [
         ([*H100_8B, "settings.overlap_param_gather_with_optimizer_step=true"], "vp > 1"),
         ([*H100_70B, "settings.overlap_param_gather_with_optimizer_step=true"], "settings.checkpoints=false"),
