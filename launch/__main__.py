@@ -17,10 +17,11 @@ from launch.local import Job, run_all
 from launch.script import render
 from launch.state import check_idle
 from launch.submit import submit_all
-from launch.summary import summary, table
+from launch.summary import DEMO_TEXT, INSTEAD, summary, table
 from recipes.axes import check_single, with_axes
 from recipes.cli import ArgumentParser, command
 from recipes.compose import compose_plan, compose_tree, sweep
+from recipes.data_files import Facts, check_data, what_is_read
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
@@ -62,24 +63,60 @@ def dry_run(overrides: Sequence[str]) -> bool:
 
 def show(found: Sequence[Plan], as_json: bool) -> int:
     """Print what would be launched."""
+    facts = checked(found)
     if as_json:
-        print(json.dumps([{"plan": p.model_dump(), "summary": summary(p), "script": render(p)} for p in found], indent=1))
+        jobs = [{"plan": p.model_dump(), "summary": summary(p, data), "script": render(p)} for p, data in zip(found, facts, strict=True)]
+        print(json.dumps(jobs, indent=1))
         return 0
-    for plan in found:
+    for plan, data in zip(found, facts, strict=True):
         sys.stdout.write(render(plan))
         sys.stdout.flush()
-        print(table(plan), file=sys.stderr)
+        print(table(plan, data), file=sys.stderr)
     return 0
+
+
+def checked(found: Sequence[Plan]) -> list[Facts]:
+    """Return the facts of each plan's data, read once for plans that train on the same.
+
+    InputError where a plan could not train on its data.
+    """
+    seen: dict[tuple[object, ...], Facts] = {}
+    for plan in found:
+        key = what_is_read(plan)
+        seen[key] = seen.get(key) or check_data(plan)
+    return [seen[what_is_read(plan)] for plan in found]
+
+
+def refuse_demo_text(plan: Plan) -> None:
+    """Raise InputError for a cluster's job on Python's standard library, unless it is meant.
+
+    A run that was submitted before is continued all the same.
+    """
+    on_cluster = plan.executor.kind == "slurm" and not plan.on_cpu and plan.data.is_demo_text
+    if on_cluster and not plan.data.demo_text and status_of(folder_of(plan)) == "new":
+        raise InputError(f"{plan.run_name} would train on {DEMO_TEXT}; {INSTEAD}")
+
+
+def note_unchecked(plans: Sequence[Plan], facts: Sequence[Facts]) -> None:
+    """Print why data of submitted jobs could not be looked at here, each reason once."""
+    submitted = zip(plans, facts, strict=True)
+    reasons = {data.reason for plan, data in submitted if plan.executor.kind == "slurm"}
+    for reason in sorted(reasons - {""}):
+        print(f"note: data not checked here: {reason}", file=sys.stderr)
 
 
 def launch(found: Sequence[Plan]) -> int:
     """Run or submit the plans, leaving out those that are done; return the exit code."""
     todo = [plan for plan in found if status_of(folder_of(plan)) != "done"]
+    for plan in todo:
+        refuse_demo_text(plan)
+    facts = checked(todo)
     for plan in found:
         if plan not in todo:
             print(f"{folder_of(plan)}: done already")
     here = [plan for plan in todo if plan.executor.kind == "local"]
     submit_all([plan for plan in todo if plan.executor.kind == "slurm"])
+    note_unchecked(todo, facts)
     with ExitStack() as stack:
         locks = [stack.enter_context(reserved(check_folder(plan), PROBE_S)) for plan in here]
         for plan in here:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from launch.script import boosts, described, nodes
 from recipes.compose import compose_plan
+from recipes.data_files import Facts
 from recipes.errors import InputError
 from recipes.fit import is_tight, margin, state
 from recipes.layout import changes
@@ -24,7 +26,14 @@ from recipes.sizes import parameters
 DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
 
 
-def summary(plan: Plan) -> dict[str, Any]:
+DEMO_TEXT = "the sources of Python's standard library, a few million tokens for trying only"
+INSTEAD = (
+    "name your own text in data.sources=[/texts], prepared files with data=indexed data.train=[…], "
+    "or set data=mock to measure speed; data.demo_text=true if you mean it"
+)
+
+
+def summary(plan: Plan, data: Facts) -> dict[str, Any]:
     """Return the facts of a job with the project's words as keys."""
     memory = None if plan.on_cpu else estimate(plan)
     return {
@@ -41,6 +50,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tp_overlap": {"on": overlaps_tp(plan), "why_off": why_off(plan)},
         "vboost": {"on": boosts(plan), "why_off": vboost_off(plan)},
         "memory_gb_per_gpu": memory and _memory_facts(plan, memory),
+        "data": {**asdict(data), "warning": _warning(plan)},
         "differs_from_convergence": settings_differences(plan),
     }
 
@@ -84,9 +94,17 @@ def settings_differences(plan: Plan) -> dict[str, tuple[Any, Any]]:
     return {key: (there.get(key), here.get(key)) for key in keys}
 
 
-def table(plan: Plan) -> str:
+def _warning(plan: Plan) -> str | None:
+    """Return what a job on a cluster with the demo's text is told, which a launch would refuse."""
+    if plan.executor.kind == "local" or plan.on_cpu or not plan.data.is_demo_text:
+        return None
+    refused = "" if plan.data.demo_text else f"; a launch refuses it: {INSTEAD}"
+    return f"{DEMO_TEXT}{refused}"
+
+
+def table(plan: Plan, data: Facts) -> str:
     """Return the summary as text for people."""
-    facts = summary(plan)
+    facts = summary(plan, data)
     grid = Table.grid(padding=(0, 2))
     memory = facts["memory_gb_per_gpu"]
     rows = {
@@ -99,7 +117,8 @@ def table(plan: Plan) -> str:
         **({"vboost": f"off: {why}"} if (why := facts["vboost"]["why_off"]) else {}),
         "tokens a step": f"{facts['tokens_per_step']:,}",
         "schedule": _schedule(facts["schedule"]),
-        "data": _data(plan),
+        "data": f"{_data(plan)}{_known(plan, data)}",
+        **({"WARNING": facts["data"]["warning"]} if facts["data"]["warning"] else {}),
         **({"memory": _memory(memory)} if memory else {}),
         "settings": f"{plan.settings.name}{_differing(facts['differs_from_convergence'])}",
     }
@@ -125,8 +144,20 @@ def _data(plan: Plan) -> str:
     if data.kind == "mock":
         return "random tokens: the loss says nothing"
     if data.kind == "indexed":
-        return f"{', '.join(data.train)}; held out: {', '.join(data.heldout)}; tokenizer {data.tokenizer}"
-    return f"text of {', '.join(data.sources) or 'Python’s standard library (for trying only)'}, prepared in {data.root}"
+        heldout = f"split {data.split}" if data.split else f"held out: {', '.join(data.heldout)}"
+        return f"{', '.join(data.train)}; {heldout}; tokenizer {data.tokenizer}"
+    library = "Python's standard library (for trying only)"
+    return f"text of {', '.join(data.sources) or library}, prepared in {data.root}"
+
+
+def _known(plan: Plan, data: Facts) -> str:
+    """Return what the check of the files found, behind what the plan says of them."""
+    if plan.data.kind == "mock":
+        return ""
+    if data.train_tokens is None:
+        return f"; not checked here: {data.reason}"
+    counts = f"{data.train_tokens:,} tokens, {data.epochs:.2g} epochs; {data.heldout_tokens:,} held out"
+    return f"; {counts}; checked: {data.checked}"
 
 
 def _memory(memory: dict[str, Any]) -> str:

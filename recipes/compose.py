@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from recipes.data_files import wrong_data
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
 from recipes.fit import State, state
@@ -30,7 +31,7 @@ from recipes.layout import fitted
 from recipes.mapping_rules import Rule
 from recipes.origin import check_site, file_of
 from recipes.overlap import resolved
-from recipes.plan import Plan
+from recipes.plan import Data, Frozen, Plan, Positive
 from recipes.refusal import Change
 from recipes.refusal import overrides as of_change
 from recipes.rules import RULES, check, model_fits_gpu
@@ -100,18 +101,47 @@ def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequen
 
 def _composed(overrides: Sequence[str], conf: Path, rules: Sequence[Rule]) -> Plan:
     """Return the typed plan that is to be checked."""
-    tree = compose_tree(overrides, conf)
-    try:
-        json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
-    except UnicodeEncodeError:
-        raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
-    refuse_secrets(tree)
+    tree = _without_secrets(compose_tree(overrides, conf))
     _sizes_are_numbers(tree)
     _bf16_layers_are_kept(tree, overrides)
     _shorten_warmup(tree, overrides)
     tree = {k: v for k, v in tree.items() if k not in COMMAND_KEYS}
     plan = plan_from_tree(fill(tree), overrides, conf)
     return resolved(fitted(plan, tree, conf) if model_fits_gpu in rules else plan)
+
+
+def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return `tree`; InputError where a value is no text or looks like a secret."""
+    try:
+        json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError:
+        raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
+    refuse_secrets(tree)
+    return tree
+
+
+class _Tokens(Frozen):
+    """The part of a plan that decides which data sets are made."""
+
+    data: Data
+    vocab_size: Positive
+
+
+def compose_data(overrides: Sequence[str] = (), conf: Path = CONF) -> tuple[Data, int]:
+    """Return the data that `overrides` name and model.vocab_size, checked apart from the rest.
+
+    Preparing data needs neither a plan's memory nor its layout.  InputError as `compose_plan`.
+    """
+    tree = _without_secrets(compose_tree(overrides, conf))
+    model = tree.get("model")
+    size = model.get("vocab_size") if isinstance(model, dict) else None
+    try:
+        found = _Tokens.model_validate({"data": tree.get("data"), "vocab_size": size})
+    except ValidationError as error:
+        raise _wrong(error, overrides, conf) from None
+    if wrong := wrong_data(found.data):
+        raise InputError(wrong)
+    return found.data, found.vocab_size
 
 
 def _free(override: str) -> str:
@@ -160,9 +190,13 @@ def plan_from_tree(tree: dict[str, Any], overrides: Sequence[str] | None = None,
     try:
         return Plan.model_validate(tree)
     except ValidationError as error:
-        key, problem = _problem(error)
-        file = None if overrides is None else file_of(key, overrides, conf)
-        raise InputError(f"{file}: {problem}" if file else problem) from None
+        raise _wrong(error, overrides, conf) from None
+
+
+def _wrong(error: ValidationError, overrides: Sequence[str] | None, conf: Path) -> InputError:
+    key, problem = _problem(error)
+    file = None if overrides is None else file_of(key, overrides, conf)
+    return InputError(f"{file}: {problem}" if file else problem)
 
 
 def _problem(error: ValidationError) -> tuple[str, str]:
@@ -175,7 +209,8 @@ def _problem(error: ValidationError) -> tuple[str, str]:
         return where, f"{where}: no such field in the plan{near}; remove it, or see conf/ for the fields that there are"
     if problem["type"] == "missing":
         return where.rpartition(".")[0] or where, f"{where}: {problem['msg']}; see conf/ for what it takes"
-    message, given = problem["msg"].replace("valid tuple", "list"), one_line(repr(problem["input"]))[:80]
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    given = one_line(repr(problem["input"]))[:80]
     is_bare = problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float)
     return where, f"{where}: {message} (given: {given}); {'put it in quotes' if is_bare else 'see conf/ for what it takes'}"
 
@@ -196,7 +231,11 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         return "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
     swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
     if swept:
-        return f"{swept}: several values make a sweep, and one is wanted here; give one, or python -m launch -m for a run of each"
+        key, _, values = swept.partition("=")
+        return (
+            f"{swept}: several values make a sweep, and one is wanted here; give one, "
+            f"a list as {key}=[{values}], or python -m launch -m for a run of each"
+        )
     full = FULL_KEY.search(text)
     if full and (file := file_of(full[1], overrides, conf)):
         return f"{file}: {full[1]}: {text}; correct it"

@@ -25,6 +25,22 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4000)]  # no control characters: it may stand in a script
 Value = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # X=1 needs no quotes
 Weighted = Annotated[Text, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]  # a path or its weight
+
+
+def _three_shares(value: object) -> object:
+    """Return Megatron's `--split` as text: "949,50,1" or [949, 50, 1], the last 0 where left out."""
+    items = value.split(",") if isinstance(value, str) else value
+    try:
+        shares = [float(item) for item in items] if isinstance(items, list | tuple) else []
+        right = 2 <= len(shares) <= 3 and min(shares[:2]) > 0 and min(shares) >= 0
+        if not right or sum(shares) == float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("is no split; write shares of train, held-out and test documents as [949,50,1], the first two above 0") from None
+    return ",".join(f"{share:.17g}" for share in (*shares, 0.0)[:3])
+
+
+Split = Annotated[Text, BeforeValidator(_three_shares)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 Seed = Annotated[int, Field(gt=0, lt=2**32)]
 Scaling = Literal["delayed", "current", "subchannel", "mxfp8"]
@@ -333,9 +349,13 @@ class Data(Frozen):
 
     text: `sources` (text, JSONL) are tokenised into `root` once, with `tokenizer` or one trained on them.
     indexed: `train` and `heldout` are prefixes of .bin/.idx files made before; a number before one is its weight.
+    `split` cuts each prefix of `train` by documents in place of `heldout`: shares of train, held-out and test, as Megatron's
+    --split and NeMo's PreTrainingDataModule.split.
     mock: random tokens.
     `reset_attention_mask`: a token attends to its own document alone (NeMo's PreTrainingDataModule).  `eod_mask_loss`: the
     end of a document is no token of the loss, in training and held out.
+    `tokenizer`: a Hugging Face folder or name, or a SentencePiece model (a .model file, or a folder with one).
+    `demo_text`: whether a job on a cluster may train on the sources of Python's standard library.
     """
 
     kind: Literal["text", "indexed", "mock"]
@@ -343,10 +363,17 @@ class Data(Frozen):
     sources: tuple[Text, ...] = Field(default=(), strict=False)
     train: tuple[Weighted, ...] = Field(default=(), strict=False)
     heldout: tuple[Weighted, ...] = Field(default=(), strict=False)
+    split: Split | None = None
     tokenizer: Text | None = None
     reset_attention_mask: bool = False
     eod_mask_loss: bool = False
+    demo_text: bool = False
     seed: NonNegative
+
+    @property
+    def is_demo_text(self) -> bool:
+        """Whether it is text, and no source is named: Python's standard library."""
+        return self.kind == "text" and not self.sources
 
 
 class Executor(Frozen):

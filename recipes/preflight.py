@@ -1,8 +1,9 @@
 """`python -m recipes.preflight RUN`: the first line of a job: is this what the plan was checked against?
 
-A container drifts, a node has another GPU: the plan's rules hold only for the versions and the device that it names.
-Runs once a node, in seconds, before anything heavy is imported; exit code 2 with what differs, and the run's status
-says so too.
+A container drifts, a node has another GPU, or sees other files.  The plan's rules hold for the
+versions and the device that it names, and for data that are whole.  Every node looks at the sizes
+of the data's files, the first one at their tokens too.  Runs once a node, in seconds, before
+anything heavy is imported.  Exit code 2 with what differs, and the run's status says so too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recipes.cli import command
+from recipes.data_files import check_data
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
@@ -107,6 +109,7 @@ def main(folder: Path) -> int:
             raise InputError(
                 f"{os.environ.get('SLURMD_NODENAME', 'this machine')}: {'; '.join(wrong)}; use the stack's container or another stack and gpu"
             )
+        check_data(plan, in_job=True, contents=os.environ.get("SLURM_NODEID", "0") == "0")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         if (folder / "plan.json").exists():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from recipes.data_files import read_by_job, wrong_data
 from recipes.errors import InputError
 from recipes.fit import State, state
 from recipes.mapping_rules import MAPPING_RULES, Rule
@@ -116,11 +117,8 @@ def schedule_is_possible(plan: Plan) -> str | None:
 
 
 def data_is_named(plan: Plan) -> str | None:
-    """Each kind of data needs its own fields."""
-    data = plan.data
-    needed = {"text": ["root"], "indexed": ["train", "heldout", "tokenizer"], "mock": []}[data.kind]
-    missing = next((name for name in needed if not getattr(data, name)), None)
-    return f"data.{missing} is empty, data={data.kind} needs it; set it" if missing else None
+    """Each kind of data needs its own fields, in a form that Megatron-Core reads."""
+    return wrong_data(plan.data)
 
 
 def data_takes_what_is_set(plan: Plan) -> str | None:
@@ -279,23 +277,49 @@ def model_fits_machine(plan: Plan) -> str | None:
 
 def data_is_in_the_container(plan: Plan) -> str | None:
     """In a container only the working directory, the run folders and cluster.mounts are there (launch/script.py)."""
-    c, d = plan.cluster, plan.data
-    if plan.executor.kind != "slurm" or c.container_runtime != "pyxis" or any(flag.startswith("--container-mounts") for flag in c.extra_srun):
+    if not _mounts_are_ours(plan):
         return None
-    inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *(Path((mount.split(":") * 2)[1]) for mount in c.mounts)]
-    named = {"root": (d.root or "",), "sources": d.sources, "train": d.train, "heldout": d.heldout}
-    missing = [
-        (name, Path(path))
-        for name, paths in named.items()
-        for path in paths
-        if path.startswith("/") and not any(Path(path).is_relative_to(place) for place in inside)
-    ]
+    missing = list(_not_mounted(plan))
     if not missing:
         return None
-    name, first = missing[0]
-    folders = dict.fromkeys(path.parent if path.parent.name else path for _, path in missing)  # never all of a node's disk
-    mounts = ",".join([*c.mounts, *(f"{folder}:{folder}" for folder in folders)])
-    return f"data.{name} names {first}, which is not mounted in the container; set cluster.mounts=[{mounts}]"
+    mounts = [*plan.cluster.mounts, *dict.fromkeys(f"{place}:{place}" for _, _, place in missing)]
+    key, path, _ = missing[0]
+    return f"{key} names {path}, which is not mounted in the container; set cluster.mounts=[{','.join(mounts)}]"
+
+
+def _mounts_are_ours(plan: Plan) -> bool:
+    c = plan.cluster
+    own = any(flag.startswith("--container-mounts") for flag in c.extra_srun)
+    return plan.executor.kind == "slurm" and c.container_runtime == "pyxis" and not own
+
+
+def _not_mounted(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Yield key and path of what the job reads and the container lacks, and what to mount for it.
+
+    That is the folder it lies in, or itself where that is the root: a container keeps its own.
+    """
+    inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *(Path((mount.split(":") * 2)[1]) for mount in plan.cluster.mounts)]
+    for key, path in read_by_job(plan):
+        if not path.startswith("/") or any(Path(path).is_relative_to(place) for place in inside):
+            continue
+        if len(Path(path).parts) > 2:
+            yield key, path, str(Path(path).parent)
+        elif key in ("data.train", "data.heldout"):
+            yield from ((key, path, f"{path}{suffix}") for suffix in (".bin", ".idx"))
+        else:
+            yield key, path, path
+
+
+def container_keeps_its_own_files(plan: Plan) -> str | None:
+    """A mount over the container's root hides its Python, NeMo and libraries."""
+    if not _mounts_are_ours(plan):
+        return None
+    over = next((mount for mount in plan.cluster.mounts if (mount.split(":") * 2)[1] == "/"), None)
+    if over:
+        return f"cluster.mounts={over} hides the container's own files behind the host's root; mount the folders that the job reads"
+    named = {"the working folder": Path.cwd(), "runs_dir": Path(plan.runs_dir).absolute()}
+    root = next((name for name, path in named.items() if path == Path("/")), None)
+    return f"{root} is /, and mounting it hides the container's own files; choose a folder below it" if root else None
 
 
 def model_fits_gpu(plan: Plan) -> str | None:
@@ -335,6 +359,7 @@ BEFORE_MEMORY: tuple[Rule, ...] = (
     documents_are_masked_where_attention_takes_a_mask,
     secrets_are_not_in_the_plan,
     container_is_named,
+    container_keeps_its_own_files,
     data_is_in_the_container,
     time_limit_leaves_time,
     cpu_runs_what_is_emulated,

@@ -180,7 +180,8 @@ def check_folder(plan: Plan) -> Path:
 def comparable(plan: Plan) -> dict[str, Any]:
     """Return what decides a run's numbers: the plan without its place, its executor, when it pauses or gives up, and where values are from."""
     flat = flatten(plan.model_dump())
-    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "train.stop_after", "train.step_timeout_s", "train.log_interval")
+    place = ("executor.", "cluster.", "logger.", "runs_dir", "run_name", "data.demo_text")
+    pauses = ("train.stop_after", "train.step_timeout_s", "train.log_interval")
     said = ("mapping.source", "settings.batch", "settings.layout", "model.convergence", "gpu.source")
     for_predictions = ("gpu.hbm_tb_s", "gpu.nvlink_gb_s", "gpu.nic_gbit_s", "gpu.tdp_w")
     abilities = (
@@ -194,7 +195,7 @@ def comparable(plan: Plan) -> dict[str, Any]:
         "stack.offloads_",
     )
     flat["mapping.tp_overlap"] = overlaps_tp(plan)  # older plans leave it open
-    left_out = (*place, *said, *for_predictions, *abilities)
+    left_out = (*place, *pauses, *said, *for_predictions, *abilities)
     return {k: v for k, v in flat.items() if not k.startswith(left_out)}
 
 

@@ -1,21 +1,24 @@
 """From text to NeMo's data module: documents -> tokenizer -> Megatron indexed data set (.bin/.idx).
 
-`python -m recipes.training.data data=text data.sources=[…]` prepares a corpus ahead of a run; a run prepares what it
-misses.  Files are written in a folder beside the target, which is renamed at the end, under a lock: an interrupted
+Prepares a corpus ahead of a run (data=text; a run prepares what it misses), or reads every token of
+data that were prepared elsewhere (data=indexed) and compares them with the model's vocabulary.  Of
+the model it needs model.vocab_size alone; GPU, precision and memory play no part.
+
+Files are written in a folder beside the target, which is renamed at the end, under a lock: an interrupted
 preparation leaves nothing that could be taken for whole, a repeated one finds its work done, and two at once wait for
 each other.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,38 +27,64 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from recipes.cli import command
-from recipes.compose import compose_plan
+from recipes.cli import ArgumentParser, command
+from recipes.compose import compose_data
+from recipes.data_files import (
+    SPLITS,
+    asked,
+    blend,
+    check_data,
+    check_made_from,
+    check_tokenizer,
+    parts_of,
+    prepared_root,
+    sets_of,
+)
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.plan import Data
+from recipes.indexed import check_contents
+from recipes.plan import Data, Plan
 from recipes.run_folder import read_json
-from recipes.training.text import SPLITS, Document, SourceFile, documents, source_files
+from recipes.training.text import (
+    SUFFIXES,
+    Document,
+    SourceFile,
+    are_parted,
+    documents,
+    source_files,
+)
+from recipes.training.tokenizers import Tokenizer, load
 
 END = "<|end_of_text|>"
 PAD = "<|pad|>"
+EXAMPLES = """examples:
+  %(prog)s data.sources=[/texts] data.root=data/mine model=llama3_8b data.tokenizer=/tokenizers/llama3
+  %(prog)s data=indexed data.train=[/data/c4/part0] data.split=[949,50,1] data.tokenizer=/tokenizers/llama3 \\
+      model=llama3_8b
+"""
 BATCH = 256  # documents tokenised at once, in parallel
-LOOKS, LOOK = 32, 65536  # stretches of a data set that are held against the vocabulary, and their tokens
 
 
-def prepare(data: Data, vocab_size: int) -> Path:
+def prepare(data: Data, vocab_size: int, contents: bool = True) -> Path:
     """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now if need be.
 
-    `data` is of kind text.  InputError where the folder was made from other text or another tokenizer, is damaged, or cannot be written.
+    `data` is of kind text.  `contents`: whether the tokens of what was made before are looked at.
+    InputError where the folder was made from other text or another tokenizer, is damaged, or cannot
+    be written.
     """
     assert data.root
-    root = Path(data.root) / f"vocab{vocab_size}"
+    root = prepared_root(data, vocab_size)
     try:
-        return _prepared(data, vocab_size, root)
+        return _prepared(data, vocab_size, root, contents)
     except OSError as error:
         raise InputError(f"{root} cannot be made or read ({error.strerror or error}); choose another data.root or make room") from None
 
 
-def _prepared(data: Data, vocab_size: int, root: Path) -> Path:
+def _prepared(data: Data, vocab_size: int, root: Path, contents: bool) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     with _lock(root.with_name(root.name + ".lock")):
         if (root / "provenance.json").exists():
-            return _made_from(root, data, vocab_size)
+            return _made_before(root, data, vocab_size, contents)
         work = root.with_name(root.name + ".partial")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -65,48 +94,36 @@ def _prepared(data: Data, vocab_size: int, root: Path) -> Path:
     return root
 
 
-def check_indexed(data: Data, vocab_size: int) -> None:
-    """Raise InputError where a file of `data` (kind indexed) is missing, cut, empty, or holds token ids beyond the vocabulary."""
-    for prefix in (*data.train, *data.heldout):
-        if not _is_weight(prefix):
-            _check_pair(prefix, vocab_size)
+def _made_before(root: Path, data: Data, vocab_size: int, contents: bool) -> Path:
+    """Return a folder that was prepared earlier; InputError where it is damaged or of other text."""
+    check_made_from(root, data)
+    sets = sets_of(parts_of(data, vocab_size))
+    fitting(str(root / "tokenizer"), vocab_size)
+    if contents:
+        check_contents(sets, vocab_size)
+    return root
 
 
-def _is_weight(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
+def check_for_training(plan: Plan) -> None:
+    """Raise InputError where a process of the plan's job cannot read its data or its tokenizer.
 
-
-def _check_pair(prefix: str, vocab_size: int) -> None:
-    """Hold the .bin of a prefix against its .idx, and LOOKS stretches of it against the vocabulary; reading all would take hours."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    empty = next((name for name in (f"{prefix}.bin", f"{prefix}.idx") if not os.path.exists(name) or not os.path.getsize(name)), None)
-    if empty:
-        raise InputError(f"{empty} is missing or empty; name the prefix of a Megatron data set, without .bin and .idx, or prepare it again")
-    try:
-        index = IndexedDataset(prefix).index
-        tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
-        indexed = int(index.sequence_lengths.sum(dtype=np.int64))
-    except Exception as error:  # asserts, and whatever numpy says of a buffer that is too short
-        raise InputError(f"{prefix}.bin and .idx are no Megatron data set, or were cut ({str(error)[:80]}); prepare them again") from None
-    if indexed != len(tokens):
-        raise InputError(f"{prefix}.bin holds {len(tokens):,} tokens, its .idx says {indexed:,}: one of them was cut; prepare them again")
-    starts = np.linspace(0, max(0, len(tokens) - LOOK), LOOKS, dtype=np.int64)
-    seen = [tokens[start : start + LOOK] for start in starts]
-    low, high = min(int(part.min()) for part in seen), max(int(part.max()) for part in seen)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise InputError(f"{prefix}.bin holds token {wrong}, the model's vocabulary {vocab_size}: it was made with another tokenizer; name its own")
+    The contents were looked at by the preflight of the first node (recipes/preflight.py).
+    """
+    check_data(plan, in_job=True, contents=False)
+    if plan.data.kind == "indexed":
+        fitting(str(plan.data.tokenizer), plan.model.vocab_size)
 
 
 def facts(data: Data, vocab_size: int) -> dict[str, Any]:
     """Return what a manifest says about the data: its source, size and hashes."""
     if data.kind == "text":
-        return dict(json.loads((prepare(data, vocab_size) / "provenance.json").read_text()))
+        return read_json(prepare(data, vocab_size, contents=False) / "provenance.json")
     if data.kind == "mock":
         return {"source": "random tokens", "sha256": {}}
-    files = [Path(f"{p}.idx") for p in (*data.train, *data.heldout) if Path(f"{p}.idx").exists()]
-    return {"source": [*data.train, *data.heldout], "vocab_size": vocab_size, "sha256": {str(f): _sha256(f) for f in files}}
+    files = [Path(f"{prefix}.idx") for _, prefix in (*blend(data.train), *blend(data.heldout))]
+    source = [*data.train, *data.heldout]
+    hashes = {str(f): _sha256(f) for f in files}
+    return {"source": source, "vocab_size": vocab_size, "sha256": hashes}
 
 
 @contextmanager
@@ -116,61 +133,55 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _asked(data: Data) -> dict[str, Any]:
-    return {"sources": list(data.sources), "tokenizer": data.tokenizer}
-
-
-def _made_from(root: Path, data: Data, vocab_size: int) -> Path:
-    try:
-        made = read_json(root / "provenance.json")["asked"]
-    except (ValueError, KeyError):
-        raise InputError(
-            f"{root / 'provenance.json'} was changed or cut: nothing says what was prepared; remove {root} to prepare it again"
-        ) from None
-    if made != _asked(data):
-        raise InputError(f"{root} was prepared from {made}, the plan asks for {_asked(data)}; choose another data.root")
-    for split in SPLITS:
-        _check_pair(str(root / split), vocab_size)
-    return root
-
-
 def _write(data: Data, vocab_size: int, work: Path) -> None:
     files = source_files(data.sources)
-    tokenizer = _tokenizer(data, files, vocab_size, work / "tokenizer")
-    counts = _tokenise(files, tokenizer, work)
+    if not files:
+        suffixes = ", ".join(SUFFIXES)
+        raise InputError(f"data.sources={list(data.sources)} holds no file of {suffixes}; name text")
+    tokenizer, end = _tokenizer(data, files, vocab_size, work / "tokenizer")
+    counts = _tokenise(files, tokenizer, end, work)
     if not all(count.sum() for count in counts.values()):
-        raise InputError(f"data: {len(files)} files leave nothing to train on or nothing to hold out; name more in data.sources")
+        raise InputError(f"data: {len(files)} file(s) leave nothing to train on or nothing to hold out; name more in data.sources")
     share = counts["heldout"][counts["heldout"] > 0] / counts["heldout"].sum()
     provenance = {
         "source": list(data.sources) or f"Python {sys.version.split()[0]} standard library",
-        "asked": _asked(data),
+        "asked": asked(data),
         "tokens": {split: int(count.sum()) for split, count in counts.items()},
-        "vocab_size": len(tokenizer),
+        "vocab_size": tokenizer.entries,
         "unigram_entropy_nats": float(-(share * np.log(share)).sum()),
         "sha256": {f"{s}.bin": _sha256(work / f"{s}.bin") for s in SPLITS},
     }
     (work / "provenance.json").write_text(json.dumps(provenance, indent=1))
 
 
-def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Path) -> Any:
-    """Return the plan's tokenizer, or one trained on the text; a copy lies in `folder`."""
-    from transformers import AutoTokenizer
+def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Path) -> tuple[Tokenizer, int]:
+    """Return the plan's tokenizer, or one trained on the text, and the id that ends a document.
 
+    A copy lies in `folder`.
+    """
     if data.tokenizer is None:
-        texts = (d.text for f in _shown(files, "training the tokenizer") for d in documents(f) if d.split == "train")
+        shown = _shown(files, "training the tokenizer")
+        read = (d for f in shown for d in documents(f, are_parted(files)))
+        texts = (document.text for document in read if document.split == "train")
         train_tokenizer(texts, vocab_size, folder)
-        return AutoTokenizer.from_pretrained(str(folder))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)  # nor asks whether to
-    except Exception as error:  # a damaged file raises whatever its reader does, Exception itself too
-        raise InputError(f"data.tokenizer={data.tokenizer} cannot be loaded ({type(error).__name__}); name a Hugging Face folder or model") from None
-    if len(tokenizer) > vocab_size:
-        sizes = f"{len(tokenizer)} entries, the model's vocabulary {vocab_size}"
-        raise InputError(f"data.tokenizer={data.tokenizer} has {sizes}; choose another model or tokenizer")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"data.tokenizer={data.tokenizer} has no end-of-text token to part documents with; choose another")
-    tokenizer.save_pretrained(str(folder))
-    return tokenizer
+        tokenizer = load(str(folder))
+        assert tokenizer.end is not None
+        return tokenizer, tokenizer.end
+    tokenizer, end = fitting(data.tokenizer, vocab_size)
+    tokenizer.save(folder)
+    return tokenizer, end
+
+
+def fitting(name: str, vocab_size: int) -> tuple[Tokenizer, int]:
+    """Return a tokenizer and the id that ends a document; InputError where a model cannot use it."""
+    tokenizer = load(name)
+    if tokenizer.entries > vocab_size:
+        raise InputError(
+            f"data.tokenizer={name} has {tokenizer.entries} entries, the model's vocabulary {vocab_size}; choose another model or tokenizer"
+        )
+    if tokenizer.end is None:
+        raise InputError(f"data.tokenizer={name} has no end-of-text token to part documents with; choose another")
+    return tokenizer, tokenizer.end
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
@@ -187,21 +198,23 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD).save_pretrained(str(folder))
 
 
-def _tokenise(files: list[SourceFile], tokenizer: Any, work: Path) -> dict[str, np.ndarray]:
+def _tokenise(files: list[SourceFile], tokenizer: Tokenizer, end: int, work: Path) -> dict[str, np.ndarray]:
     """Write both splits' .bin/.idx; return how often each token occurs in each."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    dtype = DType.optimal_dtype(len(tokenizer))
+    entries = tokenizer.entries
+    dtype = DType.optimal_dtype(entries)
     builders = {split: IndexedDatasetBuilder(str(work / f"{split}.bin"), dtype=dtype) for split in SPLITS}
-    counts = {split: np.zeros(len(tokenizer), dtype=np.int64) for split in SPLITS}
-    for batch in _batches(d for f in _shown(files, "tokenising") for d in documents(f)):
-        encoded = tokenizer([d.text for d in batch], add_special_tokens=False)["input_ids"]
+    counts = {split: np.zeros(entries, dtype=np.int64) for split in SPLITS}
+    parted = are_parted(files)
+    for batch in _batches(d for f in _shown(files, "tokenising") for d in documents(f, parted)):
+        encoded = tokenizer.encode([d.text for d in batch])
         for document, ids in zip(batch, encoded, strict=True):
-            if max(ids, default=0) >= len(tokenizer):
-                raise InputError(f"data.tokenizer gives token {max(ids)}, and has {len(tokenizer)} entries; it is damaged, choose another")
-            row = np.array([*ids, tokenizer.eos_token_id], dtype=dtype)
+            if max(ids, default=0) >= entries:
+                raise InputError(f"data.tokenizer gives token {max(ids)}, and has {entries} entries; it is damaged, choose another")
+            row = np.array([*ids, end], dtype=dtype)
             builders[document.split].add_document(row, [len(row)])
-            counts[document.split] += np.bincount(row, minlength=len(tokenizer))
+            counts[document.split] += np.bincount(row, minlength=entries)
     for split, builder in builders.items():
         builder.finalize(str(work / f"{split}.idx"))
     return counts
@@ -213,7 +226,9 @@ def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _shown(files: list[SourceFile], what: str) -> Iterator[SourceFile]:
-    yield from track(files, what, console=Console(stderr=True))
+    """Yield the files, with a progress bar on a terminal alone: a refusal elsewhere is one line."""
+    console = Console(stderr=True)
+    yield from track(files, what, console=console, disable=not console.is_terminal)
 
 
 def _sha256(path: Path) -> str:
@@ -221,17 +236,44 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def main(overrides: list[str]) -> int:
-    """Prepare the data of the plan that `overrides` compose and say where it lies; exit code 2 for a wrong input."""
+def _unknown_package(error: ModuleNotFoundError) -> InputError:
+    return InputError(
+        f"{error.name} is not installed here, and preparing text needs it; run `make install`, or "
+        "prepare in the stack's container (compute nodes have it)"
+    )
+
+
+def prepare_or_check(data: Data, vocab_size: int) -> str:
+    """Prepare text, or read every token of an indexed data set; return what there is, in a line."""
+    if data.kind == "mock":
+        raise InputError("data=mock needs no preparation; use data=text, or data=indexed to check")
+    if data.kind == "text":
+        root = prepare(data, vocab_size)
+        return f"{root}: {read_json(root / 'provenance.json')['tokens']} tokens"
+    check_tokenizer(data.tokenizer, data.tokenizer, vocab_size)
+    parts = parts_of(data, vocab_size)
+    with Console(stderr=True).status("reading every token"):
+        check_contents(sets_of(parts), vocab_size, everything=True)
+    counts = {name: sum(part.tokens for part in split) for name, split in parts.items()}
+    return f"{', '.join(data.train)}: whole, {counts} tokens, all within model.vocab_size={vocab_size}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare or check the data that Hydra overrides name; exit code 2 for a wrong input."""
+    form = argparse.RawDescriptionHelpFormatter
+    name = "python -m recipes.training.data"
+    parser = ArgumentParser(prog=name, description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    what = "Hydra overrides: data=…, data.sources=…, data.tokenizer=…, and model=… for its vocabulary"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
     try:
-        plan = compose_plan(overrides)
-        if plan.data.kind != "text":
-            raise InputError(f"data={plan.data.kind} needs no preparation; use data=text")
-        root = prepare(plan.data, plan.model.vocab_size)
+        data, vocab_size = compose_data(parser.parse_args(argv).overrides)
+        print(prepare_or_check(data, vocab_size))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    print(f"{root}: {json.loads((root / 'provenance.json').read_text())['tokens']} tokens")
+    except ModuleNotFoundError as error:
+        print(f"error: {_unknown_package(error)}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
     return 0
 
 

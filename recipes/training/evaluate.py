@@ -25,11 +25,16 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import default_collate
 
+from recipes.data_files import Part, parts_of, tokenizer_of_job
 from recipes.errors import InputError, one_line
+from recipes.indexed import open_indexed
 from recipes.plan import Plan
 from recipes.run_folder import append_line, rows_of, write_json
+from recipes.tokenizer_files import sentencepiece_file
 from recipes.training import cpu
 from recipes.training.tasks import Tasks, quiet, run_tasks, task_dtype
+from recipes.training.tokenizers import Tokenizer, within
+from recipes.training.tokenizers import load as load_tokenizer
 
 HELDOUT = "heldout"
 ITEMS = "evaluation_items.jsonl"
@@ -76,7 +81,14 @@ def evaluate_run(
     accuracy_bar: float,
 ) -> dict[str, Any]:
     """Evaluate `checkpoint` of the run in `folder`, write evaluation.json and the items, and return what was written."""
-    streams = {HELDOUT: _heldout(plan, folder), **{name: [path] for name, path in sets.items()}}
+    streams: dict[str, Sequence[Path | Part]] = {HELDOUT: _heldout(plan, folder)}
+    streams |= {name: [path] for name, path in sets.items()}
+    if tasks and sentencepiece_file(tokenizer_of_job(plan)):
+        raise InputError(
+            f"{folder} was trained with a SentencePiece tokenizer, and tasks need one of Hugging "
+            "Face; evaluate --sets alone, or prepare and train with a folder that transformers' "
+            "LlamaTokenizer(vocab_file=MODEL, add_bos_token=False).save_pretrained(FOLDER) writes"
+        )
     loaded = load(folder, plan, step, checkpoint)
     found = {name: _of_set(loaded, name, paths, max_tokens) for name, paths in streams.items()}
     asked, items = {}, list[dict[str, Any]]()
@@ -145,7 +157,7 @@ def load(folder: Path, plan: Plan, step: int, checkpoint: Path) -> Loaded:
         raise InputError(f"{checkpoint} cannot be loaded as {plan.model.name} in {plan.precision.name} ({reason})") from None
     if restored["global_step"] != step:
         raise InputError(f"{checkpoint} holds step {restored['global_step']}, its name says {step}; the folder was renamed")
-    _same_tokenizer(checkpoint, data.tokenizer)
+    _same_tokenizer(checkpoint, plan, data.tokenizer)
     forward = trainer.strategy.megatron_parallel[0].eval()
     device = next(forward.parameters()).device
     return Loaded(plan, step, forward, _innermost(forward), data, device)
@@ -195,43 +207,44 @@ def _innermost(module: torch.nn.Module) -> Any:
     return module
 
 
-def _same_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
-    from transformers import AutoTokenizer
-
-    folder = checkpoint / "context" / "tokenizer"
+def _same_tokenizer(checkpoint: Path, plan: Plan, tokenizer: Any) -> None:
+    """Raise InputError where the checkpoint was trained with another tokenizer than the data's."""
+    pieces = sentencepiece_file(tokenizer_of_job(plan))
+    context = checkpoint / "context"
+    kept = context / (pieces.name if pieces else "tokenizer")  # as nemo/lightning/io/registry.py copies
     try:
-        kept = AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
-        raise InputError(f"{folder} holds no tokenizer that can be read ({type(error).__name__}); restore the checkpoint's context") from None
-    if kept.get_vocab() != tokenizer.tokenizer.get_vocab():
-        raise InputError(f"{folder} is another tokenizer than that of the run's data; its token numbers mean other text")
+        found = load_tokenizer(str(kept))
+    except InputError:
+        raise InputError(f"{kept} holds no tokenizer that can be read; restore the checkpoint's context") from None
+    if found.vocabulary() != within(tokenizer).vocabulary():
+        raise InputError(f"{kept} is another tokenizer than that of the run's data; its token numbers mean other text")
 
 
 # Held-out loss
 
 
-def _heldout(plan: Plan, folder: Path) -> list[Path]:
-    """Return the prefixes of the run's own held-out split; InputError where the data are gone or not those it was trained on."""
-    from recipes.evaluate import is_indexed
+def _heldout(plan: Plan, folder: Path) -> list[Part]:
+    """Return the run's own held-out split; InputError where the data are gone or not those it was trained on."""
     from recipes.training.data import facts
 
     if plan.data.kind == "mock":
         raise InputError(f"{folder} was trained on random tokens (data=mock): there is no held-out text and no tokenizer")
-    if plan.data.kind == "indexed":
-        prefixes = [Path(p) for p in plan.data.heldout if is_indexed(Path(p))]
-    else:
-        root = Path(plan.data.root or "") / f"vocab{plan.model.vocab_size}"
-        prefixes = [root / HELDOUT] if (root / "provenance.json").exists() and is_indexed(root / HELDOUT) else []
-    if not prefixes:
-        raise InputError(f"{folder}: the held-out data of its plan (data.root={plan.data.root}) are not here; start in the folder it was launched in")
+    try:
+        parts = parts_of(plan.data, plan.model.vocab_size)[HELDOUT]
+        found = facts(plan.data, plan.model.vocab_size)["sha256"]
+    except InputError as error:
+        where = "start in the folder it was launched in"
+        raise InputError(f"{folder}: the held-out data of its plan are not here; {where} ({error})") from None
     trained_on = json.loads((folder / "manifest.json").read_text()).get("data", {}).get("sha256")
-    if facts(plan.data, plan.model.vocab_size)["sha256"] != trained_on:
-        raise InputError(f"{folder}: the data at {prefixes[0]} changed since the run was trained (sha256 in its manifest); prepare them again")
-    return prefixes
+    if found != trained_on:
+        raise InputError(
+            f"{folder}: the data at {parts[0].data.prefix} changed since the run was trained (sha256 in its manifest); prepare them again"
+        )
+    return parts
 
 
-def _of_set(loaded: Loaded, name: str, paths: Sequence[Path], max_tokens: int | None) -> dict[str, Any]:
-    stream = _stream(paths, loaded.data.tokenizer.tokenizer, name)
+def _of_set(loaded: Loaded, name: str, sources: Sequence[Path | Part], max_tokens: int | None) -> dict[str, Any]:
+    stream = _stream(sources, within(loaded.data.tokenizer), name)
     whole = len(stream) - 1
     if max_tokens and max_tokens < whole:
         stream = stream[: max_tokens + 1]
@@ -243,37 +256,33 @@ def _of_set(loaded: Loaded, name: str, paths: Sequence[Path], max_tokens: int | 
         "tokens": found.tokens,
         "of_tokens": whole,
         "sha256": hashlib.sha256(np.ascontiguousarray(stream, dtype=np.int64).data).hexdigest(),
-        "source": [str(path) for path in paths],
+        "source": [str(source) for source in sources],
     }
 
 
-def _stream(paths: Sequence[Path], tokenizer: Any, name: str) -> Tokens:
+def _stream(sources: Sequence[Path | Part], tokenizer: Tokenizer, name: str) -> Tokens:
     """Return the documents of a set as one row of tokens, each document ended by the end-of-text token, as in training."""
-    from recipes.evaluate import is_indexed
-
-    parts = [_indexed(path) if is_indexed(path) else _tokenised(path, tokenizer) for path in paths]
+    parts = [_tokens(source, tokenizer) for source in sources]
     stream: Tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if len(stream) < 2:
-        raise InputError(f"set {name} ({paths[0]}) has fewer than two tokens: nothing to predict")
+        raise InputError(f"set {name} ({sources[0]}) has fewer than two tokens: nothing to predict")
     return stream
 
 
-def _indexed(prefix: Path) -> Tokens:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def _tokens(source: Path | Part, tokenizer: Tokenizer) -> Tokens:
+    from recipes.evaluate import is_indexed
 
-    try:
-        dtype = IndexedDataset(str(prefix)).index.dtype
-        return np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
-    except Exception as error:
-        raise InputError(f"{prefix}.bin and .idx are no Megatron data set ({one_line(str(error))[:80]})") from None
+    if isinstance(source, Part):
+        return source.data.ids()[source.start : source.stop]
+    return open_indexed(str(source)).ids() if is_indexed(source) else _tokenised(source, tokenizer)
 
 
-def _tokenised(path: Path, tokenizer: Any) -> Tokens:
+def _tokenised(path: Path, tokenizer: Tokenizer) -> Tokens:
     from recipes.training.text import documents, source_files
 
     texts = [d.text for file in source_files((str(path),)) for d in documents(file)]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return np.array(list(itertools.chain.from_iterable([*row, tokenizer.eos_token_id] for row in rows)), dtype=np.int64)
+    rows = tokenizer.encode(texts) if texts else []
+    return np.array(list(itertools.chain.from_iterable([*row, tokenizer.end] for row in rows)), dtype=np.int64)
 
 
 def windows(stream: Tokens, length: int, batch: int) -> Iterator[Batch]:
@@ -341,7 +350,7 @@ def _export(loaded: Loaded, folder: Path, checkpoint: Path) -> dict[str, Any]:
     from recipes.training.export import export
 
     target = export(loaded.module, loaded.module.config, checkpoint, folder / EXPORTS / f"step{loaded.step}")
-    stream = _stream(_heldout(loaded.plan, folder), loaded.data.tokenizer.tokenizer, HELDOUT)[: CHECKED_WINDOWS * loaded.plan.seq_length + 1]
+    stream = _stream(_heldout(loaded.plan, folder), within(loaded.data.tokenizer), HELDOUT)[: CHECKED_WINDOWS * loaded.plan.seq_length + 1]
     found = agreement(loaded, target, windows(stream, loaded.plan.seq_length, loaded.plan.mapping.micro_batch))
     allowed = TOLERANCE[loaded.plan.precision.fp8 is not None]
     if not (abs(found["loss_difference"]) <= allowed["loss"] and found["logits_difference"] <= allowed["logits"]):

@@ -16,6 +16,7 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from nemo.collections.llm.fn.activation import openai_gelu
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
@@ -24,14 +25,17 @@ from nemo.lightning import NeMoLogger
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
+from recipes.data_files import tokenizer_of_job
 from recipes.errors import InputError
 from recipes.plan import Plan
+from recipes.tokenizer_files import sentencepiece_file
 from recipes.training.architecture import refuse_another
 from recipes.training.callback import RunFolderCallback
 from recipes.training.checkpoints import Checkpoints, Resume, Strategy
 from recipes.training.data import prepare
 from recipes.training.gpu import for_gpu
 from recipes.training.layers import layer_spec, set_recipe
+from recipes.training.samples import Samples
 
 FUSIONS = (
     "apply_rope_fusion",
@@ -133,11 +137,16 @@ def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         samples = plan.train.max_steps * plan.mapping.global_batch  # one epoch, as in NeMo's performance scripts
         recipe.data = run.Config(MockDataModule, tokenizer=tokenizer, num_train_samples=samples, **sizes)
         return
-    train, heldout, name = _prepared(plan)
-    paths = {"train": train, "validation": heldout, "test": heldout}
-    tokenizer = run.Config(AutoTokenizer, pretrained_model_name=name)
+    Samples.vocab_size = plan.model.vocab_size
     recipe.data = run.Config(
-        PreTrainingDataModule, paths=paths, tokenizer=tokenizer, seed=plan.data.seed, index_mapping_dir=str(folder / "index"), **sizes
+        PreTrainingDataModule,
+        paths=_prepared(plan),
+        split=plan.data.split,
+        tokenizer=_tokenizer(tokenizer_of_job(plan)),
+        seed=plan.data.seed,
+        index_mapping_dir=str(folder / "index"),
+        dataset_cls=Samples,
+        **sizes,
     )
     if plan.data.reset_attention_mask:
         recipe.data.reset_attention_mask = recipe.data.create_attention_mask = True
@@ -145,12 +154,22 @@ def _data(recipe: run.Partial, plan: Plan, folder: Path) -> None:
         recipe.data.eod_mask_loss = True
 
 
-def _prepared(plan: Plan) -> tuple[list[str], list[str], str | None]:
-    """Return the prefixes of the training and held-out files and the tokenizer that made them."""
-    if plan.data.kind == "indexed":
-        return list(plan.data.train), list(plan.data.heldout), plan.data.tokenizer
-    root = prepare(plan.data, plan.model.vocab_size)
-    return [str(root / "train")], [str(root / "heldout")], str(root / "tokenizer")
+def _prepared(plan: Plan) -> dict[str, list[str]] | list[str]:
+    """Return what PreTrainingDataModule takes as paths, made now where text is not prepared yet."""
+    data = plan.data
+    if data.kind == "text":
+        root = prepare(data, plan.model.vocab_size, contents=False)
+        train, heldout = [str(root / "train")], [str(root / "heldout")]
+    else:
+        train, heldout = list(data.train), list(data.heldout)
+    return train if data.split else {"train": train, "validation": heldout, "test": heldout}
+
+
+def _tokenizer(name: str) -> run.Config:
+    model = sentencepiece_file(name)
+    if model:
+        return run.Config(SentencePieceTokenizer, model_path=str(model))
+    return run.Config(AutoTokenizer, pretrained_model_name=name)
 
 
 def _trainer(recipe: run.Partial, plan: Plan) -> None:

@@ -37,9 +37,11 @@ def task(plan: Plan, folder: Path) -> Any:
         log_without_waiting()
     import fiddle as fdl
 
+    from recipes.training.data import check_for_training
     from recipes.training.loss import set_loss
     from recipes.training.recipe import build
 
+    check_for_training(plan)
     built = fdl.build(build(plan, folder))
     set_loss(built.keywords["model"])
     return built

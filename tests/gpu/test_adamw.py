@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.compose import compose_plan
 from tests.recipes.adamw_reference import master_of, parameters, set_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("transformer_engine")]
 SHAPES = ((4096, 4096), (4096,), (3, 1001))
 LR = 3e-4
-PLAN = ["gpu=h200", "stack=nemo_25_04_te_2_11", "executor=local", "model=llama3_tiny", "data=mock", "mapping=single"]
 
 
 def fused_adam(params: list[torch.Tensor]) -> Any:
@@ -45,16 +43,15 @@ def test_moments_are_transformer_engines_and_master_weights_within_two_units_in_
 
 
 def test_swiglus_gradient_is_as_exact_as_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.training import te
-
-    te.activate(compose_plan(PLAN))  # Megatron-Core keeps the names that its import finds
     from megatron.core.fusions import fused_bias_swiglu
+
+    from recipes.training.te import _swiglu_backward
 
     made = torch.Generator("cuda").manual_seed(0)
     x, grad = (torch.randn(4096, width, device="cuda", generator=made).bfloat16() for width in (2 * 1792, 1792))
     compiled = fused_bias_swiglu.swiglu_back(grad, x)
     monkeypatch.setattr(fused_bias_swiglu, "swiglu_back", fused_bias_swiglu.swiglu_back)  # to be put back
-    te.activate(compose_plan([*PLAN, "settings.swiglu_backward=transformer_engine"]))
+    _swiglu_backward()
     y = x.clone().requires_grad_()
     fused_bias_swiglu.bias_swiglu_impl(y, None).backward(grad)
     exact = x.double().requires_grad_()

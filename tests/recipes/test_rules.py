@@ -148,9 +148,19 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "secrets_are_not_in_the_plan": [([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")],
     "container_is_named": [(["model=llama3_8b", "gpu=h100", "stack=nemo_25_04_te_2_11", "executor=slurm"], "cluster.container_image")],
+    "container_keeps_its_own_files": [
+        ([*H100_8B, "cluster.mounts=[/:/]"], "mount the folders"),
+        ([*H100_8B, "cluster.mounts=[/data:/]"], "mount the folders"),
+        ([*H100_8B, "runs_dir=/"], "a folder below it"),
+    ],
     "data_is_in_the_container": [
-        ([*H100_8B, *C4], "cluster.mounts=[/data/c4:/data/c4]"),
-        ([*H100_8B, *C4, "cluster.mounts=[/data:/corpora]"], "cluster.mounts"),
+        ([*H100_8B, *C4], "cluster.mounts=[/data/c4:/data/c4,/tokenizers:/tokenizers]"),
+        ([*H100_8B, *C4, "cluster.mounts=[/data:/corpora]"], "cluster.mounts=[/data:/corpora,/data/c4:"),
+        ([*H100_8B, "data.root=/texts"], "cluster.mounts=[/texts:/texts]"),
+        (
+            [*H100_8B, "data=indexed", "data.train=[/c4]", "data.split=[9,1,0]", "data.tokenizer=x"],
+            "cluster.mounts=[/c4.bin:/c4.bin,/c4.idx:/c4.idx]",
+        ),
         ([*H100_8B, "data=text", "data.sources=[/texts/a]", "data.root=data/mine"], "data.sources"),
     ],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
@@ -310,9 +320,9 @@ def test_time_limits_are_read_as_slurm_reads_them(limit: str, expected: int) -> 
 @pytest.mark.parametrize(
     "site",
     [
-        "cluster.mounts=[/data:/data:ro]",
-        "cluster.mounts=[/data]",
-        "cluster.mounts=[/lustre/us:/data/c4]",
+        "cluster.mounts=[/data:/data:ro,/tokenizers]",
+        "cluster.mounts=[/data,/tokenizers:/tokenizers]",
+        "cluster.mounts=[/lustre/us:/data/c4,/:/host,/t:/tokenizers/llama3]",
         "cluster.extra_srun=['--container-mounts=/d']",
     ],
 )
