@@ -1,6 +1,7 @@
 """Broken data: files that are cut, empty, of another tokenizer or no text; preparations that are killed, or two at once.
 
-Functions are called in this process, for a process that imports NeMo takes twenty seconds; those that are killed are processes.
+The commands' `main` is called in this process, for a process that imports Megatron-Core takes
+seconds; those that are killed are processes.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from recipes.errors import InputError
-from recipes.plan import Data
-from tests.faults.commands import REFUSED
+from launch.__main__ import main as launch
+from recipes import preflight
+from recipes.compose import compose_plan
+from recipes.run_folder import open_folder
+from tests.faults.commands import REFUSED, Ended, Main, call
 from tests.faults.mutations import BYTES
 from tests.faults.registry import Outcome, fault
 from tests.faults.run_folders import PROJECT
+from tests.recipes.test_data_files import write_tokenizer, written
 
 AREA = "Data"
 VOCAB = 400
@@ -38,24 +42,66 @@ def corpus(folder: Path, documents: int = 40) -> Path:
     return folder
 
 
-def text_data(sources: Path, root: Path, **more: object) -> Data:
-    return Data.model_validate({"kind": "text", "root": str(root), "sources": [str(sources)], "seed": 1, **more})
+def text(source: Path, root: Path, tokenizer: Path | None = None, vocab: int = VOCAB) -> list[str]:
+    """Return the overrides that name text, and the root of what is prepared from it."""
+    own = [f"data.tokenizer={tokenizer}"] if tokenizer else []
+    return [f"data.sources=[{source}]", f"data.root={root}", f"model.vocab_size={vocab}", *own]
 
 
-def indexed_data(root: Path) -> Data:
-    prefixes = {"train": ["0.5", str(root / "train"), "0.5", str(root / "train")], "heldout": [str(root / "heldout")]}
-    return Data.model_validate({"kind": "indexed", **prefixes, "tokenizer": str(root / "tokenizer"), "seed": 1})
+def indexed(root: Path, tokenizer: Path) -> list[str]:
+    """Return the overrides that name the data sets train and heldout of a folder."""
+    train = f"0.5,{root}/train,0.5,{root}/train"
+    data = [f"data.train=[{train}]", f"data.heldout=[{root}/heldout]"]
+    return ["data=indexed", *data, f"data.tokenizer={tokenizer}", f"model.vocab_size={VOCAB}"]
 
 
-def refusal(does: Callable[..., object], *arguments: object) -> str | None:
-    """Return what is wrong with how a call ends that must be refused."""
-    try:
-        does(*arguments)
-    except InputError as error:
-        return None if "\n" not in str(error) else "more than one line"
-    except Exception as error:
-        return f"traceback: {type(error).__name__}: {str(error)[:150]}"
-    return "taken for whole"
+def prepare_main(overrides: Sequence[str]) -> int:
+    """Run `python -m recipes.training.data`, whose import takes seconds."""
+    from recipes.training.data import main
+
+    return main(overrides)
+
+
+def prepare(overrides: Sequence[str]) -> Ended:
+    """Return how the preparation ends."""
+    return call(prepare_main, overrides)
+
+
+def job(run: Sequence[object]) -> int:
+    """Run what a job runs first: `python -m recipes.preflight RUN`."""
+    return preflight.main(Path(str(run[0])))
+
+
+def whole(ended: Ended) -> None:
+    """Assert that a command took whole data for whole."""
+    assert ended.code == 0, ended
+
+
+def refusal(main: Main, arguments: Sequence[object]) -> str | None:
+    """Return what is wrong with how a command ends that must refuse."""
+    ended = call(main, arguments)
+    return "taken for whole" if ended.code == 0 else ended.wrong(())
+
+
+class Checks:
+    """The commands that look at one data set: its preparation, the launch, and the job."""
+
+    def __init__(self, folder: Path, *overrides: Sequence[str]) -> None:
+        place = f"runs_dir={folder}/runs"
+        self.asked = [[*data, place, f"run_name=run{n}"] for n, data in enumerate(overrides)]
+        self.runs = [open_folder(compose_plan(asked)) for asked in self.asked]
+
+    def ends(self) -> Iterator[Ended]:
+        """Yield how each command ends."""
+        for asked, run in zip(self.asked, self.runs, strict=True):
+            yield prepare(asked)
+            yield call(launch, [*asked, "dry_run=true"])
+            yield call(job, [run])
+
+    def wrong(self) -> str | None:
+        """Return what is wrong with how they end where all must refuse."""
+        ends = [("taken for whole" if end.code == 0 else end.wrong(())) for end in self.ends()]
+        return next((f"command {n}: {end}" for n, end in enumerate(ends) if end), None)
 
 
 def _cut(path: Path, draw: random.Random) -> None:
@@ -78,45 +124,47 @@ def _empty(path: Path, draw: random.Random) -> None:
     path.write_bytes(b"")
 
 
-@fault(AREA, "`.bin` and `.idx` cut at any byte, longer, empty, missing or garbage; indexed and prepared data", small=60, full=2000)
+@fault(
+    AREA,
+    "`.bin` and `.idx` cut at any byte, longer, empty, missing or garbage; indexed and prepared data: "
+    "`recipes.training.data`, `launch`, a job's preflight",
+    small=12,
+    full=300,
+)
 def broken_data_sets(count: int, folder: Path) -> Outcome:
     """Garbage in .bin alone is seen where it gives ids beyond the vocabulary, as random bytes do."""
-    from recipes.training import data
-
-    outcome, source = Outcome(), corpus(folder / "corpus")
-    whole = data.prepare(text_data(source, folder / "out"), VOCAB)
-    kept = shutil.copytree(whole, folder / "kept")
-    data.check_indexed(indexed_data(whole), VOCAB)
+    outcome, made = Outcome(), text(corpus(folder / "corpus"), folder / "out")
+    whole(prepare(made))
+    root = folder / "out" / f"vocab{VOCAB}"
+    kept = shutil.copytree(root, folder / "kept")
+    checks = Checks(folder, made, indexed(root, kept / "tokenizer"))
+    for ended in checks.ends():
+        whole(ended)
     for seed in range(count):
         draw = random.Random(seed)
-        shutil.rmtree(whole)
-        shutil.copytree(kept, whole)
+        shutil.rmtree(root)
+        shutil.copytree(kept, root)
         change = draw.choice([_cut, _cut, _cut, _longer, _empty, _missing, _garbage])
-        path = whole / draw.choice(["train.bin", "train.idx", "heldout.bin", "heldout.idx"])
-        if path.suffix == ".idx" and change is _longer:
-            change = _cut  # what follows an index is never read
+        path = root / draw.choice(["train.bin", "train.idx", "heldout.bin", "heldout.idx"])
         change(path, draw)
-        wrong = refusal(data.check_indexed, indexed_data(whole), VOCAB) or refusal(data.prepare, text_data(source, folder / "out"), VOCAB)
+        wrong = checks.wrong()
         outcome.add(REFUSED, lost=wrong and f"{path.name}, {change.__name__}, seed {seed}: {wrong}")
     return outcome
 
 
-@fault(AREA, "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place", small=20, full=300)
+@fault(AREA, "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place: the same commands", small=20, full=300)
 def ids_beyond_the_vocabulary(count: int, folder: Path) -> Outcome:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    from recipes.training import data
-
     outcome = Outcome()
+    (folder / "tokenizer").mkdir()
+    write_tokenizer(folder / "tokenizer", VOCAB)
+    checks = Checks(folder, indexed(folder, folder / "tokenizer"))
     for seed in range(count):
         draw = random.Random(seed)
-        ids = np.random.default_rng(seed).integers(0, VOCAB, draw.randint(1, 4000))
+        ids = np.random.default_rng(seed).integers(0, VOCAB, draw.randint(1, 4000)).astype(np.int32)
         ids[draw.randrange(len(ids))] = draw.choice([VOCAB, VOCAB + 1, 60_000, 2**31 - 1, -1])
         for split in ("train", "heldout"):
-            builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
-            builder.add_document(ids.astype(np.int32), [len(ids)])
-            builder.finalize(str(folder / f"{split}.idx"))
-        wrong = refusal(data.check_indexed, indexed_data(folder), VOCAB)
+            written(folder / split, ids, documents=1)
+        wrong = checks.wrong()
         outcome.add(REFUSED, lost=wrong and f"seed {seed}: {wrong}")
     return outcome
 
@@ -140,15 +188,13 @@ TEXTS: dict[str, tuple[str, bytes]] = {
 
 @fault(AREA, "text that is no text: undecodable bytes, empty, cut or retyped JSONL", small=13, full=13)
 def text_that_is_none(count: int, folder: Path) -> Outcome:
-    from recipes.training import data
-
     outcome = Outcome()
     for n, (kind, (name, content)) in enumerate(list(TEXTS.items())[:count]):
         source = folder / str(n) / name
         source.parent.mkdir()
         source.write_bytes(content)
         root = folder / f"out{n}"
-        wrong = refusal(data.prepare, text_data(source, root), VOCAB)
+        wrong = refusal(prepare_main, text(source, root))
         wrong = wrong or ("something was left that looks whole" if (root / f"vocab{VOCAB}").exists() else None)
         outcome.add(REFUSED, lost=wrong and f"{kind}: {wrong}")
     return outcome
@@ -157,26 +203,57 @@ def text_that_is_none(count: int, folder: Path) -> Outcome:
 @fault(AREA, "a tokenizer that is missing, damaged, wants code of its own, or is larger than the vocabulary", small=25, full=300)
 def wrong_tokenizers(count: int, folder: Path) -> Outcome:
     """A damaged tokenizer that still loads is not refused where all its ids are in the vocabulary: it is then another tokenizer."""
-    from recipes.training import data
-
     outcome, source = Outcome(), corpus(folder / "corpus")
-    made = data.prepare(text_data(source, folder / "out"), VOCAB)
-    whole, entries = made / "tokenizer", int(json.loads((made / "provenance.json").read_text())["vocab_size"])
+    whole(prepare(text(source, folder / "out")))
+    made = folder / "out" / f"vocab{VOCAB}"
+    entries = int(json.loads((made / "provenance.json").read_text())["vocab_size"])
     broken = folder / "tokenizer"
     for seed in range(count):
         draw = random.Random(seed)
         shutil.rmtree(broken, ignore_errors=True)
-        shutil.copytree(whole, broken)
+        shutil.copytree(made / "tokenizer", broken)
         must, vocab = _break_tokenizer(broken, seed, draw), entries - 1 if seed == 0 else VOCAB
-        root = folder / f"made{seed}"
-        wrong = refusal(data.prepare, text_data(source, root, tokenizer=str(broken)), vocab)
+        asked = text(source, folder / f"made{seed}", broken, vocab)
+        wrong = refusal(prepare_main, asked)
         loaded = wrong == "taken for whole" and not must
         if loaded:
-            wrong = refusal(data.check_indexed, indexed_data(root / f"vocab{vocab}"), vocab)
-            wrong = None if wrong == "taken for whole" else wrong
+            wrong = call(launch, [*asked, f"runs_dir={folder}/runs", "dry_run=true"]).wrong((0,))
+        if (broken / "owned").exists():
+            wrong = "code of the tokenizer's folder was run"
         outcome.add("loaded, ids in the vocabulary" if loaded else REFUSED, lost=wrong and f"seed {seed}: {wrong}")
+        shutil.rmtree(folder / f"made{seed}", ignore_errors=True)
+    return outcome
+
+
+@fault(AREA, "a SentencePiece model that is cut, changed, or larger than the vocabulary", small=15, full=300)
+def wrong_sentencepiece_models(count: int, folder: Path) -> Outcome:
+    """A changed model that still loads is another tokenizer, as above."""
+    outcome, source = Outcome(), corpus(folder / "corpus")
+    model, broken = sentencepiece_model(source, folder), folder / "broken.model"
+    whole(prepare(text(source, folder / "out", model)))
+    for seed in range(count):
+        draw = random.Random(seed)
+        content, kind = model.read_bytes(), draw.choice([kind for kind in BYTES if kind != "as UTF-16"])
+        broken.write_bytes(content if seed == 0 else BYTES[kind](content, draw))
+        root = folder / f"made{seed}"
+        wrong = refusal(prepare_main, text(source, root, broken, PIECES - 1 if seed == 0 else VOCAB))
+        loaded = wrong == "taken for whole" and seed > 0
+        outcome.add("loaded" if loaded else REFUSED, lost=None if loaded or not wrong else f"seed {seed}, {kind}: {wrong}")
         shutil.rmtree(root, ignore_errors=True)
     return outcome
+
+
+PIECES = 120
+
+
+def sentencepiece_model(source: Path, folder: Path) -> Path:
+    """Train a SentencePiece model with PIECES pieces on a folder of text."""
+    from sentencepiece import SentencePieceTrainer
+
+    files = ",".join(map(str, sorted(source.glob("*.txt"))))
+    sizes = {"vocab_size": PIECES, "hard_vocab_limit": True, "character_coverage": 1.0, "byte_fallback": False}
+    SentencePieceTrainer.train(input=files, model_prefix=str(folder / "pieces"), model_type="bpe", minloglevel=2, **sizes)
+    return folder / "pieces.model"
 
 
 def _break_tokenizer(broken: Path, seed: int, draw: random.Random) -> bool:
@@ -203,20 +280,11 @@ def _break_tokenizer(broken: Path, seed: int, draw: random.Random) -> bool:
     return False
 
 
-PREPARE = """
-import sys
-from pathlib import Path
-from tests.faults.data_files import VOCAB, text_data
-from recipes.training import data
-print("ready", flush=True)
-data.prepare(text_data(Path(sys.argv[1]), Path(sys.argv[2])), VOCAB)
-"""
-
-
 def _process(source: Path, root: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-W", "ignore", "-c", PREPARE, str(source), str(root)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-W", "ignore", "-m", "recipes.training.data", *text(source, root)]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=nothing, stderr=nothing)
 
 
 def _files(root: Path) -> dict[str, bytes]:
@@ -226,40 +294,41 @@ def _files(root: Path) -> dict[str, bytes]:
 @fault(AREA, "a preparation killed (-9) at a random moment, and run again", small=2, full=25)
 def preparation_killed(count: int, folder: Path) -> Outcome:
     """Nothing that looks whole is left unless it is, and the second run makes what an uninterrupted one does."""
-    from recipes.training import data
-
     outcome, source = Outcome(), corpus(folder / "corpus", 2000)
+    process = _begun(source, folder / "undisturbed")
     start = time.monotonic()
-    data.prepare(text_data(source, folder / "undisturbed"), VOCAB)
+    assert process.wait() == 0
     length, expected = time.monotonic() - start, _files(folder / "undisturbed")
     for n in range(count):
         root = folder / f"out{n}"
-        process = _process(source, root)
-        assert process.stdout
-        process.stdout.readline()
+        process = _begun(source, root)
         time.sleep(random.Random(n).uniform(0, length))
         process.send_signal(signal.SIGKILL)
         process.wait()
         left = (root / f"vocab{VOCAB}").exists() and _files(root) != expected
-        data.prepare(text_data(source, root), VOCAB)
-        wrong = "half-written data looked whole" if left else None if _files(root) == expected else "made again, it differs"
+        wrong = "half-written data looked whole" if left else prepare(text(source, root)).wrong((0,))
+        wrong = wrong or (None if _files(root) == expected else "made again, it differs")
         outcome.add("made again, the same bytes", lost=wrong and f"killed preparation {n}: {wrong}")
     return outcome
 
 
+def _begun(source: Path, root: Path) -> subprocess.Popen[bytes]:
+    """Return a preparation that has made its folder, or has ended."""
+    process = _process(source, root)
+    while not root.exists() and process.poll() is None:
+        time.sleep(0.005)
+    return process
+
+
 @fault(AREA, "two preparations of one data set at the same moment", small=1, full=10)
 def two_preparations(count: int, folder: Path) -> Outcome:
-    from recipes.training import data
-
     outcome, source = Outcome(), corpus(folder / "corpus", 500)
-    data.prepare(text_data(source, folder / "undisturbed"), VOCAB)
+    whole(prepare(text(source, folder / "undisturbed")))
     expected = _files(folder / "undisturbed")
     for n in range(count):
         root = folder / f"out{n}"
         processes = [_process(source, root) for _ in range(2)]
-        for process in processes:
-            process.communicate()
-        codes = [process.returncode for process in processes]
+        codes = [process.wait() for process in processes]
         right = codes == [0, 0] and _files(root) == expected and not list(root.glob("*.partial"))
         outcome.add("one made it, both have it", lost=None if right else f"exit codes {codes}, same bytes: {_files(root) == expected}")
     return outcome
@@ -267,11 +336,10 @@ def two_preparations(count: int, folder: Path) -> Outcome:
 
 @fault(AREA, "a data.root that is a file, a link to nothing, or in a place that cannot be written", small=3, full=3)
 def roots_that_cannot_be_written(count: int, folder: Path) -> Outcome:
-    from recipes.training import data
-
     outcome, source = Outcome(), corpus(folder / "corpus", 3)
     (folder / "file").write_text("")
     (folder / "loop").symlink_to("loop")
     for root in (folder / "file", folder / "loop", Path("/proc/nowhere"))[:count]:
-        outcome.add(REFUSED, lost=(wrong := refusal(data.prepare, text_data(source, root), VOCAB)) and f"{root}: {wrong}")
+        wrong = refusal(prepare_main, text(source, root))
+        outcome.add(REFUSED, lost=wrong and f"{root}: {wrong}")
     return outcome
