@@ -179,6 +179,12 @@ def check_tokenizer(named: str | None, path: str | None, vocab_size: int) -> Non
 # What the fields say by themselves
 
 NEEDED = {"text": ("root",), "indexed": ("train", "tokenizer"), "mock": ()}
+OF_BOTH = ("tokenizer", "reset_attention_mask", "eod_mask_loss")
+READ = {
+    "text": ("sources", "root", "demo_text", *OF_BOTH),
+    "indexed": ("train", "heldout", "split", *OF_BOTH),
+    "mock": (),
+}
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -187,18 +193,27 @@ def wrong_data(data: Data) -> str | None:
     missing = next((name for name in NEEDED[data.kind] if not getattr(data, name)), None)
     if missing:
         return f"data.{missing} is empty, data={data.kind} needs it; set it"
-    return _misplaced(data) or _no_path(data) or _malformed(data) or _one_set_twice(data)
+    return _without_effect(data) or _nothing_held_out(data) or _no_path(data) or _malformed(data) or _one_set_twice(data)
 
 
-def _misplaced(data: Data) -> str | None:
-    if data.kind == "indexed":
-        if data.split and data.heldout:
-            return "data.split and data.heldout both say what is held out; set one of them"
-        if not data.split and not data.heldout:
-            return "data.heldout is empty; set it, or data.split=[949,50,1] to hold out a share of data.train"
+def _without_effect(data: Data) -> str | None:
+    """A field that a kind of data does not read would be ignored."""
+    known = dict.fromkeys(name for names in READ.values() for name in names)
+    given = next((name for name in known if getattr(data, name) and name not in READ[data.kind]), None)
+    if given is None:
         return None
-    given = next((name for name in ("train", "heldout", "split") if getattr(data, name)), None)
-    return f"data.{given} is for data=indexed, data={data.kind} does not read it; remove it" if given else None
+    takes = " or ".join(f"data={kind}" for kind, names in READ.items() if given in names)
+    return f"data.{given} has no effect with data={data.kind}; leave it out, or use {takes}"
+
+
+def _nothing_held_out(data: Data) -> str | None:
+    if data.kind != "indexed":
+        return None
+    if data.split and data.heldout:
+        return "data.split and data.heldout both say what is held out; set one of them"
+    if not data.split and not data.heldout:
+        return "data.heldout is empty; set it, or data.split=[949,50,1] to hold out a share of data.train"
+    return None
 
 
 def _no_path(data: Data) -> str | None:

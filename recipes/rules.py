@@ -121,19 +121,6 @@ def data_is_named(plan: Plan) -> str | None:
     return wrong_data(plan.data)
 
 
-def data_takes_what_is_set(plan: Plan) -> str | None:
-    """A field that a kind of data does not read would be ignored: random tokens have no documents, files name their own."""
-    data = plan.data
-    of_text = ("sources", "root", "tokenizer", "reset_attention_mask", "eod_mask_loss")
-    of_indexed = ("train", "heldout", "tokenizer", "reset_attention_mask", "eod_mask_loss")
-    read = {"text": of_text, "indexed": of_indexed, "mock": ()}
-    for name in dict.fromkeys(of_text + of_indexed):
-        if getattr(data, name) and name not in read[data.kind]:
-            takes = " or ".join(f"data={kind}" for kind, names in read.items() if name in names)
-            return f"data.{name} has no effect with data={data.kind}; leave it out, or use {takes}"
-    return None
-
-
 def documents_are_masked_where_attention_takes_a_mask(plan: Plan) -> str | None:
     """Transformer Engine 2.2 pytorch/attention.py:5664 ignores a mask under causal attention; rotary positions are relative.
 
@@ -355,7 +342,6 @@ BEFORE_MEMORY: tuple[Rule, ...] = (
     *MAPPING_RULES,
     schedule_is_possible,
     data_is_named,
-    data_takes_what_is_set,
     documents_are_masked_where_attention_takes_a_mask,
     secrets_are_not_in_the_plan,
     container_is_named,

@@ -134,8 +134,9 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_70B, "mapping.fsdp=true", "mapping.pp=1", "mapping.vp=1", "mapping.tp_overlap=true"], "jitter"),
     ],
     "schedule_is_possible": [(["train.warmup_steps=100"], "set train.warmup_steps=null"), (["train.min_lr=1.0"], "lower it")],
-    "data_is_named": [(["data.root=null"], "set it"), (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it")],
-    "data_takes_what_is_set": [
+    "data_is_named": [
+        (["data.root=null"], "set it"),
+        (["data=indexed", "data.train=[]", "data.heldout=[a]", "data.tokenizer=t"], "set it"),
         ([*H100_8B, "data=mock", "+data.eod_mask_loss=true"], "use data=text or data=indexed"),
         ([*H100_8B, "data=mock", "+data.reset_attention_mask=true"], "use data=text or data=indexed"),
         ([*H100_8B, "data=mock", "+data.tokenizer=t"], "leave it out"),
