@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -9,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from launch import status
 from launch.__main__ import main
 from recipes.compose import CONF, compose_plan, compose_tree
-from recipes.errors import InputError
 from recipes.run_folder import flatten, status_of
 from tests.faults.commands import REFUSED, call, what_came_out
 from tests.faults.load import SLURM, pretended_slurm, stub_python, whole
@@ -145,22 +149,21 @@ def hostile_site_files(count: int, folder: Path) -> Outcome:
         b"# @package _global_\nseed: x\n",
         b"",
     ]
-    with mock.patch("os.system") as system:
+    with mock.patch("os.system") as system, with_conf(conf):
         for content in contents[:count]:
             site.write_bytes(content)
-            ended = call(lambda overrides: _composed(overrides, conf), [])
+            ended = call(main, [f"runs_dir={folder}/runs", "dry_run=true"])
             wrong = ended.wrong((0,)) or ("code of the file was run" if system.called else None)
             outcome.add("composed" if ended.code == 0 else REFUSED, lost=wrong and f"{content!r}: {wrong}")
     return outcome
 
 
-def _composed(overrides: Any, conf: Path) -> int:
-    try:
-        compose_plan(overrides, conf)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@contextmanager
+def with_conf(conf: Path) -> Iterator[None]:
+    """Let the launch read another conf/, as a checkout elsewhere has one."""
+    plan, tree = partial(compose_plan, conf=conf), partial(compose_tree, conf=conf)
+    with mock.patch.multiple("launch.__main__", compose_plan=plan, compose_tree=tree):
+        yield
 
 
 REFUSALS = {
@@ -239,11 +242,14 @@ def places_that_cannot_be_written(count: int, folder: Path) -> Outcome:
     return outcome
 
 
+def shown(run: Path) -> str:
+    """Return the status that `python -m launch.status` prints."""
+    return str(json.loads(call(status.main, [run, "--json"]).out)[0]["status"])
+
+
 @fault(AREA, "a run on this machine whose processes are killed (-9), the launcher first: `launch.status`", small=1, full=5)
 def local_run_killed(count: int, folder: Path) -> Outcome:
     """The launcher's death leaves the run running; after its own its last word is still "running", and status says that it is not."""
-    from launch.status import rows
-
     outcome = Outcome()
     for n in range(count):
         run = folder / f"runs{n}" / "one"
@@ -257,11 +263,11 @@ echo '{{"status": "running", "reason": "", "step": 1}}' > {run}/status.json; exe
         deadline = time.monotonic() + 60
         while not ((run / "status.json").exists() and status_of(run) == "running") and time.monotonic() < deadline:
             time.sleep(0.05)
-        said = [rows([run])[0].status]
+        said = [shown(run)]
         for pid in (process.pid, int((run / "pid").read_text())):
             os.kill(pid, signal.SIGKILL)
             process.wait()
             time.sleep(0.2)
-            said.append(rows([run])[0].status)
+            said.append(shown(run))
         outcome.add("said to be gone", lost=None if said == ["running", "running", "failed"] else f"status said {said}")
     return outcome

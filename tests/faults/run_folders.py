@@ -14,10 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis import compare, fig3, report, throughput
-from analysis.runs import load_run
 from launch import status
-from recipes.errors import InputError
-from recipes.run_folder import append_line, keep_until, rows_of
+from recipes.run_folder import rows_of
 from tests.analysis.conftest import curve, write
 from tests.analysis.test_evaluation import evaluate
 from tests.faults.commands import REFUSED, Main, call, what_came_out
@@ -81,27 +79,33 @@ def _form(draw: random.Random, folder: Path) -> list[str]:
     return draw.choice([[], ["--json"], *(["--out", f"{folder}/table{suffix}"] for suffix in (".html", ".csv", ".md"))])
 
 
-@fault(AREA, "`metrics.jsonl` cut at every byte", small=300, full=10**6)
+@fault(AREA, "`metrics.jsonl` cut at every byte: `analysis.compare`", small=60, full=10**6)
 def metrics_cut_at_every_byte(count: int, folder: Path) -> Outcome:
-    """A cut file is refused, unless all steps are there; a run that goes on from the cut keeps every whole line."""
-    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
-    path = run / "metrics.jsonl"
+    """A cut file is refused, unless all steps are there."""
+    base, run = pair(folder)
+    outcome, path = Outcome(), run / "metrics.jsonl"
     whole = path.read_bytes()
     last_evaluation = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for end in range(0, len(whole), max(1, len(whole) // count)):
+    ends = [*range(0, last_evaluation, max(1, len(whole) // count)), last_evaluation]
+    for end in ends:
         path.write_bytes(whole[:end])
-        try:
-            load_run(run)
-            lost = None if end == last_evaluation else f"cut at byte {end}: taken for whole"
-        except InputError:
-            lost = None
-        kept, step = rows_of(path), whole[:end].count(b'"loss"')
-        keep_until(path, step)
-        append_line(path, {"step": step + 1})
-        if [*kept, {"step": step + 1}] != [*rows_of(path)][: len(kept) + 1]:
-            lost = f"cut at byte {end}: a whole line was lost"
-        outcome.add("whole without its last line" if end == last_evaluation else REFUSED, lost=lost)
+        ended = call(compare.main, [base, run])
+        taken = "taken for whole" if ended.code in JUDGED and end != last_evaluation else None
+        wrong = ended.wrong(JUDGED) or taken
+        what = "compared without its last line" if end == last_evaluation else REFUSED
+        outcome.add(what, lost=wrong and f"cut at byte {end}: {wrong}")
     return outcome
+
+
+JUDGED = (0, 1, 3)  # exit codes of a comparison: pass, fail, undecided
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    """Return a run in BF16 and one in FP8 that can be compared."""
+    base = write(folder / "base", curve(STEPS), "bf16", [])
+    run = write(folder / "run", curve(STEPS), "fp8_current", [])
+    assert call(compare.main, [base, run]).code in JUDGED
+    return base, run
 
 
 WRITER = """
@@ -119,7 +123,7 @@ def writers_at_once(count: int, folder: Path) -> Outcome:
 
     Blank lines may come in between: a writer that finds another's line half-written ends it, to be safe.
     """
-    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
+    (base, run), outcome = pair(folder), Outcome()
     path, each = run / "metrics.jsonl", count // 4
     path.unlink()
     command = [sys.executable, "-c", WRITER, str(path)]
@@ -131,11 +135,9 @@ def writers_at_once(count: int, folder: Path) -> Outcome:
         found = [row["step"] for row in written if row["writer"] == n]
         for step in range(1, each + 1):
             outcome.add("line whole, run refused", lost=None if found[step - 1 : step] == [step] else f"writer {n}: line {step} is missing")
-    try:
-        load_run(run)
-        outcome.lost.append("a file of four writers was taken for a run")
-    except InputError:
-        pass
+    ended = call(compare.main, [base, run])
+    if ended.wrong(()) or ended.code in JUDGED:
+        outcome.lost.append(f"a file of four writers: {ended.wrong(()) or 'compared'}")
     return outcome
 
 
@@ -146,10 +148,10 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["step", "loss", "tokens", "step_time_s", "fp8_gemms", "heldout_loss", "grad_norm", "lr"])
 
 
-@fault(AREA, "`metrics.jsonl` of any rows (hypothesis)", small=200, full=5000)
+@fault(AREA, "`metrics.jsonl` of any rows (hypothesis): `analysis.compare`", small=100, full=5000)
 def any_rows(count: int, folder: Path) -> Outcome:
-    """Whatever rows there are: refused, or a run of all its steps with finite losses."""
-    run, outcome = write(folder / "run", curve(STEPS), "fp8_current", []), Outcome()
+    """Whatever rows there are: refused, or compared over all steps with a finite gap."""
+    (base, run), outcome = pair(folder), Outcome()
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
 
@@ -166,13 +168,13 @@ def any_rows(count: int, folder: Path) -> Outcome:
         if swap < len(rows) - 1:
             rows[swap : swap + 2] = rows[swap : swap + 2][::-1]
         path.write_text("\n".join([json.dumps(row) for row in rows] + ([extra] if extra else []) + [""]), "utf-8", "replace")
-        try:
-            found = load_run(run)
-        except InputError:
-            outcome.add(REFUSED)
-            return
-        loss = found.steps["loss"]
-        outcome.add("read, all steps finite", lost=None if len(loss) == STEPS and np.isfinite(loss).all() else f"{changes}: taken for a run")
+        ended = call(compare.main, [base, run, "--json"])
+        wrong = ended.wrong(JUDGED)
+        if ended.code in JUDGED:
+            gap = json.loads(ended.out)[0]["gap_nats"]["run"]
+            wrong = None if gap["steps"] == STEPS and np.isfinite(gap["value"]) else "taken for a run"
+        came = "compared over all steps" if ended.code in JUDGED else REFUSED
+        outcome.add(came, lost=wrong and f"{changes}: {wrong}")
 
     tried()
     return outcome

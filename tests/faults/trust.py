@@ -23,11 +23,9 @@ from unittest import mock
 from analysis import report
 from launch.__main__ import main
 from launch.job import write_job
-from launch.script import render
 from recipes.compose import compose_plan
-from recipes.errors import InputError
 from recipes.plan import Plan
-from tests.faults.commands import REFUSED, call
+from tests.faults.commands import REFUSED, Ended, call
 from tests.faults.load import SLURM, pretended_slurm, stub_python
 from tests.faults.mutations import HOSTILE
 from tests.faults.registry import Outcome, fault
@@ -243,16 +241,16 @@ def control_characters(count: int, folder: Path) -> Outcome:
     fields = ("cluster.account", "cluster.python", "data.root", "runs_dir", "+cluster.environment.A", "+cluster.token_files.A", "cluster.extra_srun")
     for field in fields[:count]:
         value = '["a\nb"]' if field.endswith("srun") else '"a\nb"'
-        ended = call(main, [*SLURM, f"{field}={value}", f"runs_dir={folder}/runs", "dry_run=true"][: 4 if field == "runs_dir" else None])
+        place = [] if field == "runs_dir" else [f"runs_dir={folder}/runs"]
+        ended = call(main, [*SLURM, f"{field}={value}", *place, "dry_run=true"])
         outcome.add(REFUSED, lost=(wrong := ended.wrong(())) and f"{field}: {wrong}")
     inside = folder / "a\ntouch owned"
     inside.mkdir()
-    with mock.patch("pathlib.Path.absolute", lambda path: inside / path):
-        try:
-            render(compose_plan([*SLURM, "runs_dir=runs"]))
-            outcome.lost.append("a folder's name with a line end came into the script")
-        except InputError:
-            outcome.add(REFUSED)
+    command = [sys.executable, "-m", "launch", *SLURM, "runs_dir=runs", "dry_run=true"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True)
+    wrong = Ended(done.returncode, done.stdout, done.stderr).wrong(())
+    outcome.add(REFUSED, lost=wrong and f"a working folder whose name has a line end: {wrong}")
     return outcome
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch import status
 from launch.__main__ import main as launch
 from recipes.run_folder import append_line, status_of
 from tests.faults.commands import REFUSED, call
 from tests.faults.registry import Outcome, Unavailable, fault
 from tests.faults.training.process import Ranks
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, copied, finish, paused, prepared, short, step_of
+from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, copied, finish, paused, prepared, short, shown, step_of
 
 
 @contextmanager
@@ -41,7 +40,7 @@ def full_disk(count: int, folder: Path) -> Outcome:
             ranks.until(lambda run=run, step=step: step_of(run) >= step)
             _fill(disk / "ballast", 0 if n % 2 else draw.randrange(12_000_000))
             codes = ranks.wait()
-            why = status.judged(run, None)
+            why = shown(run)
             (disk / "ballast").unlink()
             wrong = None if codes == [1] or codes == [2] else f"ended with {codes} on a full disk"
             if status_of(run) == "done":

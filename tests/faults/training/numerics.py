@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.runs import load_run
-from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.run_folder import rows_of, status_of
 from tests.faults.registry import Outcome, fault
 from tests.faults.training import sabotage
 from tests.faults.training.process import Ranks
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, finish, numbers, prepared, step_of, unbroken
+from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, finish, numbers, prepared, refusal, step_of, unbroken
 
 # Of 4 layers (fp8_current keeps two of them in BF16), 2 micro-batches.
 GEMMS = {"fp8_delayed": 96, "fp8_current": 48, "fp8_subchannel": 96, "mxfp8": 96}
@@ -54,17 +52,9 @@ def non_finite_is_skipped(count: int, folder: Path) -> Outcome:
         said = [row["step"] for row in rows_of(run / "events.jsonl") if row["event"] == "skipped_update"]
         right = status_of(run) == "done" and [row["step"] for row in rows] == list(range(1, STEPS + 1)) and bad == said == [sabotage.STEP]
         before = [row for row in numbers(unbroken(precision, processes) / "metrics.jsonl") if "loss" in row][: sabotage.STEP - 1]
-        right = right and rows[: sabotage.STEP - 1] == before and _refusal(run, "no finite number")
+        right = right and rows[: sabotage.STEP - 1] == before and "no finite number" in refusal(run, processes)
         outcome.add("skipped, an event in the run folder; analysis refuses the run", lost=None if right else f"{what}: {status_of(run)} {bad} {said}")
     return outcome
-
-
-def _refusal(run: Path, words: str) -> bool:
-    try:
-        load_run(run)
-    except InputError as error:
-        return words in str(error)
-    return False
 
 
 @fault(AREA, "FP8 layers that are BF16 from the start, or from a step on", small=2, full=8, nemo=True)

@@ -9,8 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from analysis import compare
+from launch import status
 from recipes.compose import compose_plan
 from recipes.run_folder import open_folder, read_plan, rows_of, status_of
+from tests.faults.commands import call
 from tests.faults.training.process import run_to_end
 
 AREA = "Training"
@@ -87,6 +90,20 @@ def unlike(folder: Path, precision: str, processes: int = 1) -> str | None:
             at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             return f"{folder.name}: {name} has {len(b)} lines for {len(a)}, first other line {at + 1}: {b[at : at + 1]} for {a[at : at + 1]}"
     return None if state(folder) == state(whole) else f"{folder.name}: the last checkpoint has other bits"
+
+
+def shown(folder: Path) -> tuple[str, str]:
+    """Return the status and its reason that `python -m launch.status` prints."""
+    ended = call(status.main, [folder, "--json"])
+    (row,) = json.loads(ended.out)
+    return row["status"], row["why"]
+
+
+def refusal(folder: Path, processes: int = 1) -> str:
+    """Return why `python -m analysis.compare` refuses a run beside an unbroken BF16 one; empty where it compares them."""
+    ended = call(compare.main, [unbroken("bf16", processes), folder])
+    assert not ended.wrong(), ended
+    return ended.err
 
 
 def step_of(folder: Path) -> int:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import status
 from recipes.run_folder import status_of
 from tests.faults.registry import Outcome, fault
 from tests.faults.training import sabotage
 from tests.faults.training.process import Ranks
-from tests.faults.training.runs import AREA, EQUAL, EVALUATED_EVERY, PRECISIONS, events, finish, prepared, step_of
+from tests.faults.training.runs import AREA, EQUAL, EVALUATED_EVERY, PRECISIONS, events, finish, prepared, shown, step_of
 
 ASKED: dict[str, Callable[[Ranks], object]] = {
     "SIGTERM": lambda ranks: ranks.kill(number=signal.SIGTERM),
@@ -62,7 +61,7 @@ def hung_rank(count: int, folder: Path) -> Outcome:
         ranks.wait()
         (run / "job").mkdir(exist_ok=True)
         (run / "job" / "lock").touch()  # as a launch leaves it
-        found, why = status.judged(run, None)
+        found, why = shown(run)
         right = found == "failed" and "no step for 0:00:10" in why and seconds[-1] < 30
         wrong = None if right else f"{found}, {why!r}, after {seconds[-1]:.0f} s"
         outcome.add(f"ended with a reason; {EQUAL}", lost=wrong or finish(run, precision, processes))
