@@ -285,16 +285,13 @@ def _not_mounted(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
     That is the folder it lies in, or itself where that is the root: a container keeps its own.
     """
-    inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *(Path((mount.split(":") * 2)[1]) for mount in plan.cluster.mounts)]
+    mounted = (Path((mount.split(":") * 2)[1]) for mount in plan.cluster.mounts)
+    inside = [Path.cwd(), Path(plan.runs_dir).absolute(), *mounted]
     for key, path in read_by_job(plan):
-        if not path.startswith("/") or any(Path(path).is_relative_to(place) for place in inside):
-            continue
-        if len(Path(path).parts) > 2:
-            yield key, path, str(Path(path).parent)
-        elif key in ("data.train", "data.heldout"):
-            yield from ((key, path, f"{path}{suffix}") for suffix in (".bin", ".idx"))
-        else:
-            yield key, path, path
+        suffixes = (".bin", ".idx") if key in ("data.train", "data.heldout") else ("",)
+        for file in (Path(f"{path}{suffix}") for suffix in suffixes):
+            if file.is_absolute() and not any(file.is_relative_to(place) for place in inside):
+                yield key, path, str(file.parent if file.parent.name else file)
 
 
 def container_keeps_its_own_files(plan: Plan) -> str | None:

@@ -208,7 +208,7 @@ MORE: list[list[str]] = [
 
 
 # Advice that cannot be a value: names and paths that only the user knows.
-IN_WORDS = ("needs it; set it", "cluster.token_files", "docs/models.md", "use llama3_8b or")
+IN_WORDS = ("needs it; set it", "cluster.token_files", "docs/models.md", "use llama3_8b or", "mount the folders", "below it")
 VALUE = re.compile(r"(?<![\w.])([a-z][\w.]*)=(\[[^]]*\]|[^\s,;()]+)")
 
 
