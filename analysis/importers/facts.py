@@ -307,7 +307,12 @@ class Facts:
 
 
 def _is_of_the_run(name: str, sections: Sequence[str]) -> bool:
-    """An optimizer's section repeats fp8_recipe with its default, but holds the learning rate."""
+    """An optimizer's section repeats fp8_recipe with its default, but holds the learning rate.
+
+    A seed in a section is the data's, not the run's.
+    """
+    if name == "seed" and sections:
+        return False
     return not ELSEWHERE.intersection(sections) and ("optimizer" not in sections or name in NUMBERS)
 
 
