@@ -1,7 +1,8 @@
 """`python -m analysis.compare RUN RUN…`: does the loss of each FP8 run follow BF16?
 
-BF16 runs are the base, whatever their place; further ones, with other seeds, give the noise floor.  Exit code 0 if all
-pass, 1 if one fails, 3 if one is undecided and none fails, 2 for a run or an input that cannot be used.
+BF16 runs are the base, whatever their place; further ones, with other seeds, give the seed noise.
+A recipe with several seeds, each beside BF16 of its seed, is judged over them.  Exit code 0 if all
+recipes pass, 1 if one fails, 3 if one is undecided and none fails, 2 for a wrong input.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from analysis.runs import load_run, once
-from analysis.table import all_notes, compare, row, terminal_table
+from analysis.table import all_notes, compare, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError
@@ -32,7 +33,7 @@ def exit_code(verdicts: Sequence[str]) -> int:
 def run(folders: Sequence[Path], as_json: bool) -> int:
     """Compare the runs and print what was found; return the exit code."""
     comparison = compare([load_run(folder) for folder in once(folders)])
-    rows = [row(verdict) for verdict in comparison.verdicts]
+    rows = comparison.rows
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -40,7 +41,7 @@ def run(folders: Sequence[Path], as_json: bool) -> int:
         console.print(terminal_table(rows))
         for note in all_notes(comparison):
             console.print(note, markup=False, highlight=False)
-    return exit_code([verdict.verdict for verdict in comparison.verdicts])
+    return exit_code(comparison.outcomes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

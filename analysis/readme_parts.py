@@ -21,7 +21,7 @@ from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
 from analysis.runs import Run, folders_of
 from analysis.soundness import unsound
-from analysis.table import all_notes, compare, headline, row, shown
+from analysis.table import all_notes, compare, headline, shown
 from analysis.tabular import Table
 from recipes.errors import InputError
 
@@ -148,7 +148,7 @@ def throughputs(results: Sequence[Path]) -> str:
 
 def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
-    rows = [row(verdict) for verdict in compare(runs_of(results)).verdicts]
+    rows = compare(runs_of(results)).rows
     return Table("", shown(rows), rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
 
 

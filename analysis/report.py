@@ -20,7 +20,7 @@ from analysis.figures import Figure, figures
 from analysis.output import write_file
 from analysis.pages import render
 from analysis.runs import Run, load_run, once
-from analysis.table import Comparison, all_notes, compare, headline, row, shown, terminal_table
+from analysis.table import Comparison, all_notes, compare, headline, shown, terminal_table
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -41,7 +41,7 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
     """Return the report as HTML; every text that comes from a run is escaped."""
     from markupsafe import Markup
 
-    rows = [row(verdict) for verdict in found.verdicts]
+    rows = found.rows
     return render(
         "report.html.j2",
         base=found.bases[0],
@@ -85,7 +85,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
         for figure in drawn:
             figure.write_png(png)
     console = Console()
-    console.print(terminal_table([row(verdict) for verdict in found.verdicts]))
+    console.print(terminal_table(found.rows))
     for line in [*left_out, *all_notes(found)]:
         console.print(line, markup=False, highlight=False)
     print(one_line(f"report: {out}"))

@@ -16,15 +16,29 @@ from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
-from analysis.verdict import Verdict, judge, limits_in_nats, over_seeds
+from analysis.verdict import MOST_SEEDS, UNDECIDED, SeedsVerdict, Verdict, judge, judge_seeds, limits_in_nats
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The BF16 runs, and each candidate's verdict."""
+    """The BF16 runs, each pair's verdict, and that over the seeds of a recipe which has several."""
 
     bases: list[Run]
     verdicts: list[Verdict]
+    over_seeds: list[SeedsVerdict]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a pair, with the verdict over its recipe's seeds in it."""
+        together = {id(verdict): seeds for seeds in self.over_seeds for verdict in seeds.verdicts}
+        return [row(verdict, together.get(id(verdict))) for verdict in self.verdicts]
+
+    @property
+    def outcomes(self) -> list[str]:
+        """What each recipe's evidence comes to: over seeds where there are several, else the pair's."""
+        counted = {id(verdict) for seeds in self.over_seeds for verdict in seeds.verdicts}
+        alone = [verdict.verdict for verdict in self.verdicts if id(verdict) not in counted]
+        return [*alone, *(seeds.verdict for seeds in self.over_seeds)]
 
     @property
     def runs(self) -> list[Run]:
@@ -39,10 +53,30 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for candidate in candidates:
         base = base_of(candidate, bases)
         verdicts.append(judge(base, candidate, [other for other in bases if other is not base]))
-    return Comparison(bases, verdicts)
+    return Comparison(bases, verdicts, [judge_seeds(group) for group in _seed_groups(verdicts)])
 
 
-def row(verdict: Verdict) -> dict[str, Any]:
+def _seed_groups(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
+    """Return the pairs of each recipe that has several seeds, each beside BF16 of its own seed.
+
+    Pairs that share a base or a seed are not independent, and pairs of different layouts or
+    platforms are not of one recipe: such a recipe has no group.
+    """
+    by_recipe: dict[tuple[str, ...], list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.base.plan.seed == verdict.candidate.plan.seed:
+            key = (verdict.candidate.plan.precision.name, verdict.layout, *verdict.platform, *recipe_of(verdict))
+            by_recipe.setdefault(key, []).append(verdict)
+    seeds = {key: [v.candidate.plan.seed for v in group] for key, group in by_recipe.items()}
+    return [group for key, group in by_recipe.items() if 1 < len(group) == len(set(seeds[key]))]
+
+
+def recipe_of(verdict: Verdict) -> list[str]:
+    """Return in what the candidate's precision differs from BF16, without the seed."""
+    return [what for what in verdict.asked if not what.startswith("seed ")]
+
+
+def row(verdict: Verdict, together: SeedsVerdict | None = None) -> dict[str, Any]:
     """Return a verdict as plain values; infinite ends of intervals become None, for JSON has no infinity.
 
     Emulated FP8 has no speedup, for its step time is that of the emulation, and unsteady step times are none.
@@ -63,6 +97,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "gpu": candidate.plan.gpu.name,
         "verdict": verdict.verdict,
         "verdict_by_limit": verdict.by_limit,
+        "over_seeds": together and _over_seeds(together),
         "bar": {"decides": bar.decides, **{k: getattr(bar, k) for k in ("relative", "perplexity", "absolute", "tail_fraction")}},
         "bar_nats": limits_in_nats(bar, tail.base_loss),
         "gap_nats": {name: _mean(gap.nats) for name, gap in verdict.gaps.items()},
@@ -72,7 +107,7 @@ def row(verdict: Verdict) -> dict[str, Any]:
         "rounding_nats": tail.rounding,
         "asserted": {run.name: asserted(run) for run in (base, candidate) if run.imported},
         "noise_floor_nats": verdict.noise_floor,
-        "luck_nats": verdict.luck,
+        "seed_noise_nats": verdict.seed_noise,
         "within_noise_floor": verdict.within_noise,
         "tokens_to_decide": verdict.tokens_to_decide,
         "spikes": verdict.spikes,
@@ -94,6 +129,15 @@ def row(verdict: Verdict) -> dict[str, Any]:
 def _rate(run: Run, seconds: float | None) -> float | None:
     """Return tokens/s/GPU; None where the log tells no step time, or not on how many GPUs and in which batches it ran."""
     return run.plan.tokens_per_step / seconds / run.plan.num_gpus if seconds and run.has_rate else None
+
+
+def _over_seeds(together: SeedsVerdict) -> dict[str, Any]:
+    return {
+        "verdict": together.verdict,
+        "seeds": together.seeds,
+        "gap_relative": _mean(together.gap),
+        "further_seeds": together.further_seeds,
+    }
 
 
 def energy_saving(base: Run, candidate: Run) -> float | None:
@@ -123,10 +167,30 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return rows as the columns that people read; of a precision with several, the seed too."""
+    """Return rows as the columns that people read.
+
+    Of a precision with several seeds, each row names its seed, and a row over the seeds follows.
+    """
     several, by_nvml = _with_several_seeds(rows), any(row["energy_per_token_j"] is not None for row in rows)
-    lines = [_cells(values, f" s{values['seed']}" if values["precision"] in several else "") for values in rows]
-    return [line | _energy(values) for line, values in zip(lines, rows, strict=True)] if by_nvml else lines
+    lines = list[dict[str, str]]()
+    for place, values in enumerate(rows):
+        cells = _cells(values, f" s{values['seed']}" if values["precision"] in several else "")
+        lines.append(cells | _energy(values) if by_nvml else cells)
+        together = values["over_seeds"]
+        if together and not any(later["over_seeds"] == together for later in rows[place + 1 :]):
+            lines.append(dict.fromkeys(lines[-1], "") | _cells_over_seeds(values["precision"], together))
+    return lines
+
+
+def _cells_over_seeds(precision: str, together: dict[str, Any]) -> dict[str, str]:
+    gap, count = together["gap_relative"], len(together["seeds"])
+    return {
+        "precision": precision,
+        "verdict": together["verdict"],
+        "seeds": str(count),
+        "gap %": percent(gap["value"]),
+        "interval": f"{percent(gap['low'])} to {percent(gap['high'])}",
+    }
 
 
 def _energy(values: dict[str, Any]) -> dict[str, str]:
@@ -149,8 +213,9 @@ def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
     return {
         "precision": values["precision"] + seed,
         "verdict": values["verdict"],
+        "seeds": "1",
         "gap %": percent(tail["value"]),
-        "99.5 % interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
+        "interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
         "held-out": "-" if heldout is None else f"{heldout:+.4f}",
         "step s": "-" if values["step_time_s"] is None else f"{values['step_time_s']:.3f}",
         "speedup": "-" if faster is None else f"{faster['value']:.2f}x",
@@ -164,14 +229,21 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
     bar, floor, device = values["bar"], values["noise_floor_nats"], values["labels"]["device"]
     loss = values["bar_nats"]["relative"] / bar["relative"]
     seeds = "no second BF16 seed" if floor is None else f"BF16 seeds lie {floor / loss:.2%} apart"
+    interval = "interval: 99.5 % of one pair" + (", 95 % over seeds" if any(row["over_seeds"] for row in rows) else "")
     window = f"loss ({_labels(rows, 'loss')}) against BF16 over the last {bar['tail_fraction']:.0%} of the run"
-    return (
-        f"{values['model']} on {values['gpu']}, {_grouped(rows, lambda row: row['layout'].split(' (')[0])}: {window}; "
-        f"bar ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}; held-out gap in nats; step time {_labels(rows, 'step_time')} on {device}; "
-        "matched: speedup to an equal loss"
-        + ("; energy: BF16's joules over the recipe's" if any(row["energy_per_token_j"] is not None for row in rows) else "")
-        + ("; s1: seed 1" if _with_several_seeds(rows) else "")
-    )
+    layouts = _grouped(rows, lambda row: row["layout"].split(" (")[0])
+    energy = any(row["energy_per_token_j"] is not None for row in rows)
+    parts = [
+        f"{values['model']} on {values['gpu']}, {layouts}: {window}",
+        f"tolerance ±{bar[bar['decides']]:g} ({bar['decides']}), {seeds}",
+        interval,
+        "held-out gap in nats",
+        f"step time {_labels(rows, 'step_time')} on {device}",
+        "matched: speedup to an equal loss",
+        *(["energy: BF16's joules over the recipe's"] if energy else []),
+        *(["s1: seed 1"] if _with_several_seeds(rows) else []),
+    ]
+    return "; ".join(parts)
 
 
 def _labels(rows: Sequence[dict[str, Any]], what: str) -> str:
@@ -203,7 +275,7 @@ def notes(verdict: Verdict) -> list[str]:
     said, name = list[str](), verdict.candidate.name
     if verdict.tokens_to_decide is not None:
         said.append(f"{name}: undecided; about {verdict.tokens_to_decide:,.0f} more tokens would decide it if the gap stays as it is")
-    elif verdict.verdict == "undecided":
+    elif verdict.verdict == UNDECIDED:
         said.append(f"{name}: undecided; {_why_open(verdict)}")
     moved = not verdict.candidate.emulated and [f"of {run.name} {why}" for run in (verdict.candidate, verdict.base) if (why := unsteady(run))]
     if moved:
@@ -215,7 +287,7 @@ def notes(verdict: Verdict) -> list[str]:
     if verdict.platform:
         said.append(f"{name}: not only precision differs from BF16, but also {', '.join(verdict.platform)}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
-        said.append(f"{name}: its seed differs from its base's; the gap holds the luck of the seeds too")
+        said.append(f"{name}: its seed differs from its base's; the gap includes seed noise")
     return [*said, *_imports(verdict)]
 
 
@@ -239,40 +311,48 @@ def _imports(verdict: Verdict) -> list[str]:
 
 
 def _why_open(verdict: Verdict) -> str:
-    gap = verdict.gaps["tail"].nats
+    gap = verdict.gaps["tail"]
     if verdict.within_noise:
-        luck = (verdict.luck or 0.0) / verdict.gaps["tail"].base_loss
-        return f"the gap is outside the bar, but so could be BF16's with another seed (up to {luck:.2%}): train longer, more steadily, or more seeds"
-    if not math.isfinite(gap.half_width):
-        return "the gap's neighbouring steps resemble each other over too much of the tail for an interval: run longer"
-    limit = limits_in_nats(verdict.candidate.plan.bar, verdict.gaps["tail"].base_loss)[verdict.candidate.plan.bar.decides]
-    rounding = verdict.gaps["tail"].rounding
-    if rounding and abs(limit - abs(gap.value)) <= rounding:
-        return f"the losses were printed with too few digits (±{rounding:.2g} nats) for this bar: import TensorBoard's events or W&B's history"
-    if abs(gap.value) + gap.half_width <= limit:
-        return "the tail lies inside the bar but its end outside: run longer"
-    return "the gap lies on the bar itself, no reasonable length of run would settle it: compare more seeds, or set another bar"
+        noise = (verdict.seed_noise or 0.0) / gap.base_loss
+        return (
+            f"the gap is outside the tolerance, but BF16 with another seed could be as far away (up to {noise:.2%}): "
+            "compare more seeds, or train longer or with a lower learning rate"
+        )
+    if not math.isfinite(gap.nats.half_width):
+        return "too few steps for an interval: run longer"
+    bar = verdict.candidate.plan.bar
+    limit = limits_in_nats(bar, gap.base_loss)[bar.decides]
+    if gap.rounding and abs(limit - abs(gap.nats.value)) <= gap.rounding:
+        return f"the losses were printed with too few digits (±{gap.rounding:.2g} nats): import TensorBoard's events or W&B's history"
+    if abs(gap.nats.value) + gap.nats.half_width <= limit:
+        return "the tail lies inside the tolerance but its end outside: run longer"
+    if gap.wanders:
+        return (
+            "the gap wanders as slowly as the tail is long "
+            f"(probability {gap.nats.slow:.0%}), so its mean says little: compare more seeds, or run longer"
+        )
+    return "the gap lies at the tolerance itself, no reasonable length of run would settle it: compare more seeds"
 
 
 def all_notes(found: Comparison) -> list[str]:
     """Return the notes on every verdict, and what holds for all."""
     emulated = [verdict.candidate.plan.precision.name for verdict in found.verdicts if verdict.candidate.emulated]
-    said = [f"{', '.join(dict.fromkeys(emulated))}: {EMULATED}"] if emulated else []
-    return [*said, *(note for verdict in found.verdicts for note in notes(verdict)), *_over_seeds(found)]
+    lines = [f"{', '.join(dict.fromkeys(emulated))}: {EMULATED}"] if emulated else []
+    lines += [note for verdict in found.verdicts for note in notes(verdict)]
+    lines += [note for seeds in found.over_seeds for note in _seed_notes(seeds)]
+    if len(found.verdicts) > sum(len(seeds.verdicts) for seeds in found.over_seeds):
+        lines.append(ONE_SEED)
+    return lines
 
 
-def _over_seeds(found: Comparison) -> list[str]:
-    """Return the mean gap of each recipe that was run with several seeds alone, each beside BF16 of its seed."""
-    runs: dict[str, list[Verdict]] = {}
-    for verdict in found.verdicts:
-        if verdict.base.plan.seed == verdict.candidate.plan.seed:
-            runs.setdefault(verdict.candidate.plan.precision.name, []).append(verdict)
-    said = []
-    for precision, verdicts in runs.items():
-        every = [verdict.candidate.plan.seed for verdict in verdicts]
-        alike = len({(verdict.layout, *verdict.platform) for verdict in verdicts}) == 1
-        if len(every) == len(set(every)) > 1 and alike:
-            gap, seeds = over_seeds(verdicts), ", ".join(map(str, sorted(every)))
-            between = f"{percent(gap.low)} to {percent(gap.high)} %"
-            said.append(f"{precision}: over seeds {seeds} the gap is {percent(gap.value)} % on average; 95 % interval {between}, seeds' luck in it")
-    return said
+ONE_SEED = "1 seed: the verdict is about this pair of runs; a statement about the recipe needs several seeds of it beside BF16 of the same seeds"
+
+
+def _seed_notes(together: SeedsVerdict) -> list[str]:
+    """Return what an undecided verdict over seeds needs; nothing for a decided one."""
+    if together.verdict != UNDECIDED:
+        return []
+    name, count = together.verdicts[0].candidate.plan.precision.name, len(together.seeds)
+    more = together.further_seeds
+    needs = f"about {more} more would decide" if more else f"more than {MOST_SEEDS} would be needed"
+    return [f"{name}: undecided over {count} seeds; {needs} if mean and spread stay as they are"]

@@ -1,35 +1,42 @@
-"""Does the loss hold?  Pass, fail, or undecided.
+"""Does the loss hold?  Pass, fail, or undecided, and on how much evidence.
 
-The gap is candidate minus BF16, step by step on the same batches, which takes the noise between batches out.  It is
-held to a bar that was set before the run.  Three windows are looked at: the whole run, which is reported; the tail,
-which decides; and its last fifth, the end, which can only spoil a pass: a gap that opens late is small in a mean.
+The gap is candidate minus BF16, step by step on the same batches, which takes the noise between
+batches out.  It is compared with a tolerance that was set before the run.
 
-    pass        the tail's interval lies inside the bar, and the end's mean too
-    fail        the interval of the tail, or of the end, lies wholly outside, and beyond what luck does to BF16
-    undecided   anything else, with the tokens that would decide it if the gap stayed as it is
+One pair of runs (`judge`).  Three windows: the whole run, which is reported; the tail, which decides;
+its last fifth, the end, which shows a divergence that is small in a mean.
 
-The noise floor is how far apart BF16 runs of other seeds lie.  It lets nothing pass: a candidate shares its seed with its base,
-so it is held to more than luck.  But where training is unsettled the last bit of a sum is enough to send two runs of one seed
-as far apart as two seeds, and then a gap that another seed of BF16 could have says nothing of the recipe: it is undecided, however
-narrow its interval, which knows the noise within a run and not that between runs.  How large such a gap may be is reckoned from the
-seeds that there are (`luck`): by the largest distance seen, luck alone would fail one recipe in k + 1 where k other seeds were run.
+    pass        the tail's interval lies inside the tolerance, and the end's mean too
+    fail        the interval of the tail, or of the end, lies outside, and beyond seed noise
+    undecided   anything else, with what would decide it
 
-A loss that was printed with few digits (an imported console log) may be off by half of the last one, always in the same
-direction at worst: that much, for both runs, is added to either side of the interval, and no length of run removes it.
+The interval allows for a gap that wanders slowly (analysis/low_frequency.py).  It does not know what
+another seed would do.  Seed noise is estimated where BF16 was run with other seeds: where training
+is unsettled, the last bit of a sum drives two runs of one seed as far apart as two seeds, and a gap
+that another seed of BF16 could have is no failure.  It lets nothing pass.
+
+Several pairs of one recipe, each with its own seed (`judge_seeds`).  The tail's gaps of k pairs are k
+independent draws, whatever happens within a run, so Student's t over them holds: two one-sided tests
+(Schuirmann 1987) as for clinical equivalence, each wrong in at most 2.5 % of cases.  This is the
+evidence that a statement about a recipe needs; that of one pair is labelled "1 seed".
+
+A loss that was printed with few digits (an imported console log) may be off by half of the last one,
+always in the same direction at worst: that much, for both runs, is added to either side of the
+interval, and no length of run removes it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t
 
 from analysis.pairing import check_pair, layout_label, platform_differences, precision_differences
 from analysis.runs import Run
-from analysis.statistics import Array, Mean, last_block_with_interval, mean_with_interval, spikes
+from analysis.statistics import Array, Mean, end_with_interval, mean_with_interval, spikes
 from recipes.errors import InputError
 from recipes.plan import Bar
 
@@ -37,7 +44,8 @@ PASS, FAIL, UNDECIDED = "pass", "fail", "undecided"
 END_OF_TAIL = 0.2
 MOST_RUNS = 20  # how much longer than it was a run is worth making to settle an undecided verdict
 MIN_STEPS = 20  # common steps, below which no curve is judged
-LUCK = 0.95  # of BF16 runs with other seeds lie no further apart than `luck` says
+SEEDS_CONFIDENCE = 0.95  # of intervals over seeds, both sides together
+MOST_SEEDS = 30  # how many seeds of a recipe are worth running to settle an undecided verdict
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Gap:
     rounding: float = 0.0
 
     @property
+    def wanders(self) -> bool:
+        """Whether it is likelier than not that the gap moves as slowly as the window is long."""
+        return self.nats.slow > 0.5
+
+    @property
     def relative(self) -> Mean:
         """The gap over the BF16 loss."""
         return self.nats.scaled(1 / self.base_loss)
@@ -62,8 +75,8 @@ class Verdict:
     """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats.
 
     `noise_floor`: the largest distance in nats of any two BF16 runs over the tail.
-    `luck`: the gap in nats that BF16 with yet another seed could have; None without other seeds.  `within_noise`: the candidate's is
-    outside the bar, and no larger than that.
+    `seed_noise`: the gap in nats that BF16 with yet another seed could have; None without other
+    seeds.  `within_noise`: the candidate's is outside the tolerance, and no larger than that.
     """
 
     base: Run
@@ -74,7 +87,7 @@ class Verdict:
     heldout: float | None
     heldout_base: float | None
     noise_floor: float | None
-    luck: float | None
+    seed_noise: float | None
     within_noise: bool
     tokens_to_decide: float | None
     spikes: int
@@ -95,7 +108,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction, base.rounding() + candidate.rounding())
     limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
     seeds = seed_gaps(base, others, gaps["tail"].nats.count)
-    by_limit = {name: decide(gaps, limit, luck(seeds) or 0.0) for name, limit in limits.items()}
+    by_limit = {name: decide(gaps, limit, seed_noise(seeds) or 0.0) for name, limit in limits.items()}
     decides = candidate.plan.bar.decides
     within_noise = by_limit[decides] == UNDECIDED and decide(gaps, limits[decides]) == FAIL
     heldout = heldout_gaps(base, candidate)
@@ -108,7 +121,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         heldout=float(heldout[1][-1]) if heldout[0].size else None,
         heldout_base=float(base.heldout["heldout_loss"][-1]) if heldout[0].size else None,
         noise_floor=float(np.ptp([0.0, *seeds])) if len(seeds) else None,
-        luck=luck(seeds),
+        seed_noise=seed_noise(seeds),
         within_noise=within_noise,
         tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED and not within_noise else None,
         spikes=spikes(candidate.steps["loss"]),
@@ -130,19 +143,25 @@ def gaps_of(base: Array, candidate: Array, tail_fraction: float, rounding: Array
     tail = max(1, round(steps * tail_fraction))
     end = max(1, round(tail * END_OF_TAIL))
     gap = candidate - base
-    means = {"run": mean_with_interval(gap), "tail": mean_with_interval(gap[-tail:]), "end": last_block_with_interval(gap, end)}
-    off = {name: 0.0 if rounding is None else float(rounding[-mean.count :].mean()) for name, mean in means.items()}
-    return {name: Gap(_widened(mean, off[name]), float(base[-mean.count :].mean()), off[name]) for name, mean in means.items()}
+    means = {
+        "run": mean_with_interval(gap),
+        "tail": mean_with_interval(gap, tail),
+        "end": end_with_interval(gap, tail, end),
+    }
+    found = {}
+    for name, mean in means.items():
+        off = 0.0 if rounding is None else float(rounding[-mean.count :].mean())
+        found[name] = Gap(mean.widened(off), float(base[-mean.count :].mean()), off)
+    return found
 
 
-def _widened(mean: Mean, nats: float) -> Mean:
-    return replace(mean, low=mean.low - nats, high=mean.high + nats)
+def decide(gaps: dict[str, Gap], limit: float, noise: float = 0.0) -> str:
+    """Return the verdict of one pair at a limit in nats.
 
-
-def decide(gaps: dict[str, Gap], limit: float, luck: float = 0.0) -> str:
-    """Return the verdict on the gaps of a run at a limit in nats; up to `luck` nats they could be those of BF16 with another seed."""
+    `noise`: up to so many nats the gap could be that of BF16 with another seed.
+    """
     tail, end = gaps["tail"].nats, gaps["end"].nats
-    outside = max(limit, luck)
+    outside = max(limit, noise)
     if any(gap.low > outside or gap.high < -outside for gap in (tail, end)):
         return FAIL
     if -limit <= tail.low and tail.high <= limit and abs(end.value) + gaps["end"].rounding <= limit:
@@ -153,10 +172,11 @@ def decide(gaps: dict[str, Gap], limit: float, luck: float = 0.0) -> str:
 def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
     """Return the further tokens after which an interval that shrinks with the root of the steps would clear the limit.
 
-    None where there is no interval, and where the gap lies so near the limit that it would take MOST_RUNS runs or more.
+    None where there is no interval, where the gap wanders as slowly as the run is long, and where it
+    lies so near the limit that it would take MOST_RUNS runs or more.
     """
     distance = abs(limit - abs(gap.nats.value)) - gap.rounding  # longer runs do not print more digits
-    if not np.isfinite(gap.nats.half_width) or distance <= 0:
+    if not np.isfinite(gap.nats.half_width) or distance <= 0 or gap.wanders:
         return None
     tokens = candidate.steps["tokens"][-1]
     runs = max(0.0, ((gap.nats.half_width - gap.rounding) / distance) ** 2 - 1)
@@ -170,22 +190,95 @@ def seed_gaps(base: Run, others: Sequence[Run], tail: int) -> Array:
     return np.array([(other.steps["loss"] - base.steps["loss"])[-tail:].mean() for other in others])
 
 
-def luck(seeds: Array) -> float | None:
-    """Return the gap in nats that a further BF16 seed exceeds in 1 - LUCK of cases, from the gaps of k others; None without any.
+def seed_noise(seeds: Array) -> float | None:
+    """Return the gap in nats that a further BF16 seed exceeds in 5 % of cases, from k others' gaps.
 
-    Student's t with k degrees of freedom times their root mean square: 12.7 times for one, 4.3 for two, 2.3 for nine.
+    Student's t with k degrees of freedom times their root mean square: 12.7 times for one, 4.3 for
+    two, 2.3 for nine.  None without any.
     """
-    return float(t.ppf((1 + LUCK) / 2, len(seeds)) * np.sqrt(np.mean(seeds**2))) if len(seeds) else None
+    if not len(seeds):
+        return None
+    return float(t.ppf((1 + SEEDS_CONFIDENCE) / 2, len(seeds)) * np.sqrt(np.mean(seeds**2)))
 
 
-def over_seeds(verdicts: Sequence[Verdict]) -> Mean:
-    """Return the mean relative gap of one recipe's runs, each of another seed and beside BF16 of that seed, with its 95 % interval.
+@dataclass(frozen=True)
+class SeedsVerdict:
+    """What the pairs of one recipe show together.
 
-    Student's t over the runs' gaps: the spread between seeds is in it, which the interval of a single run cannot know.
+    `gap`: mean relative gap over the tail with Student's interval.  `further_seeds`: how many more
+    would decide an undecided verdict if mean and spread stayed; None if more than MOST_SEEDS.
     """
-    gaps = np.array([verdict.gaps["tail"].relative.value for verdict in verdicts])
-    value, reach = float(gaps.mean()), float(t.ppf((1 + LUCK) / 2, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
-    return Mean(value, value - reach, value + reach, len(gaps))
+
+    verdicts: list[Verdict]
+    verdict: str
+    gap: Mean
+    further_seeds: int | None
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds in ascending order."""
+        return sorted(verdict.candidate.plan.seed for verdict in self.verdicts)
+
+
+def judge_seeds(verdicts: Sequence[Verdict]) -> SeedsVerdict:
+    """Return the verdict on one recipe from two or more pairs, each of a seed of its own.
+
+    The gaps are taken in units of each pair's own tolerance.  The mean over the ends has to lie
+    inside the tolerance too.
+    """
+    tails = [verdict.gaps["tail"] for verdict in verdicts]
+    in_limits = np.array([_in_limits(verdict, "tail") for verdict in verdicts])
+    ends = np.array([_in_limits(verdict, "end") for verdict in verdicts])
+    printed = float(np.mean([verdict.gaps["tail"].rounding / _limit(verdict) for verdict in verdicts]))
+    found = decide_seeds(in_limits, ends, printed)
+    relative = student(np.array([gap.relative.value for gap in tails]))
+    relative = relative.widened(float(np.mean([gap.rounding / gap.base_loss for gap in tails])))
+    further = _further_seeds(in_limits) if found == UNDECIDED else None
+    return SeedsVerdict(list(verdicts), found, relative, further)
+
+
+def decide_seeds(tails: Array, ends: Array, rounding: float = 0.0) -> str:
+    """Return the verdict from the mean gaps of k pairs over the tail and over its end.
+
+    All in units of the tolerance.  `rounding`: by how much the mean may be off for the digits that
+    losses were printed with.
+    """
+    mean = student(tails).widened(rounding)
+    if mean.low > 1 or mean.high < -1:
+        return FAIL
+    inside = mean.low >= -1 and mean.high <= 1 and abs(float(ends.mean())) <= 1
+    return PASS if inside else UNDECIDED
+
+
+def _in_limits(verdict: Verdict, window: str) -> float:
+    """Return the gap of a window in tolerances of its pair."""
+    return verdict.gaps[window].nats.value / _limit(verdict)
+
+
+def _limit(verdict: Verdict) -> float:
+    """Return the tolerance that decides a pair, in nats."""
+    bar = verdict.candidate.plan.bar
+    return limits_in_nats(bar, verdict.gaps["tail"].base_loss)[bar.decides]
+
+
+def student(values: Array) -> Mean:
+    """Return the mean of k independent values with Student's 95 % interval."""
+    k, value = len(values), float(values.mean())
+    reach = _reach(k, float(values.std(ddof=1)))
+    return Mean(value, value - reach, value + reach, k)
+
+
+def _reach(k: int, deviation: float) -> float:
+    return float(t.ppf((1 + SEEDS_CONFIDENCE) / 2, k - 1)) * deviation / math.sqrt(k)
+
+
+def _further_seeds(in_limits: Array) -> int | None:
+    """Return how many more seeds would bring the interval clear of the tolerance on its side."""
+    distance = abs(1 - abs(float(in_limits.mean())))
+    deviation = float(in_limits.std(ddof=1))
+    enough = (k for k in range(len(in_limits) + 1, MOST_SEEDS + 1) if _reach(k, deviation) < distance)
+    total = next(enough, None)
+    return None if total is None else total - len(in_limits)
 
 
 def heldout_gaps(base: Run, candidate: Run) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from analysis.numerics_figures import figures as numerics_figures
 from analysis.post import sources
 from analysis.post.training import Page
 from analysis.report import load_all
-from analysis.table import compare, headline, row, shown
+from analysis.table import compare, headline, shown
 from analysis.tabular import Table
 
 TITLES = {1: "Figure 1: GEMM speedup of FP8 over BF16 by scaling granularity and K", 2: "Figure 2: training loss of FP8 recipes beside BF16"}
@@ -43,7 +43,7 @@ def losses(folders: Sequence[Path], stand_in: Sequence[Path]) -> Page:
         made.said.append("Measured: not yet. Below: the runs of make demo, a model of 1.2 M parameters, FP8 emulated on a CPU.")
     runs, made.left_out = load_all(folders or stand_in)
     found = compare(runs)
-    rows = [row(verdict) for verdict in found.verdicts]
+    rows = found.rows
     by_label: dict[str, list[str]] = {}
     for run in found.runs:
         by_label.setdefault(f"{run.label('loss')} on {run.manifest.get('device', 'an unknown device')}", []).append(run.plan.precision.name)

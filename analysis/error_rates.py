@@ -1,0 +1,214 @@
+"""`python -m analysis.error_rates [--pairs N] [--out FILE]`: how often is a verdict wrong?
+
+Pairs of loss curves are made up: a true gap plus noise of a known kind.  The functions that judge
+real runs (analysis/verdict.py) judge them, one pair or several seeds at a time.  A pass is wrong where
+the true gap is beyond the tolerance, a fail where it is inside.  Two gaps lie at the tolerance
+(0.98 and 1.02 of it), where errors are likeliest; at 0 and 2 a user wants a decision.
+
+Every rate is computed from random numbers with a fixed seed.  The constants of
+analysis/low_frequency.py were chosen on other random numbers (`CHOSEN_ON`, docs/converging.md).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.low_frequency import Array
+from analysis.tabular import Table, write
+from analysis.verdict import END_OF_TAIL, FAIL, PASS, decide, decide_seeds, gaps_of
+from recipes.cli import ArgumentParser
+from recipes.errors import InputError
+from recipes.exit_codes import EXIT_WRONG_INPUT
+
+TOLERANCE, LOSS, NOISE = 0.0075, 3.0, 0.01  # nats; NOISE is a step's own, as a paired gap has it
+TAIL = 0.25
+STEPS, SEEDS, PAIRS = (500, 2000, 8000), (1, 2, 3, 5), 1000
+INSIDE, OUTSIDE = (0.0, 0.98), (1.02, 2.0)  # true gaps in tolerances
+REPORTED_ON = 20261129
+CHOSEN_ON = 5
+
+
+class Rate(NamedTuple):
+    """How often verdicts on one kind of noise come out, as shares of the pairs (0 to 1)."""
+
+    noise: str
+    steps: int
+    seeds: int
+    pass_at_0: float
+    fail_at_0: float
+    fail_at_098: float
+    pass_at_102: float
+    pass_at_2: float
+    fail_at_2: float
+
+
+Maker = Callable[[np.random.Generator, int], Array]
+
+
+def _white(rng: np.random.Generator, steps: int) -> Array:
+    return rng.standard_normal(steps) * NOISE
+
+
+def _autoregressive(persistence: float) -> Maker:
+    """Return noise with a stationary wander of one tolerance; `persistence` is per step of 2,000.
+
+    Runs of another length wander as slowly in shares of the run.
+    """
+    from scipy.signal import lfilter
+
+    def maker(rng: np.random.Generator, steps: int) -> Array:
+        phi = max(0.0, 1 - (1 - persistence) * 2000 / steps)
+        draws = rng.standard_normal(steps) * TOLERANCE * np.sqrt(1 - phi**2)
+        draws[0] = rng.standard_normal() * TOLERANCE
+        return _white(rng, steps) + np.asarray(lfilter([1], [1, -phi], draws))
+
+    return maker
+
+
+def _walk(rng: np.random.Generator, steps: int) -> Array:
+    """A random walk from zero: its standard deviation at the last step is one tolerance."""
+    return _white(rng, steps) + np.cumsum(rng.standard_normal(steps)) * TOLERANCE / np.sqrt(steps)
+
+
+def _offset(rng: np.random.Generator, steps: int) -> Array:
+    """Seed noise: each pair has a level of its own, with a standard deviation of one tolerance."""
+    return _white(rng, steps) + rng.standard_normal() * TOLERANCE
+
+
+def _heavy(rng: np.random.Generator, steps: int) -> Array:
+    return rng.standard_t(2.5, steps) * NOISE
+
+
+def _spikes(rng: np.random.Generator, steps: int) -> Array:
+    """Four spikes of half a nat, each gone after 20 steps."""
+    noise = _white(rng, steps)
+    for start in rng.integers(0, steps, 4):
+        stretch = noise[start : start + 20]
+        stretch += np.linspace(0.5, 0, 20)[: len(stretch)]
+    return noise
+
+
+def _falling(rng: np.random.Generator, steps: int) -> Array:
+    return _white(rng, steps) * np.linspace(3, 0.5, steps)
+
+
+def _rising(rng: np.random.Generator, steps: int) -> Array:
+    return _white(rng, steps) * np.linspace(0.5, 3, steps)
+
+
+def _late(rng: np.random.Generator, steps: int) -> Array:
+    """A divergence by ten tolerances over the last 4 % of the run: no pass is right."""
+    ramp = np.maximum(0.0, np.arange(steps) / steps - 0.96) / 0.04
+    return _white(rng, steps) + ramp * 10 * TOLERANCE
+
+
+KINDS: dict[str, Maker] = {
+    "white": _white,
+    "AR 0.9": _autoregressive(0.9),
+    "AR 0.99": _autoregressive(0.99),
+    "AR 0.998": _autoregressive(0.998),
+    "AR 0.999": _autoregressive(0.999),
+    "random walk": _walk,
+    "level by seed": _offset,
+    "heavy tails": _heavy,
+    "spikes": _spikes,
+    "variance falls": _falling,
+    "variance rises": _rising,
+    "late divergence": _late,
+}
+
+
+def rates(kind: str, steps: int, seeds: int, pairs: int, start: int = REPORTED_ON) -> Rate:
+    """Return the rates over `pairs` verdicts on noise of one kind, each from so many seeds."""
+    rng = np.random.default_rng([start, list(KINDS).index(kind), steps, seeds])
+    noise = [[KINDS[kind](rng, steps) for _ in range(seeds)] for _ in range(pairs)]
+
+    def share(gap: float, verdict: str) -> float:
+        return sum(_verdict(each, gap) == verdict for each in noise) / pairs
+
+    at_0, at_2 = INSIDE[0], OUTSIDE[1]
+    return Rate(
+        kind,
+        steps,
+        seeds,
+        share(at_0, PASS),
+        share(at_0, FAIL),
+        share(INSIDE[1], FAIL),
+        share(OUTSIDE[0], PASS),
+        share(at_2, PASS),
+        share(at_2, FAIL),
+    )
+
+
+def _verdict(noise: Sequence[Array], gap: float) -> str:
+    """Return the verdict on pairs whose gap is `gap` tolerances and noise."""
+    if len(noise) == 1:
+        base = np.full(len(noise[0]), LOSS)
+        return decide(gaps_of(base, base + noise[0] + gap * TOLERANCE, TAIL), TOLERANCE)
+    tail = round(len(noise[0]) * TAIL)
+    windows = (tail, round(tail * END_OF_TAIL))
+    tails, ends = (np.array([n[-w:].mean() for n in noise]) / TOLERANCE + gap for w in windows)
+    return decide_seeds(tails, ends)
+
+
+def all_rates(pairs: int) -> Iterator[Rate]:
+    """Yield the rates of every kind of noise: one seed for each length, several for the middle one."""
+    for kind in KINDS:
+        for steps in STEPS:
+            yield rates(kind, steps, 1, pairs)
+        for seeds in SEEDS[1:]:
+            yield rates(kind, STEPS[1], seeds, pairs)
+
+
+def table(found: Sequence[Rate], pairs: int) -> Table:
+    """Return the rates as percentages."""
+    words = {
+        "noise": "noise",
+        "steps": "steps",
+        "seeds": "seeds",
+        "pass_at_0": "gap 0: pass",
+        "fail_at_0": "gap 0: wrong fail",
+        "fail_at_098": "gap 0.98: wrong fail",
+        "pass_at_102": "gap 1.02: wrong pass",
+        "pass_at_2": "gap 2: wrong pass",
+        "fail_at_2": "gap 2: fail",
+    }
+    rows = [rate._asdict() for rate in found]
+    cells = [{words[key]: _cell(value) for key, value in row.items()} for row in rows]
+    note = (
+        f"{pairs} made-up pairs a row; rates in %; gaps in tolerances; wanders and levels have a "
+        "standard deviation of one tolerance. A rate of 0 means less than "
+        f"{3 / pairs:.1%} with 95 % confidence."
+    )
+    return Table("Error rates of the verdict", cells, rows, [note], frozenset(["noise"]))
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int) else f"{value * 100:.1f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; one line and exit code 2 for a wrong input."""
+    parser = ArgumentParser(prog="python -m analysis.error_rates", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"verdicts a row (default {PAIRS})")
+    parser.add_argument("--out", type=Path, help="write .csv, .md or .html instead of printing")
+    args = parser.parse_args(argv)
+    try:
+        if args.pairs < 1:
+            raise InputError(f"--pairs {args.pairs}: give a whole number from 1 on")
+        write(args.out, [table(list(all_rates(args.pairs)), args.pairs)])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
