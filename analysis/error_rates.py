@@ -5,14 +5,16 @@ real runs (analysis/verdict.py) judge them, one pair or several seeds at a time.
 the true gap is beyond the tolerance, a fail where it is inside.  Two gaps lie at the tolerance
 (0.98 and 1.02 of it), where errors are likeliest; at 0 and 2 a user wants a decision.
 
-Every rate is computed from random numbers with a fixed seed.  The constants of
-analysis/low_frequency.py were chosen on other random numbers (`CHOSEN_ON`, docs/converging.md).
+The random numbers have a fixed seed.  The constants of analysis/low_frequency.py were chosen on
+others (docs/converging.md).
 """
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 
 from analysis.low_frequency import Array
 from analysis.tabular import Table, write
-from analysis.verdict import END_OF_TAIL, FAIL, PASS, decide, decide_seeds, gaps_of
+from analysis.verdict import END_OF_TAIL, FAIL, PASS, Gap, decide, decide_seeds, gaps_of
 from recipes.cli import ArgumentParser
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -28,17 +30,17 @@ from recipes.exit_codes import EXIT_WRONG_INPUT
 TOLERANCE, LOSS, NOISE = 0.0075, 3.0, 0.01  # nats; NOISE is a step's own, as a paired gap has it
 TAIL = 0.25
 STEPS, SEEDS, PAIRS = (500, 2000, 8000), (1, 2, 3, 5), 1000
-INSIDE, OUTSIDE = (0.0, 0.98), (1.02, 2.0)  # true gaps in tolerances
-REPORTED_ON = 20261129
-CHOSEN_ON = 5
+GAPS = (0.0, 0.98, 1.02, 2.0)  # true gaps in tolerances
+REPORTED_ON = 20261129  # seed of the random numbers
 
 
 class Rate(NamedTuple):
-    """How often verdicts on one kind of noise come out, as shares of the pairs (0 to 1)."""
+    """How often verdicts on one kind of noise come out, as shares of so many pairs (0 to 1)."""
 
     noise: str
     steps: int
     seeds: int
+    pairs: int
     pass_at_0: float
     fail_at_0: float
     fail_at_098: float
@@ -51,7 +53,7 @@ Maker = Callable[[np.random.Generator, int], Array]
 
 
 def _white(rng: np.random.Generator, steps: int) -> Array:
-    return rng.standard_normal(steps) * NOISE
+    return np.asarray(rng.standard_normal(steps) * NOISE)
 
 
 def _autoregressive(persistence: float) -> Maker:
@@ -65,14 +67,16 @@ def _autoregressive(persistence: float) -> Maker:
         phi = max(0.0, 1 - (1 - persistence) * 2000 / steps)
         draws = rng.standard_normal(steps) * TOLERANCE * np.sqrt(1 - phi**2)
         draws[0] = rng.standard_normal() * TOLERANCE
-        return _white(rng, steps) + np.asarray(lfilter([1], [1, -phi], draws))
+        wander: Array = lfilter([1], [1, -phi], draws)
+        return np.add(_white(rng, steps), wander)
 
     return maker
 
 
 def _walk(rng: np.random.Generator, steps: int) -> Array:
     """A random walk from zero: its standard deviation at the last step is one tolerance."""
-    return _white(rng, steps) + np.cumsum(rng.standard_normal(steps)) * TOLERANCE / np.sqrt(steps)
+    walk: Array = np.cumsum(rng.standard_normal(steps)) * TOLERANCE / np.sqrt(steps)
+    return _white(rng, steps) + walk
 
 
 def _offset(rng: np.random.Generator, steps: int) -> Array:
@@ -81,15 +85,15 @@ def _offset(rng: np.random.Generator, steps: int) -> Array:
 
 
 def _heavy(rng: np.random.Generator, steps: int) -> Array:
-    return rng.standard_t(2.5, steps) * NOISE
+    return np.asarray(rng.standard_t(2.5, steps) * NOISE)
 
 
 def _spikes(rng: np.random.Generator, steps: int) -> Array:
-    """Four spikes of half a nat, each gone after 20 steps."""
+    """Four spikes of half a nat, each gone after 20 steps: two of the candidate, two of BF16."""
     noise = _white(rng, steps)
-    for start in rng.integers(0, steps, 4):
+    for start, sign in zip(rng.integers(0, steps, 4), (1, -1, 1, -1), strict=True):
         stretch = noise[start : start + 20]
-        stretch += np.linspace(0.5, 0, 20)[: len(stretch)]
+        stretch += sign * np.linspace(0.5, 0, 20)[: len(stretch)]
     return noise
 
 
@@ -123,37 +127,48 @@ KINDS: dict[str, Maker] = {
 }
 
 
-def rates(kind: str, steps: int, seeds: int, pairs: int, start: int = REPORTED_ON) -> Rate:
+def rates(kind: str, steps: int, seeds: int, pairs: int) -> Rate:
     """Return the rates over `pairs` verdicts on noise of one kind, each from so many seeds."""
-    rng = np.random.default_rng([start, list(KINDS).index(kind), steps, seeds])
-    noise = [[KINDS[kind](rng, steps) for _ in range(seeds)] for _ in range(pairs)]
+    rng = np.random.default_rng([REPORTED_ON, list(KINDS).index(kind), steps, seeds])
+    found = [_verdicts([KINDS[kind](rng, steps) for _ in range(seeds)]) for _ in range(pairs)]
 
     def share(gap: float, verdict: str) -> float:
-        return sum(_verdict(each, gap) == verdict for each in noise) / pairs
+        return sum(each[gap] == verdict for each in found) / pairs
 
-    at_0, at_2 = INSIDE[0], OUTSIDE[1]
     return Rate(
-        kind,
-        steps,
-        seeds,
-        share(at_0, PASS),
-        share(at_0, FAIL),
-        share(INSIDE[1], FAIL),
-        share(OUTSIDE[0], PASS),
-        share(at_2, PASS),
-        share(at_2, FAIL),
+        noise=kind,
+        steps=steps,
+        seeds=seeds,
+        pairs=pairs,
+        pass_at_0=share(0.0, PASS),
+        fail_at_0=share(0.0, FAIL),
+        fail_at_098=share(0.98, FAIL),
+        pass_at_102=share(1.02, PASS),
+        pass_at_2=share(2.0, PASS),
+        fail_at_2=share(2.0, FAIL),
     )
 
 
-def _verdict(noise: Sequence[Array], gap: float) -> str:
-    """Return the verdict on pairs whose gap is `gap` tolerances and noise."""
+def _verdicts(noise: Sequence[Array]) -> dict[float, str]:
+    """Return the verdict for each true gap, in tolerances, under this noise of one pair or several.
+
+    A true gap moves means and intervals by itself, so the intervals are computed once.
+    """
+    steps = len(noise[0])
     if len(noise) == 1:
-        base = np.full(len(noise[0]), LOSS)
-        return decide(gaps_of(base, base + noise[0] + gap * TOLERANCE, TAIL), TOLERANCE)
-    tail = round(len(noise[0]) * TAIL)
+        base = np.full(steps, LOSS)
+        found = gaps_of(base, base + noise[0], TAIL)
+        return {gap: decide({k: _moved(v, gap) for k, v in found.items()}, TOLERANCE) for gap in GAPS}
+    tail = round(steps * TAIL)
     windows = (tail, round(tail * END_OF_TAIL))
-    tails, ends = (np.array([n[-w:].mean() for n in noise]) / TOLERANCE + gap for w in windows)
-    return decide_seeds(tails, ends)
+    tails, ends = (np.array([n[-w:].mean() for n in noise]) / TOLERANCE for w in windows)
+    return {gap: decide_seeds(tails + gap, ends + gap) for gap in GAPS}
+
+
+def _moved(gap: Gap, by: float) -> Gap:
+    nats, shift = gap.nats, by * TOLERANCE
+    moved = replace(nats, value=nats.value + shift, low=nats.low + shift, high=nats.high + shift)
+    return replace(gap, nats=moved, median=gap.median + shift)
 
 
 def all_rates(pairs: int) -> Iterator[Rate]:
@@ -165,33 +180,41 @@ def all_rates(pairs: int) -> Iterator[Rate]:
             yield rates(kind, STEPS[1], seeds, pairs)
 
 
-def table(found: Sequence[Rate], pairs: int) -> Table:
+def load(path: Path) -> Table:
+    """Return the table of a CSV file that this command wrote."""
+    types = Rate.__annotations__
+    with path.open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    kinds = {"noise": str, "steps": int, "seeds": int, "pairs": int}
+    return table([Rate(**{key: kinds.get(key, float)(line[key]) for key in types}) for line in lines])
+
+
+def table(found: Sequence[Rate]) -> Table:
     """Return the rates as percentages."""
-    words = {
-        "noise": "noise",
-        "steps": "steps",
-        "seeds": "seeds",
-        "pass_at_0": "gap 0: pass",
-        "fail_at_0": "gap 0: wrong fail",
-        "fail_at_098": "gap 0.98: wrong fail",
-        "pass_at_102": "gap 1.02: wrong pass",
-        "pass_at_2": "gap 2: wrong pass",
-        "fail_at_2": "gap 2: fail",
-    }
-    rows = [rate._asdict() for rate in found]
-    cells = [{words[key]: _cell(value) for key, value in row.items()} for row in rows]
+    pairs = found[0].pairs
+    cells = [_cells(rate) for rate in found]
     note = (
         f"{pairs} made-up pairs a row; rates in %; gaps in tolerances; wanders and levels have a "
         "standard deviation of one tolerance. A rate of 0 means less than "
         f"{3 / pairs:.1%} with 95 % confidence."
     )
+    rows = [rate._asdict() for rate in found]
     return Table("Error rates of the verdict", cells, rows, [note], frozenset(["noise"]))
 
 
-def _cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, int) else f"{value * 100:.1f}"
+WORDS = {
+    "pass_at_0": "gap 0: pass",
+    "fail_at_0": "gap 0: wrong fail",
+    "fail_at_098": "gap 0.98: wrong fail",
+    "pass_at_102": "gap 1.02: wrong pass",
+    "pass_at_2": "gap 2: wrong pass",
+    "fail_at_2": "gap 2: fail",
+}
+
+
+def _cells(rate: Rate) -> dict[str, str]:
+    facts = {"noise": rate.noise, "steps": str(rate.steps), "seeds": str(rate.seeds)}
+    return facts | {word: f"{getattr(rate, key) * 100:.1f}" for key, word in WORDS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.pairs < 1:
             raise InputError(f"--pairs {args.pairs}: give a whole number from 1 on")
-        write(args.out, [table(list(all_rates(args.pairs)), args.pairs)])
+        made = table(list(all_rates(args.pairs)))
+        if args.out:
+            write(args.out, made)
+        else:
+            made.print()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT

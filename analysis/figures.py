@@ -146,13 +146,13 @@ def gap(found: Comparison) -> Figure:
         style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
         axis.plot(_millions(run), y, label=_name(run, found.runs), **style)
     limit = first.candidate.plan.bar.relative * 100
-    axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"bar ±{limit:g} %")
+    axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"tolerance ±{limit:g} %")
     axis.axhline(0, color="#222222", lw=0.8)
     axis.axvspan(*_tail(first), color="#777777", alpha=0.07, lw=0, label="tail, which decides")
     _legend_below(drawing, axis)
     caption = (
         "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green "
-        "band a recipe passes. Black and broken: a BF16 run with another seed, which is how far luck alone moves a curve."
+        "band a recipe passes. Black and broken: a BF16 run with another seed, which is how far seed noise moves a curve."
     )
     return Figure("gap", title, caption, drawing)
 

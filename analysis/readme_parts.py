@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis import bits, depth, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
+from analysis import bits, depth, error_rates, fig3, gemm, layer, numerics, readme_predicted, throughput, tuning
 from analysis.figures import Figure, figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.report import load_all
@@ -152,6 +152,11 @@ def verdicts(results: Sequence[Path]) -> str:
     return Table("", shown(rows), rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
 
 
+def rates_of_errors(results: Sequence[Path]) -> str:
+    """How often a verdict is wrong, by kind of noise and evidence (python -m analysis.error_rates)."""
+    return error_rates.load(_one(results) / "rates.csv").markdown()
+
+
 def notes(results: Sequence[Path]) -> str:
     """What a reader should know of each verdict beside its row."""
     return "\n".join(f"- {note}" for note in all_notes(compare(runs_of(results))))
@@ -272,6 +277,7 @@ TABLES: dict[str, Maker] = {
     "throughput": throughputs,
     "verdicts": verdicts,
     "verdict-notes": notes,
+    "error-rates": rates_of_errors,
     "operands": operands,
     "tuning": tunings,
     "harness-cost": harness_cost,

@@ -15,7 +15,8 @@ from analysis.low_frequency import Spread, spread_of_mean
 
 CONFIDENCE = 0.995  # of an interval, both sides together
 WINDOW = 3  # the window that shows how a gap moves is so many tails long, or the run
-CLIP = 8  # robust standard deviations: values before the tail are cut there, as `spikes` counts them
+AROUND = 51  # steps of the running median that a spike leaves
+SPIKE = 8.0  # robust standard deviations: beyond the noise between batches, and its heavy tail
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,27 @@ def end_with_interval(series: Array, tail: int, end: int) -> Mean:
 
 
 def _window(series: Array, tail: int) -> Array:
-    """Return the last WINDOW tails, without the spikes before the tail: it does not hold them."""
-    window = series[-min(len(series), WINDOW * tail) :]
-    middle = float(np.median(window))
-    reach = CLIP * _deviation(window) or np.inf  # most values are equal: nothing to measure spikes by
-    before = len(window) - tail
-    return np.concatenate([np.clip(window[:before], middle - reach, middle + reach), window[before:]])
+    """Return the last WINDOW tails, without the spikes before the tail: its mean does not hold them."""
+    window = series[-min(len(series), WINDOW * tail) :].copy()
+    before = window[: len(window) - tail]
+    middle = _running_median(window)[: len(before)]
+    residual = np.abs(before - middle)
+    spiky = residual > SPIKE * _deviation(before - middle)
+    if np.count_nonzero(residual) > len(before) / 2:  # else nothing measures the noise
+        before[spiky] = middle[spiky]
+    return window
 
 
-def _deviation(series: Array) -> float:
-    """Return 1.4826 times the median absolute deviation, the standard deviation of Gaussian noise."""
-    return 1.4826 * float(np.median(np.abs(series - np.median(series))))
+def _running_median(series: Array) -> Array:
+    """Return the centred median over AROUND values, shorter at the ends."""
+    import pandas as pd
+
+    return np.asarray(pd.Series(series).rolling(AROUND, center=True, min_periods=1).median())
+
+
+def _deviation(residual: Array) -> float:
+    """Return 1.4826 times the median of |residual|, the standard deviation of Gaussian noise."""
+    return 1.4826 * float(np.median(np.abs(residual))) if len(residual) else 0.0
 
 
 def _mean(values: Array, spread: Spread | None) -> Mean:
@@ -91,17 +102,15 @@ def smooth(series: Array, window: int) -> Array:
     return averaged
 
 
-def spikes(loss: Array, window: int = 51, sigmas: float = 8.0) -> int:
-    """Return how many times the loss leaves its running median upwards by `sigmas` robust standard deviations.
+def spikes(loss: Array) -> int:
+    """Return how many times the loss leaves its running median upwards by SPIKE standard deviations.
 
-    Neighbouring steps are one spike; the first and last half window, which have no median, hold none.  The deviation is
-    1.4826 times the median absolute one; eight of them are out of reach of the noise between batches, also of its heavy tail.
+    Neighbouring steps are one spike.  The first and last half window, whose medians are of fewer
+    values, hold none.  The standard deviation is the robust one of the residuals.
     """
-    import pandas as pd
-
-    residual = loss - pd.Series(loss).rolling(window, center=True).median().to_numpy()
-    if np.isnan(residual).all():
+    half = AROUND // 2
+    residual = (loss - _running_median(loss))[half:-half]
+    if not len(residual):
         return 0
-    deviation = _deviation(residual[~np.isnan(residual)])
-    high = residual > sigmas * max(deviation, float(np.finfo(float).eps))
+    high = residual > SPIKE * max(_deviation(residual), float(np.finfo(float).eps))
     return int((high & ~np.concatenate([[False], high[:-1]])).sum())

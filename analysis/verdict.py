@@ -17,8 +17,8 @@ that another seed of BF16 could have is no failure.  It lets nothing pass.
 
 Several pairs of one recipe, each with its own seed (`judge_seeds`).  The tail's gaps of k pairs are k
 independent draws, whatever happens within a run, so Student's t over them holds: two one-sided tests
-(Schuirmann 1987) as for clinical equivalence, each wrong in at most 2.5 % of cases.  This is the
-evidence that a statement about a recipe needs; that of one pair is labelled "1 seed".
+(Schuirmann 1987) as for clinical equivalence, each wrong in at most 2.5 % of cases.  The mean over
+the ends can fail a recipe too, wrongly in 0.5 %.  A statement about a recipe needs this evidence.
 
 A loss that was printed with few digits (an imported console log) may be off by half of the last one,
 always in the same direction at worst: that much, for both runs, is added to either side of the
@@ -45,6 +45,7 @@ END_OF_TAIL = 0.2
 MOST_RUNS = 20  # how much longer than it was a run is worth making to settle an undecided verdict
 MIN_STEPS = 20  # common steps, below which no curve is judged
 SEEDS_CONFIDENCE = 0.95  # of intervals over seeds, both sides together
+END_CONFIDENCE = 0.99  # of the interval of the ends over seeds, which can only add fails
 MOST_SEEDS = 30  # how many seeds of a recipe are worth running to settle an undecided verdict
 
 
@@ -52,10 +53,12 @@ MOST_SEEDS = 30  # how many seeds of a recipe are worth running to settle an und
 class Gap:
     """The mean gap over a window in nats and the mean BF16 loss there.
 
-    `rounding`: by how much the digits of printed losses widened each side of the interval, in nats.
+    `median`: that of the gap over the window, in nats.  `rounding`: by how much the digits of
+    printed losses widened each side of the interval, in nats.
     """
 
     nats: Mean
+    median: float
     base_loss: float
     rounding: float = 0.0
 
@@ -151,18 +154,24 @@ def gaps_of(base: Array, candidate: Array, tail_fraction: float, rounding: Array
     found = {}
     for name, mean in means.items():
         off = 0.0 if rounding is None else float(rounding[-mean.count :].mean())
-        found[name] = Gap(mean.widened(off), float(base[-mean.count :].mean()), off)
+        window = slice(-mean.count, None)
+        median, loss = float(np.median(gap[window])), float(base[window].mean())
+        found[name] = Gap(mean.widened(off), median, loss, off)
     return found
 
 
 def decide(gaps: dict[str, Gap], limit: float, noise: float = 0.0) -> str:
     """Return the verdict of one pair at a limit in nats.
 
-    `noise`: up to so many nats the gap could be that of BF16 with another seed.
+    `noise`: up to so many nats the gap could be that of BF16 with another seed.  The end fails a
+    run only if half of its steps lie outside too: a spike is no divergence.
     """
     tail, end = gaps["tail"].nats, gaps["end"].nats
     outside = max(limit, noise)
-    if any(gap.low > outside or gap.high < -outside for gap in (tail, end)):
+    if tail.low > outside or tail.high < -outside:
+        return FAIL
+    middle = gaps["end"].median
+    if min(end.low, middle) > outside or max(end.high, middle) < -outside:
         return FAIL
     if -limit <= tail.low and tail.high <= limit and abs(end.value) + gaps["end"].rounding <= limit:
         return PASS
@@ -244,7 +253,8 @@ def decide_seeds(tails: Array, ends: Array, rounding: float = 0.0) -> str:
     losses were printed with.
     """
     mean = student(tails).widened(rounding)
-    if mean.low > 1 or mean.high < -1:
+    end = student(ends, END_CONFIDENCE).widened(rounding)
+    if any(interval.low > 1 or interval.high < -1 for interval in (mean, end)):
         return FAIL
     inside = mean.low >= -1 and mean.high <= 1 and abs(float(ends.mean())) <= 1
     return PASS if inside else UNDECIDED
@@ -261,15 +271,15 @@ def _limit(verdict: Verdict) -> float:
     return limits_in_nats(bar, verdict.gaps["tail"].base_loss)[bar.decides]
 
 
-def student(values: Array) -> Mean:
-    """Return the mean of k independent values with Student's 95 % interval."""
+def student(values: Array, confidence: float = SEEDS_CONFIDENCE) -> Mean:
+    """Return the mean of k independent values with Student's interval."""
     k, value = len(values), float(values.mean())
-    reach = _reach(k, float(values.std(ddof=1)))
+    reach = _reach(k, float(values.std(ddof=1)), confidence)
     return Mean(value, value - reach, value + reach, k)
 
 
-def _reach(k: int, deviation: float) -> float:
-    return float(t.ppf((1 + SEEDS_CONFIDENCE) / 2, k - 1)) * deviation / math.sqrt(k)
+def _reach(k: int, deviation: float, confidence: float = SEEDS_CONFIDENCE) -> float:
+    return float(t.ppf((1 + confidence) / 2, k - 1)) * deviation / math.sqrt(k)
 
 
 def _further_seeds(in_limits: Array) -> int | None:

@@ -1,20 +1,32 @@
 """Planted gaps: each must be judged as it should, and the rates of wrong verdicts are printed."""
 
+import csv
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.signal import lfilter
 from scipy.stats import ttest_1samp
 
+from analysis.compare import main as compare_main
+from analysis.error_rates import KINDS, rates
+from analysis.error_rates import main as error_rates
 from analysis.runs import Array, load_run
 from analysis.statistics import mean_with_interval, spikes
 from analysis.table import all_notes, compare, headline, notes, row, shown
-from analysis.verdict import decide, gaps_of, judge, luck, over_seeds
+from analysis.verdict import gaps_of, judge, judge_seeds, seed_noise
 from recipes.plan import Bar
 from tests.analysis.conftest import STEPS, Maker, curve, own_noise
 
 SEEDS = range(20)
+SHIPPED = Path(__file__).parents[2] / "analysis" / "results" / "error_rates" / "rates.csv"
+
+
+def shipped() -> list[dict[str, str]]:
+    with SHIPPED.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def late(steps: int = STEPS) -> Array:
@@ -34,7 +46,7 @@ PLANTED: dict[str, tuple[Array, str]] = {
     "+0.02": (np.full(STEPS, 0.02), "fail"),
     "-0.02": (np.full(STEPS, -0.02), "fail"),
     "late divergence": (late(), "fail"),
-    "slow drift": (np.linspace(0, 0.02, STEPS), "fail"),
+    "slow drift": (np.linspace(0, 0.02, STEPS), "undecided"),
     "a spike that recovers": (spike(), "pass"),
 }
 
@@ -49,7 +61,8 @@ def test_planted_gaps_are_judged_as_they_should(name: str, make: Maker) -> None:
         found[verdict.verdict] += 1
         assert (verdict.spikes > verdict.base_spikes) == (name == "a spike that recovers")
     print(f"{name}: {dict(found)}")
-    assert found == {expected: len(SEEDS)}
+    assert found[expected] >= len(SEEDS) - (2 if expected == "pass" else 0)
+    assert set(found) <= {expected, "undecided"}
 
 
 def test_too_few_steps_are_undecided_and_say_how_many_would_do(make: Maker) -> None:
@@ -65,15 +78,38 @@ def test_too_few_steps_are_undecided_and_say_how_many_would_do(make: Maker) -> N
     assert undecided >= len(SEEDS) - 1
 
 
-def test_wrong_verdicts_are_rarer_than_one_in_a_hundred() -> None:
-    """1,000 draws each of a true gap just outside the bar (passing is wrong) and just inside (failing is wrong)."""
-    bar = 0.0025 * 2.3
-    base, wrong = np.full(STEPS, 2.3), Counter[str]()
-    for name, gap, mistake in (("outside", 1.02 * bar, "pass"), ("inside", 0.98 * bar, "fail")):
-        for seed in range(1000):
-            wrong[name] += decide(gaps_of(base, base + gap + own_noise(seed), 0.25), bar) == mistake
-    print(f"wrong passes {wrong['outside'] / 10:.1f} %, wrong fails {wrong['inside'] / 10:.1f} %")
-    assert wrong["outside"] <= 10 and wrong["inside"] <= 10
+@pytest.mark.parametrize("kind", ["white", "AR 0.998", "AR 0.999", "random walk"])
+def test_a_wander_of_one_tolerance_hardly_ever_gives_a_wrong_verdict(kind: str) -> None:
+    """With the interval of a block bootstrap, 8 to 16 % of these verdicts were wrong."""
+    rate = rates(kind, 2000, 1, 200)
+    assert rate.fail_at_0 + rate.pass_at_2 <= 0.02
+    if kind == "white":
+        assert rate.pass_at_0 > 0.95 and rate.fail_at_2 > 0.95
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_student_over_seeds_is_wrong_as_rarely_as_it_says(seeds: int) -> None:
+    """2.5 % at the tolerance itself, also where each seed has a level of its own."""
+    rate = rates("level by seed", 500, seeds, 1500)
+    assert rate.pass_at_102 <= 0.035 and rate.fail_at_098 <= 0.04
+
+
+def test_the_table_of_error_rates_is_made_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error_rates(["--pairs", "0"]) == 2 and "from 1 on" in capsys.readouterr().err
+    monkeypatch.setattr("analysis.error_rates.KINDS", {"white": KINDS["white"]})
+    assert error_rates(["--pairs", "2", "--out", str(tmp_path / "rates.csv")]) == 0
+    lines = (tmp_path / "rates.csv").read_text().splitlines()
+    assert lines[0].startswith("noise,steps,seeds,pairs,pass_at_0") and len(lines) == 7
+    assert error_rates(["--pairs", "1"]) == 0 and "Error rates" in capsys.readouterr().out
+
+
+def test_the_shipped_error_rates_hold_the_claims_of_the_docs() -> None:
+    """One pair: at most 1 % wrong at 0 and 2 tolerances, save where seeds differ; seeds: 3.5 %."""
+    for line in shipped():
+        rate = {key: float(value) for key, value in line.items() if key != "noise"}
+        if line["noise"] in ("level by seed", "late divergence"):
+            continue
+        assert max(rate["fail_at_0"], rate["pass_at_2"]) <= (0.01 if rate["seeds"] == 1 else 0.035), line
 
 
 def test_gap_and_limits_are_those_of_the_curves(make: Maker) -> None:
@@ -111,27 +147,56 @@ def test_a_gap_that_bf16_with_another_seed_could_have_fails_nobody(make: Maker, 
 
 
 @pytest.mark.parametrize("others", [1, 2, 4])
-def test_luck_alone_is_larger_than_luck_in_less_than_one_case_in_twenty(others: int) -> None:
+def test_seed_noise_is_exceeded_in_less_than_one_case_in_twenty(others: int) -> None:
     losses = np.random.default_rng(others).normal(size=(4000, others + 2))
-    beyond = [abs(row[-1] - row[0]) > luck(row[1:-1] - row[0]) for row in losses]
+    beyond = [abs(row[-1] - row[0]) > seed_noise(row[1:-1] - row[0]) for row in losses]
     assert 0.02 < np.mean(beyond) < 0.05
     assert np.mean([abs(row[-1] - row[0]) > np.abs(row[1:-1] - row[0]).max() for row in losses]) > 0.15  # the largest gap is no bound
 
 
 def test_a_recipe_with_several_seeds_gets_a_row_a_seed_and_the_mean_over_them(make: Maker) -> None:
-    luck_of = {1: 0.06, 2: -0.09, 3: 0.0}
-    runs = [load_run(make(f"bf16.{s}", curve(), "bf16", (f"seed={s}",))) for s in luck_of]
-    runs += [load_run(make(f"fp8.{s}", curve() + gap, "fp8_current", (f"seed={s}",))) for s, gap in luck_of.items()]
+    gaps = {1: 0.06, 2: -0.09, 3: 0.0}
+    runs = [load_run(make(f"bf16.{s}", curve(), "bf16", (f"seed={s}",))) for s in gaps]
+    runs += [load_run(make(f"fp8.{s}", curve() + gap, "fp8_current", (f"seed={s}",))) for s, gap in gaps.items()]
     found = compare([*runs, load_run(make("mx", curve(), "mxfp8", ("seed=1",)))])
-    rows = [row(verdict) for verdict in found.verdicts]
-    assert [line["precision"] for line in shown(rows)] == ["fp8_current s1", "fp8_current s2", "fp8_current s3", "mxfp8"]
-    assert headline(rows).endswith("s1: seed 1") and "s1" not in headline(rows[-1:])
-    verdicts = [verdict for verdict in found.verdicts if verdict.candidate.plan.precision.name == "fp8_current"]
-    mean, expected = over_seeds(verdicts), np.array([verdict.gaps["tail"].relative.value for verdict in verdicts])
+    lines = shown(found.rows)
+    names = ["fp8_current s1", "fp8_current s2", "fp8_current s3", "fp8_current", "mxfp8"]
+    assert [line["precision"] for line in lines] == names
+    assert [line["seeds"] for line in lines] == ["1", "1", "1", "3", "1"]
+    assert headline(found.rows).endswith("s1: seed 1") and "s1" not in headline(found.rows[-1:])
+    together = judge_seeds([v for v in found.verdicts if v.candidate.plan.precision.name == "fp8_current"])
+    expected = np.array([verdict.gaps["tail"].relative.value for verdict in together.verdicts])
     interval = ttest_1samp(expected, 0).confidence_interval(0.95)
-    assert (mean.value, mean.low, mean.high) == pytest.approx((expected.mean(), *interval)) and mean.low < 0 < mean.high
-    said = [note for note in all_notes(found) if "over seeds" in note]
-    assert len(said) == 1 and said[0].startswith("fp8_current: over seeds 1, 2, 3 the gap is -0.")
+    mean = together.gap
+    assert (mean.value, mean.low, mean.high) == pytest.approx((expected.mean(), *interval))
+    assert found.rows[0]["over_seeds"]["seeds"] == [1, 2, 3] and found.rows[-1]["over_seeds"] is None
+    texts = all_notes(found)
+    assert any(note.startswith("fp8_current: undecided over 3 seeds; more than 30") for note in texts)
+    assert any(note.startswith("1 seed: ") for note in texts)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict", "code"),
+    [((0.0, 0.001, -0.001), "pass", 0), ((0.03, 0.032, 0.031), "fail", 1), ((0.0, 0.012, -0.012), "undecided", 3)],
+)
+def test_seeds_decide_what_a_pair_cannot(gaps: tuple[float, ...], verdict: str, code: int, make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gap that drifts to its end is undecided in each pair, and decided over three seeds."""
+    runs = []
+    for seed, gap in enumerate(gaps, 1):
+        drift = np.linspace(0, gap, STEPS) + own_noise(seed, size=0.002)
+        runs.append(make(f"bf16.{seed}", curve(), "bf16", (f"seed={seed}",)))
+        runs.append(make(f"fp8.{seed}", curve() + drift, "fp8_current", (f"seed={seed}",)))
+    assert compare_main([*map(str, runs), "--json"]) == code
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["over_seeds"]["verdict"] for row in rows} == {verdict}
+    assert compare_main([*map(str, runs)]) == code and verdict in capsys.readouterr().out
+
+
+def test_pairs_that_share_a_base_are_no_seeds_of_a_recipe(make: Maker) -> None:
+    runs = [load_run(make("bf16", curve(), "bf16", ("seed=1",)))]
+    runs += [load_run(make(f"fp8.{s}", curve(), "fp8_current", (f"seed={s}",))) for s in (1, 2, 3)]
+    found = compare(runs)
+    assert not found.over_seeds and found.outcomes == [v.verdict for v in found.verdicts]
 
 
 def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:
@@ -160,20 +225,24 @@ def test_spikes_are_counted_once_each() -> None:
     assert spikes(curve()) == 0
 
 
-@pytest.mark.parametrize(("phi", "length"), [(0.0, 75), (0.5, 300), (0.9, 2000)])
+@pytest.mark.parametrize(("phi", "length"), [(0.0, 75), (0.5, 300), (0.9, 2000), (0.999, 2000)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(phi: float, length: int) -> None:
-    """The interval is a 99.5 % one; over 400 autoregressive series the truth may be missed in 2 %."""
+    """The interval is a 99.5 % one; over 400 autoregressive series the truth may be missed in 1 %."""
     rng = np.random.default_rng(7)
     missed = 0
     for _ in range(400):
-        draws = rng.normal(size=length + 200)
-        series = np.zeros(length + 200)
-        for i in range(1, length + 200):
-            series[i] = phi * series[i - 1] + draws[i]
-        interval = mean_with_interval(series[200:])
+        series = lfilter([1], [1, -phi], rng.normal(size=length + 5000))[5000:]
+        interval = mean_with_interval(series, length // 4)
         missed += not interval.low <= 0 <= interval.high
     print(f"autocorrelation {phi}, {length} steps: {missed / 4:.2f} % missed")
-    assert missed <= 8
+    assert missed <= 4
+
+
+def test_equal_runs_have_a_gap_of_zero_and_equal_digits_no_spikes() -> None:
+    mean = mean_with_interval(np.zeros(200), 50)
+    assert (mean.low, mean.value, mean.high) == (0, 0, 0)
+    printed = np.where(np.arange(2000) % 7 == 0, 0.001, 0.0)  # most gaps of printed losses are zero
+    assert mean_with_interval(printed, 500).half_width > 0
 
 
 def test_a_million_steps_are_no_matter(tmp_path: Path) -> None:
