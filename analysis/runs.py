@@ -218,6 +218,10 @@ def _is_finite(run: Run) -> None:
             if bad.size:
                 step = int(columns["step"][bad[0]])
                 raise InputError(f"{run.folder}: {where}{key} is not above 0 at step {step}; the file was changed, run it again")
+    idle = np.flatnonzero(run.steps.get("grad_norm", np.ones(0)) == 0)
+    if idle.size and not run.imported:  # a harness that does not clip prints 0
+        step = int(run.steps["step"][idle[0]])
+        raise InputError(f"{run.folder}: the gradient norm is 0 at step {step}: no gradient reached the optimizer, and nothing was trained")
 
 
 def _is_what_it_says(run: Run) -> None:

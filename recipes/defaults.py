@@ -134,7 +134,8 @@ def _settings(tree: Tree) -> None:
     """NeMo v2.3.2 scripts/performance/utils.py:293 (overlap) and :339 (precision-aware optimizer, for BF16 alone)."""
     settings, mapping = tree["settings"], tree["mapping"]
     if settings.get("precision_aware_optimizer", False) is None:
-        settings["precision_aware_optimizer"] = tree["precision"]["fp8"] is None
+        dropped = bool(mapping["fsdp"] and tree["stack"].get("fsdp_drops_gradients"))
+        settings["precision_aware_optimizer"] = tree["precision"]["fp8"] is None and not dropped
     if settings.get("overlap_param_gather_with_optimizer_step", False) is None:
         settings["overlap_param_gather_with_optimizer_step"] = bool(mapping["pp"] > 1 and mapping["vp"] > 1 and tree["num_gpus"] > _smallest(mapping))
     if settings.get("check_gradients", False) is None:

@@ -192,6 +192,18 @@ def fp8_parameters_are_possible(plan: Plan) -> str | None:
     return None
 
 
+def fsdp_gives_the_optimizer_its_gradients(plan: Plan) -> str | None:
+    """A precision-aware optimizer trains nothing under some stacks' FSDP (conf/stack, `fsdp_drops_gradients`)."""
+    why = plan.stack.fsdp_drops_gradients
+    if not (why and plan.mapping.fsdp and plan.settings.precision_aware_optimizer):
+        return None
+    moments = "" if plan.settings.adam_moments == "fp32" else " settings.adam_moments=fp32"
+    return (
+        f"settings.precision_aware_optimizer=true with mapping.fsdp=true: {why} (conf/stack/{plan.stack.name}.yaml, fsdp_drops_gradients); "
+        f"set settings.precision_aware_optimizer=false{moments}, or mapping.fsdp=false"
+    )
+
+
 def gather_overlap_is_possible(plan: Plan) -> str | None:
     """Megatron-LM arguments.py: gathering parameters during the optimizer step needs virtual stages, and breaks checkpoints."""
     if not plan.settings.overlap_param_gather_with_optimizer_step:
@@ -218,6 +230,7 @@ MAPPING_RULES: tuple[Rule, ...] = (
     offload_is_possible,
     cuda_graphs_are_possible,
     fp8_parameters_are_possible,
+    fsdp_gives_the_optimizer_its_gradients,
     gather_overlap_is_possible,
     tp_overlap_is_possible,
 )

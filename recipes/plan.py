@@ -275,7 +275,8 @@ class Stack(Frozen):
     `recommended`: the NeMo tag whose recommended mappings it takes.  `fp8_parameters_with_fsdp`: whether FSDP can shard
     parameters kept in FP8.  `emulates_fp8`: whether FP8 on a GPU is this project's (recipes/training/fp8), not the GPU's own.
     `userbuffers`: None where the stack's file does not say what they can do.  `graphs_drop_bf16_layers`: why CUDA
-    graphs run layers in FP8 that are kept in BF16 (None: they do not).  `scripts`: what its performance scripts set.
+    graphs run layers in FP8 that are kept in BF16 (None: they do not).  `fsdp_drops_gradients`: why a
+    precision-aware optimizer updates nothing under FSDP (None: it does).  `scripts`: what its performance scripts set.
     """
 
     name: Name
@@ -288,6 +289,7 @@ class Stack(Frozen):
     missing: dict[Scaling, Missing]
     userbuffers: Userbuffers | None = None
     graphs_drop_bf16_layers: str | None = None
+    fsdp_drops_gradients: str | None = None
     scripts: Scripts = Scripts()
 
 

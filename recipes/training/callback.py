@@ -179,7 +179,13 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             self._write_diagnostics(step)
 
     def _judge(self, row: dict[str, float], skipped: bool) -> None:
-        """Record a loss that is no number and an update that was skipped for it, and end the run where the plan says so."""
+        """Record what is wrong with a step, and end the run where it is lost or the plan says so.
+
+        A gradient norm of exactly 0 is that of an optimizer which no gradient reached: nothing is trained.
+        """
+        if row["grad_norm"] == 0:
+            event(self.folder, "no_gradients", step=row["step"])
+            raise FloatingPointError(f"the gradient norm of step {row['step']} is 0: no gradient reaches the optimizer, and nothing is trained")
         if skipped:
             event(self.folder, "skipped_update", step=row["step"], why="NaN or Inf in gradients")
         if not math.isfinite(row["loss"]):

@@ -41,6 +41,7 @@ UNSOUND = [
     (from_step(100, loss=float("nan")), "101 step(s)"),
     (at(17, loss=float("inf")), "loss is no finite"),
     (at(17, grad_norm=float("nan")), "grad_norm"),
+    (at(17, grad_norm=0.0), "nothing was trained"),
     (lambda rows: [r for r in rows if r["step"] != 17], "step 17 is missing"),
     (lambda rows: [*rows[:17], rows[16], *rows[17:]], "repeated"),
     (lambda rows: rows[::-1], "out of order"),

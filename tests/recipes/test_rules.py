@@ -242,3 +242,25 @@ def test_recommended_graphs_are_off_where_layers_are_kept_in_bf16(gpu: str, mapp
         plan = compose_plan([*asked, *more])
         shared = mapping == "iso" and more == ["precision=bf16"]  # with fp8_current, which cannot have them
         assert plan.mapping.cuda_graphs != shared and ("CUDA graphs off" in plan.mapping.source) == shared
+
+
+@pytest.mark.parametrize("stack", ["nemo_25_04", "nemo_25_07"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_current"])
+def test_no_plan_has_an_optimizer_that_fsdp_gives_no_gradients(stack: str, precision: str) -> None:
+    """On two H200s such runs had a gradient norm of 0 in every step, and their losses stood still."""
+    fsdp = ["model=llama31_405b", f"stack={stack}", f"precision={precision}", "gpu=gb200", "mapping.fsdp=true"]
+    trains = stack == "nemo_25_07"
+    filled = compose_plan([*fsdp, "settings=throughput", "data=mock"])
+    assert filled.settings.precision_aware_optimizer == (trains and precision == "bf16")
+    asked = [
+        *fsdp,
+        "settings=throughput",
+        "data=mock",
+        "settings.precision_aware_optimizer=true",
+        *(["precision.fp8.param_gather=false"] if precision != "bf16" else []),
+    ]
+    if trains:
+        assert compose_plan(asked).settings.precision_aware_optimizer
+    else:
+        with pytest.raises(InputError, match="no weight is updated .*set settings.precision_aware_optimizer=false"):
+            compose_plan(asked)
