@@ -309,9 +309,9 @@ class Facts:
 def _is_of_the_run(name: str, sections: Sequence[str]) -> bool:
     """An optimizer's section repeats fp8_recipe with its default, but holds the learning rate.
 
-    A seed in a section is the data's, not the run's.
+    A seed in the section of the data is not the run's.
     """
-    if name == "seed" and sections:
+    if name == "seed" and "data" in sections:
         return False
     return not ELSEWHERE.intersection(sections) and ("optimizer" not in sections or name in NUMBERS)
 
