@@ -49,7 +49,7 @@ def memory(results: Sequence[Path]) -> str:
     nvidia = "published: what NVIDIA ran, its layouts for NeMo 25.04 and 25.07, under throughput settings"
     shown.append({"held against": nvidia, "rows": str(layouts), "median size of the error": verdict, "range": "–"})
     tables = published_rows()
-    other = "published: the rows of NVIDIA's tables that the predictor is held to (docs/throughput.md names those that do not fit)"
+    other = "published: the rows of NVIDIA's tables that the predictor is compared with (docs/throughput.md names those that do not fit)"
     refused = f"{sum(map(_refused, tables))} do not fit"
     shown.append({"held against": other, "rows": str(len(tables)), "median size of the error": refused, "range": "–"})
     return Table("", shown, found.to_dict("records"), text=frozenset(["held against"])).markdown()

@@ -16,7 +16,7 @@ from analysis.pairing import asserted, base_of, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
-from analysis.verdict import MOST_SEEDS, UNDECIDED, SeedsVerdict, Verdict, judge, judge_seeds, limits_in_nats
+from analysis.verdict import MOST_SEEDS, UNDECIDED, SeedsVerdict, Verdict, judge, judge_seeds, limit_of, limits_in_nats
 
 
 @dataclass(frozen=True)
@@ -320,8 +320,7 @@ def _why_open(verdict: Verdict) -> str:
         )
     if not math.isfinite(gap.nats.half_width):
         return "too few steps for an interval: run longer"
-    bar = verdict.candidate.plan.bar
-    limit = limits_in_nats(bar, gap.base_loss)[bar.decides]
+    limit = limit_of(verdict)
     if gap.rounding and abs(limit - abs(gap.nats.value)) <= gap.rounding:
         return f"the losses were printed with too few digits (±{gap.rounding:.2g} nats): import TensorBoard's events or W&B's history"
     if abs(gap.nats.value) + gap.nats.half_width <= limit:

@@ -238,7 +238,7 @@ def judge_seeds(verdicts: Sequence[Verdict]) -> SeedsVerdict:
     tails = [verdict.gaps["tail"] for verdict in verdicts]
     in_limits = np.array([_in_limits(verdict, "tail") for verdict in verdicts])
     ends = np.array([_in_limits(verdict, "end") for verdict in verdicts])
-    printed = float(np.mean([verdict.gaps["tail"].rounding / _limit(verdict) for verdict in verdicts]))
+    printed = float(np.mean([verdict.gaps["tail"].rounding / limit_of(verdict) for verdict in verdicts]))
     found = decide_seeds(in_limits, ends, printed)
     relative = student(np.array([gap.relative.value for gap in tails]))
     relative = relative.widened(float(np.mean([gap.rounding / gap.base_loss for gap in tails])))
@@ -262,10 +262,10 @@ def decide_seeds(tails: Array, ends: Array, rounding: float = 0.0) -> str:
 
 def _in_limits(verdict: Verdict, window: str) -> float:
     """Return the gap of a window in tolerances of its pair."""
-    return verdict.gaps[window].nats.value / _limit(verdict)
+    return verdict.gaps[window].nats.value / limit_of(verdict)
 
 
-def _limit(verdict: Verdict) -> float:
+def limit_of(verdict: Verdict) -> float:
     """Return the tolerance that decides a pair, in nats."""
     bar = verdict.candidate.plan.bar
     return limits_in_nats(bar, verdict.gaps["tail"].base_loss)[bar.decides]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.errors import one_line
+from recipes.errors import InputError, one_line
 
 LOCKS = Path("/tmp")
 LISTED = re.compile(r"^GPU (\d+): .*\(UUID: (GPU-[\w-]+)\)", re.MULTILINE)
@@ -120,6 +120,14 @@ def _locked(gpu: Gpu, folder: Path) -> int | None:
 
 def _open(path: Path) -> int:
     """Open a lock's file, which another user may have made; never through a link."""
+    try:
+        return _created(path)
+    except OSError as error:
+        why = f"{path} cannot be opened ({error.strerror})"
+        raise InputError(f"{why}, which locks a GPU for one run; remove it, or make {LOCKS} writable") from None
+
+
+def _created(path: Path) -> int:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         file = os.open(path, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

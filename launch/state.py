@@ -1,4 +1,4 @@
-"""What is the state of a run?  The one place where run folder, locks, Slurm and log are put together.
+"""What is the state of a run?  The one place where run folder, locks, Slurm and log decide it together.
 
 A run folder records how far training came, Slurm what became of the job, the log what it died of.  A question that one of them
 does not answer gives the state "unknown" with the reason.  Nothing is submitted, written or cancelled on "unknown".

@@ -159,7 +159,7 @@ def _precision(tree: Tree) -> None:
 
 
 def _keeps_fp8_parameters(tree: Tree, fp8: Tree) -> bool:
-    """Whether parameters are kept in FP8 where nobody asked: where stack, optimizer and layout can.
+    """Whether parameters are kept in FP8 by default: where stack, optimizer and layout can.
 
     Under MXFP8 not where checkpoints are written.  Its values by columns come from the main parameters; read back from
     a checkpoint they would come from those by rows, and a run would not continue to the numbers of an unbroken one.

@@ -1,4 +1,4 @@
-"""Every format that is read, as its writer writes it, and what is said of one that cannot be read."""
+"""Every format that is read, as its writer writes it, and the error for one that cannot be read."""
 
 import bz2
 import gzip

@@ -156,6 +156,27 @@ def test_two_launches_take_different_gpus_and_a_third_is_told_who_has_them(tmp_p
             lock.unlink()
 
 
+def test_a_lock_that_is_a_link_is_one_line(tmp_path: Path) -> None:
+    token = uuid4().hex
+    (tmp_path / "nvidia-smi").write_text(FOUR_GPUS.replace("{token}", token))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    one = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping.global_batch=8"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    links = [Path(f"/tmp/nemo-gpu-GPU-{token}-{gpu}.lock") for gpu in range(4)]
+    try:
+        for link in links:
+            link.symlink_to(tmp_path / "elsewhere")
+        command = [sys.executable, "-m", "launch", *one, f"runs_dir={tmp_path}/runs"]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    finally:
+        for link in links:
+            link.unlink(missing_ok=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "locks a GPU for one run" in errors[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "elsewhere").exists()
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
