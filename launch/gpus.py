@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.job import NO_LOCKS
 from recipes.errors import InputError, one_line
 
 LOCKS = Path("/tmp")
@@ -69,13 +70,19 @@ def _nvidia_smi(*arguments: str) -> str:
 def take(gpus: Sequence[Gpu], count: int, folder: Path) -> list[HeldGpu] | None:
     """Lock so many of the GPUs for the run in `folder`; None, with none locked, where so many are not free."""
     held: list[HeldGpu] = []
-    for gpu in gpus:
-        if len(held) < count and (lock := _locked(gpu, folder)) is not None:
-            held.append(HeldGpu(gpu, lock))
-    if len(held) == count:
-        return held
-    give_back(held)
-    return None
+    try:
+        for gpu in gpus:
+            if len(held) < count and (lock := _locked(gpu)) is not None:
+                held.append(HeldGpu(gpu, lock))
+    except InputError:
+        give_back(held)
+        raise
+    if len(held) < count:
+        give_back(held)
+        return None
+    for one in held:
+        _sign(one.lock, folder)
+    return held
 
 
 def give_back(held: Sequence[HeldGpu]) -> None:
@@ -85,8 +92,15 @@ def give_back(held: Sequence[HeldGpu]) -> None:
 
 
 def holders(gpus: Sequence[Gpu]) -> str:
-    """Return who holds the GPUs, in words."""
-    return "; ".join(f"GPU {gpu.name} is held by {_holder(gpu)}" for gpu in gpus)
+    """Return who holds those of the GPUs that are held, in words."""
+    return "; ".join(f"GPU {gpu.name} is held by {_holder(gpu)}" for gpu in gpus if _is_held(gpu))
+
+
+def _is_held(gpu: Gpu) -> bool:
+    lock = _locked(gpu)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def _holder(gpu: Gpu) -> str:
@@ -101,7 +115,7 @@ def _path(gpu: Gpu) -> Path:
     return LOCKS / f"nemo-gpu-{re.sub(r'[^A-Za-z0-9-]', '_', gpu.uuid)}.lock"
 
 
-def _locked(gpu: Gpu, folder: Path) -> int | None:
+def _locked(gpu: Gpu) -> int | None:
     """Return the descriptor of a GPU's lock, taken; None where another run has it."""
     file = _open(_path(gpu))
     try:
@@ -109,13 +123,20 @@ def _locked(gpu: Gpu, folder: Path) -> int | None:
     except BlockingIOError:
         os.close(file)
         return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return file
+
+
+def _sign(file: int, folder: Path) -> None:
+    """Write into a lock's file who holds it."""
     facts = {"run": str(folder.absolute()), "user": os.environ.get("USER") or os.geteuid(), "pid": os.getpid()}
     try:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(facts).encode(), 0)
     except OSError:
         pass  # another user's file: the lock holds, only its holder is not named
-    return file
 
 
 def _open(path: Path) -> int:

@@ -49,11 +49,15 @@ UNDECIDED = {
 
 UNKNOWN_ID = "Invalid job id"  # ESLURM_INVALID_JOB_ID: slurmctld does not know this job
 # After these, slurmctld may have taken the job or not: its answer did not arrive.
+# Whole phrases: a refusal repeats names of the user's, such as a partition "interconnect".
 LOST = re.compile(
-    r"timed out|unable to contact|zero bytes|connect|communication|unexpected message|transport|"
-    r"temporarily|standby|not responding|(?:receive|send) (?:failure|error)|broken pipe",
+    r"timed out|unable to contact|zero bytes|(?:connection|connect)\b.*\b(?:fail|refused|reset)|"
+    r"communications? (?:failure|error|shutdown|connection)|unexpected message|transport endpoint|"
+    r"temporarily|standby mode|not responding|(?:receive|send) (?:failure|error)|broken pipe",
     re.IGNORECASE,
 )
+SCRIPT = re.compile(r"/job/job\.sbatch(?: |$)")  # how the script of every run of this project ends
+ENDED_ALREADY = re.compile(f"{UNKNOWN_ID}|already (?:completing|completed)")
 # These variables filter what the commands list, or ask back at the terminal, without a word on the command line.
 FILTERS = re.compile(r"SQUEUE_|SACCT_|SCANCEL_|SLURM_CLUSTERS$|SLURM_TIME_FORMAT$|SLURM_BITSTR_LEN$")
 QUEUE = "JobID:|,State:|,Reason:|,RestartCnt:|,UserName:\t,Cluster:\t,Command:\t"
@@ -144,10 +148,16 @@ class _Row:
     cluster: str = ""
     command: str = ""  # squeue: the script's path and its arguments; sacct: the whole command line of sbatch
 
-    def is_of(self, job: Job) -> bool:
-        """Return whether nothing shows that the number is another job's: of another user or another script."""
-        users = {self.user, job.user} - {""}
-        return len(users) < 2 and (not job.script or not self.command or self.names(job.script))
+    def is_of(self, job: Job) -> bool | None:
+        """Return whether a number is the job's: False where user or script is another's, None where a script is no run's.
+
+        A site's wrapper may hand a copy of the script to sbatch, under a path of its own.
+        """
+        if len({self.user, job.user} - {""}) > 1:
+            return False
+        if not job.script or not self.command or self.names(job.script):
+            return True
+        return False if SCRIPT.search(self.command) else None
 
     def names(self, script: str) -> bool:
         """Return whether the job runs a script, given by its path or by the end of that."""
@@ -185,11 +195,16 @@ def _message(written: str) -> str:
 
 
 def user() -> str:
-    """Return the name of this process's user, as Slurm prints it."""
+    """Return the name of this process's user, as Slurm prints it; empty where this machine does not know it."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return ""
+
+
+def _named(printed: str) -> str:
+    """Return a name or a path that Slurm printed; empty for its words for "not known", and for a user id that it could not name."""
+    return "" if printed in ("nobody", "(null)", "(none)") or printed.isdecimal() else printed
 
 
 def check_present() -> None:
@@ -228,7 +243,8 @@ def cancel(jobs: Iterable[Job]) -> None:
     """Cancel jobs; jobs that have ended are left alone.  InputError where Slurm did not take the order."""
     for cluster, ids in _by_cluster(jobs).items():
         asked = call("scancel", *_where(cluster), *map(str, ids))
-        if asked.code != 0 and not re.search(f"{UNKNOWN_ID}|already (?:completing|completed)", asked.message):
+        lines = [line for line in asked.err.splitlines() if line.strip()]
+        if asked.code != 0 and not (lines and all(ENDED_ALREADY.search(line) for line in lines)):
             raise InputError(f"{asked.why.reason}; job {', '.join(map(str, ids))} may still wait or run: try again")
 
 
@@ -249,17 +265,21 @@ def look(jobs: Iterable[Job]) -> dict[Job, Answer]:
 
 
 def _judged(jobs: Sequence[Job], queued: Mapping[int, _Row], cluster: str) -> dict[Job, Answer]:
-    forgotten = [job for job in jobs if job.job_id not in queued or not queued[job.job_id].is_of(job)]
+    forgotten = [job for job in jobs if job.job_id not in queued or queued[job.job_id].is_of(job) is False]
     accounted = _accounted(cluster, [job.job_id for job in forgotten])
     found: dict[Job, Answer] = {}
     for job in jobs:
         row = queued[job.job_id] if job not in forgotten else accounted.get(job.job_id)
         if job not in forgotten and row:
-            found[job] = _decided(row.state)
+            found[job] = _decided(row.state) if row.is_of(job) else NotKnown(_unclear(job, row))
         else:  # squeue does not have it, so it neither waits nor runs, whatever accounting still says
             known = row is not None and row.is_of(job) and row.state.ended
             found[job] = Known(row.state if row and known else JobState(job.job_id, GONE))
     return found
+
+
+def _unclear(job: Job, row: _Row) -> str:
+    return one_line(f"job {job.job_id} is {row.state.state} with {row.command}, not with {job.script}: it may be this run's or another's")
 
 
 def _decided(state: JobState) -> Answer:
@@ -304,7 +324,7 @@ def _rows(asked: Call) -> Known[list[_Row]] | NotKnown:
             return NotKnown(one_line(f"squeue printed no list of jobs but {line[:100]!r}"))
         count = int(restarts) if restarts.isdecimal() else 0
         one = JobState(int(job_id), state, "" if reason == "None" else reason, count)
-        rows.append(_Row(one, who.strip(), where.strip(), command.strip()))
+        rows.append(_Row(one, _named(who.strip()), where.strip(), _named(command.strip())))
     return Known(rows)
 
 
@@ -322,7 +342,7 @@ def _accounted(cluster: str, ids: Sequence[int], *flags: str) -> dict[int, _Row]
     lines = [line.split("|", len(fields) - 1) for line in asked.out.splitlines()] if asked.code == 0 else []
     whole = [[*line, "", "", ""] for line in lines if len(line) >= 3 and line[0].isdecimal() and line[1].strip()]
     return {
-        int(i): _Row(JobState(int(i), state.split()[0], "" if reason == "None" else reason), who, where, command)
+        int(i): _Row(JobState(int(i), state.split()[0], "" if reason == "None" else reason), _named(who), where, _named(command))
         for i, state, reason, who, where, command, *_ in whole
     }
 
@@ -332,7 +352,7 @@ def find(script: str, since: datetime, clusters: str) -> Known[list[Job]] | NotK
 
     `clusters` names where sbatch was asked to submit (a,b), or is empty.  NotKnown where squeue does not answer, or not for which scripts jobs are.
     """
-    asked = call("squeue", *_where(clusters), "--noheader", f"--user={user()}", "--states=all", f"--Format={QUEUE}")
+    asked = call("squeue", *_where(clusters), "--noheader", f"--user={user() or os.geteuid()}", "--states=all", f"--Format={QUEUE}")
     rows = _rows(asked)
     if isinstance(rows, NotKnown):
         return rows
@@ -342,7 +362,7 @@ def find(script: str, since: datetime, clusters: str) -> Known[list[Job]] | NotK
     if nameless:
         return NotKnown(f"squeue does not tell of which script job {nameless[0]} is")
     begun = since.astimezone().strftime("%Y-%m-%dT%H:%M:%S")
-    ended = _accounted(clusters, [], f"--user={user()}", f"--starttime={begun}")
+    ended = _accounted(clusters, [], f"--user={user() or os.geteuid()}", f"--starttime={begun}")
     of_script = [row for row in (*ended.values(), *rows.value) if row.names(script)]
     several = "," in clusters
     named = {row.state.job_id: Job(row.state.job_id, row.cluster if several else clusters, user(), script) for row in of_script}

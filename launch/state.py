@@ -19,8 +19,8 @@ from launch import slurm
 from launch.causes import cause_of, known_cause
 from launch.job import is_held
 from launch.slurm import Answer, Job, JobState, Known, NotKnown
-from recipes.errors import InputError
-from recipes.run_folder import SESSION, append_line, is_written, last_rows, read_json, rows_of, status_of, write_json
+from recipes.errors import InputError, one_line
+from recipes.run_folder import SESSION, append_line, event, is_written, last_rows, read_json, rows_of, status_of, write_json
 
 MOST_EVENTS = 10_000  # of a session that are looked at, from the end
 LOG_TAIL_BYTES = 2_000_000  # hundreds of ranks write as much after the first error
@@ -57,13 +57,14 @@ def was_submitted(folder: Path) -> bool:
 
 def _job(row: Mapping[str, Any], folder: Path) -> Job:
     cluster, user, script = (value if isinstance(value := row.get(key), str) else "" for key in ("cluster", "user", "script"))
-    return Job(row["job_id"], cluster, user, script or f"/{folder.absolute().name}/job/job.sbatch")
+    return Job(row["job_id"], cluster, user, script or f"/{folder.resolve().name}/job/job.sbatch")
 
 
 def record(folder: Path, job: Job, **facts: Any) -> None:
-    """Record a job that Slurm has."""
+    """Record a job that Slurm has, in the job folder and as an event of the run."""
     known = {"job_id": job.job_id, "cluster": job.cluster, "user": job.user, "script": job.script}
     append_line(folder / "job" / "submitted.jsonl", {"time": datetime.now(UTC).isoformat(), **known, **facts})
+    event(folder, "submitted", job_id=job.job_id)
 
 
 def begin_submission(folder: Path, script: Path, clusters: str) -> None:
@@ -74,6 +75,11 @@ def begin_submission(folder: Path, script: Path, clusters: str) -> None:
 def end_submission(folder: Path) -> None:
     """Note that sbatch's answer is recorded."""
     _mark(folder).unlink(missing_ok=True)
+
+
+def is_open(folder: Path) -> bool:
+    """Return whether sbatch was asked and its answer is not recorded."""
+    return _mark(folder).is_file()
 
 
 def _mark(folder: Path) -> Path:
@@ -146,11 +152,25 @@ def is_alive(folder: Path) -> bool | None:
 
 def asked(folders: Sequence[Path]) -> dict[Path, list[Answer]]:
     """Return Slurm's answers about the jobs of each run folder, oldest first; it is asked once for all."""
-    late = {folder: lost(folder) for folder in folders}
-    jobs = {folder: [*submitted(folder), *(found.value if isinstance(found, Known) else [])] for folder, found in late.items()}
+    late = {folder: _lost(folder) for folder in folders}
+    jobs = {folder: [*submitted(folder), *found.value] if isinstance(found, Known) else _readable(folder) for folder, found in late.items()}
     answers = slurm.look(job for some in jobs.values() for job in some)
     unknown = {folder: [found] if isinstance(found, NotKnown) else [] for folder, found in late.items()}
     return {folder: [*(answers[job] for job in some), *unknown[folder]] for folder, some in jobs.items()}
+
+
+def _lost(folder: Path) -> Known[list[Job]] | NotKnown:
+    try:
+        return lost(folder)
+    except OSError as error:  # a job folder is its owner's alone
+        return NotKnown(one_line(f"{error.filename}: {error.strerror}"))
+
+
+def _readable(folder: Path) -> list[Job]:
+    try:
+        return submitted(folder)
+    except (OSError, InputError):
+        return []
 
 
 def judged(folder: Path, answers: Sequence[Answer]) -> tuple[str, str, JobState | None]:

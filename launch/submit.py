@@ -15,7 +15,7 @@ from pathlib import Path
 from launch import slurm
 from launch.job import reserved, write_job
 from launch.slurm import Job, Known
-from launch.state import active, begin_submission, check_unwritten, end_submission, lost, record, settle
+from launch.state import active, begin_submission, check_unwritten, end_submission, is_open, lost, record, settle
 from recipes.code import code
 from recipes.errors import InputError
 from recipes.plan import Plan
@@ -60,9 +60,9 @@ def submit(plan: Plan) -> list[Job]:
             if jobs:
                 sent = ", ".join(map(str, jobs))
                 raise InputError(f"{error} (of the chain of {plan.executor.chain}, job {sent} is submitted and stays)") from None
-            event(folder, "refused")
+            if not is_open(folder):  # else Slurm may have the job
+                event(folder, "refused")
             raise
-        event(folder, "submitted", job_id=job.job_id)
         jobs.append(job)
     return jobs
 

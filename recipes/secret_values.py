@@ -48,8 +48,11 @@ def refuse_secrets(tree: dict[str, Any]) -> None:
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a file's text holds a secret: by its form or name, or the value of a secret variable of this process."""
-    return has_secret(text) or any(value in text for value in _known())
+    """Return whether a file's text holds a secret: by its form or name, or the value of a secret variable of this process.
+
+    A value that is a plain word, such as "password", stands in code for other reasons.
+    """
+    return has_secret(text) or any(value in text for value in _known() if not value.isalpha())
 
 
 def is_secret_file(name: str) -> bool:

@@ -25,6 +25,7 @@ case "$SBATCH" in
   not-taken) lost "Unable to contact slurm controller (connect failure)" ;;
   silent) accept tests ;;
   killed) accept tests; kill -9 $$ ;;
+  interconnect) lost "invalid partition specified: interconnect" ;;
   refused) lost "Invalid account or account/partition combination specified" ;;
   cluster) accept east; echo "$n;east" ;;
   wrapped) accept tests; echo "Welcome to this site"; echo "$n" ;;
@@ -70,6 +71,11 @@ cat "$JOBS.accounts"
 SCANCEL = """#!/bin/sh
 echo "scancel $*" >> "$JOBS.calls"
 [ "$SCANCEL" = timeout ] && { echo "scancel: error: Kill job error on job id 1001: Socket timed out" >&2; exit 1; }
+[ "$SCANCEL" = mixed ] && {
+  echo "scancel: error: Kill job error on job id 1001: Invalid job id specified" >&2
+  echo "scancel: error: Kill job error on job id 1002: Socket timed out" >&2
+  exit 1
+}
 for job; do
   [ -e "$JOBS/$job" ] && sed -i 's/^[A-Z_]*/CANCELLED/' "$JOBS/$job"
 done

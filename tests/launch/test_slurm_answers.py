@@ -215,6 +215,52 @@ def test_a_number_that_is_another_jobs_now(
     assert launch(run) == 0 and slurm.ids == [1001, 1002]
 
 
+@pytest.mark.parametrize("other", [{"who": "nobody"}, {"who": "1000"}, {"script": "(null)"}])
+def test_what_slurm_cannot_name_is_no_other_job(other: dict[str, str], slurm: Standins, run: Path) -> None:
+    assert launch(run) == 0
+    slurm.put(1001, "RUNNING", **{"script": f"{run}/job/job.sbatch", **other})
+    assert launch(run) == 0 and slurm.ids == [1001]
+
+
+def test_a_job_with_a_sites_copy_of_the_script_is_not_known(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    slurm.put(1001, "RUNNING", "/var/spool/site/copy.1")
+    capsys.readouterr()
+    assert launch(run) == 2 and "/var/spool/site/copy.1" in refused(capsys) and slurm.ids == [1001]
+    assert cancel.main([str(run)]) == 2 and slurm.state(1001) == "RUNNING"
+
+
+def test_a_linked_run_folder_has_its_jobs(slurm: Standins, run: Path, tmp_path: Path) -> None:
+    assert launch(run) == 0
+    (run / "job/submitted.jsonl").unlink()
+    append_line(run / "job/submitted.jsonl", {"job_id": 1001})
+    (tmp_path / "alias").symlink_to(run)
+    assert cancel.main([str(tmp_path / "alias")]) == 0 and slurm.state(1001) == "CANCELLED"
+
+
+def test_a_partition_named_like_a_failure_is_refused_with_its_remedy(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.patch.setenv("SBATCH", "interconnect")
+    assert launch(run) == 2
+    assert "set cluster.partition" in refused(capsys) and "refused" in (run / "events.jsonl").read_text()
+
+
+def test_a_lost_answer_is_no_refusal_and_the_job_found_later_an_event(slurm: Standins, run: Path) -> None:
+    slurm.patch.setenv("SBATCH", "not-taken")
+    assert launch(run) == 2
+    assert not (run / "events.jsonl").exists()
+    slurm.put(1001, "RUNNING", f"{run}/job/job.sbatch")
+    slurm.patch.delenv("SBATCH")
+    assert launch(run) == 0 and slurm.ids == [1001]
+    assert '"submitted"' in (run / "events.jsonl").read_text()
+
+
+def test_cancel_believes_no_line_about_another_job(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run, "executor.chain=2") == 0
+    slurm.patch.setenv("SCANCEL", "mixed")
+    capsys.readouterr()
+    assert cancel.main([str(run)]) == 2 and "may still wait or run" in refused(capsys)
+
+
 def test_filters_of_the_users_shell_hide_no_job(slurm: Standins, run: Path) -> None:
     """squeue takes options from SQUEUE_PARTITION and others, which would hide the job."""
     assert launch(run) == 0

@@ -91,22 +91,32 @@ def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(scontrol: str, tm
     assert "met at" not in log
 
 
-@pytest.mark.parametrize(("left", "trains"), [("", False), ("please\n", False), ("before the time limit of job 76\n", True), (None, True)])
-def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(left: str | None, trains: bool, tmp_path: Path) -> None:
-    """The request that a script makes before its own time limit is for that job alone."""
+BEFORE = "before the time limit of job 76\n"
+
+
+@pytest.mark.parametrize(
+    ("left", "dated", "trains"), [("", 1, False), ("please\n", 1, False), (BEFORE, 0, True), (BEFORE, 1, False), (None, 0, True)]
+)
+def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(left: str | None, dated: int, trains: bool, tmp_path: Path) -> None:
+    """The request that a script makes before its own time limit is for that job alone, unless its user touches it."""
     run = tmp_path / "runs" / "one"
     start(tmp_path, 2, times=0, name="one")
     if left is not None:
         (run / "stop").write_text(left)
+        os.utime(run / "stop", (dated, dated))
     codes, log = start(tmp_path, 2, name="one")
     assert codes == [0] and ("met at" in log) == trains and ("the run was stopped" in log) != trains
     assert (run / "stop").exists() != trains
 
 
-@pytest.mark.parametrize(("asked", "requeued"), [("", True), ('touch "$RUN/stop"; ', False)], ids=["time limit alone", "a user too"])
-def test_before_its_time_limit_a_job_queues_itself_again_unless_its_user_stopped_it(asked: str, requeued: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "requeued"),
+    [("", "", True), ('touch "$RUN/stop"; ', "", False), ("", 'touch "$RUN/stop"; ', False)],
+    ids=["time limit alone", "a user before", "a user after"],
+)
+def test_before_its_time_limit_a_job_queues_itself_again_unless_its_user_stopped_it(before: str, after: str, requeued: bool, tmp_path: Path) -> None:
     paused = """echo '{"status": "paused"}' > "$RUN/status.json" """
-    warned = f'{asked}kill -USR1 "$PPID"; while [ ! -e "$RUN/stop" ]; do sleep 0.05; done; sleep 0.2; {paused}'
+    warned = f'{before}kill -USR1 "$PPID"; while [ ! -e "$RUN/stop" ]; do sleep 0.05; done; sleep 0.2; {after}{paused}'
     queue = f'[ "$1" = requeue ] && {{ echo "queued again"; kill -9 "$PPID"; }}; {SCONTROL}'
     _, log = start(tmp_path, 2, scontrol=queue, srun=warned)
     assert ("queued again\n" in log) == requeued and ("not queued again: the run was stopped" in log) != requeued
