@@ -15,6 +15,7 @@ from analysis.predictor.forecast import forecast
 from analysis.published import layout_of
 from analysis.runs import Run
 from analysis.speed import Interval, timed
+from analysis.whole import reference_of
 from recipes.errors import InputError
 
 APART = 0.07  # releases of one cell lie up to so far apart (docs/throughput.md, container)
@@ -52,7 +53,9 @@ def _side(rate: float, interval: Interval) -> str:
 
 def _published(run: Run) -> Interval | None:
     """Return the published rate of the nearest release, between the lowest and the highest of the cell's rows."""
-    plan, layout = run.plan, layout_of(run.plan)
+    plan, layout, whole = run.plan, layout_of(run.plan), reference_of(run.plan)
+    if whole is None or not whole.model.is_built_as(plan.model):
+        return None  # a model that was cut is none that was published
     cell = (plan.model.name, plan.gpu.name, plan.precision.name, plan.seq_length, layout.num_gpus, layout.global_batch)
     rows = [
         row

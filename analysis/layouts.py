@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.pairing import check_pair
 from analysis.report import load_all
 from analysis.runs import Run
 from analysis.tabular import Table, print_json, write
@@ -34,14 +35,20 @@ def layout(run: Run) -> str:
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row per run beside the single-GPU run of its precision; InputError where that lacks."""
-    alone = {run.plan.precision.name: run for run in runs if run.plan.num_gpus == 1}
+    alone: dict[str, Run] = {}
+    for run in runs:
+        if run.imported:
+            raise InputError(f"{run.folder} is imported; compare layouts of this project's own runs")
+        if run.plan.num_gpus == 1 and alone.setdefault(run.plan.precision.name, run) is not run:
+            raise InputError(f"{run.folder} and {alone[run.plan.precision.name].folder} both ran on one GPU; name one of each precision")
     found = []
     for run in runs:
         base = alone.get(run.plan.precision.name)
         if base is None:
             raise InputError(f"{run.folder}: no run of {run.plan.precision.name} on one GPU to compare it with; name one")
-        if len(base.steps["loss"]) != len(run.steps["loss"]):
-            raise InputError(f"{run.folder} and {base.folder} differ in their number of steps; compare runs of one schedule")
+        if base.plan.seed != run.plan.seed:
+            raise InputError(f"{run.folder} and {base.folder} have seeds {run.plan.seed} and {base.plan.seed}; compare runs of one seed")
+        check_pair(base, run)
         found.append(_row(base, run))
     return sorted(found, key=lambda row: (row["precision"], row["layout"] != "1 GPU", row["layout"]))
 

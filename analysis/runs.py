@@ -193,6 +193,8 @@ def _is_complete(run: Run) -> None:
     steps, planned = run.steps["step"], run.plan.train.max_steps
     every = run.imported.get("log_interval", 1)
     stretches = run.imported.get("stretches") or [[every, planned - planned % every, every]]
+    if sum((last - first) // each + 1 for first, last, each in stretches) > len(steps) + planned:
+        raise InputError(f"{run.folder}: manifest.json has stretches of more steps than were planned; import the log again")
     wanted = np.concatenate([np.arange(first, last + 1, each) for first, last, each in stretches])
     same = min(len(wanted), len(steps))
     wrong = np.flatnonzero(steps[:same] != wanted[:same])

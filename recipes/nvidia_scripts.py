@@ -38,6 +38,7 @@ from recipes.nemo_recipes import NEMO_NAMES
 from recipes.nemo_source import numbers
 from recipes.overlap import overlaps_tp
 from recipes.plan import Frozen, Name, Plan, Text
+from recipes.rules import capability
 
 REFERENCE = Path(__file__).parent / "reference"
 SETTINGS = REFERENCE / "nvidia_settings.csv"
@@ -205,7 +206,8 @@ def _runs(stack: dict[str, Any], precision: str, gpu: str) -> bool:
     if fp8 is None or fp8["scaling"] not in stack["fp8"]:
         return fp8 is None
     support = stack["fp8"][fp8["scaling"]]
-    return float(support["min_capability"]) <= float(here) <= float(support["max_capability"] or "inf")
+    highest = support["max_capability"]
+    return capability(support["min_capability"]) <= capability(here) and (highest is None or capability(here) <= capability(highest))
 
 
 def chosen(cell: str, stack: str, named: dict[str, list[str]]) -> bool:

@@ -8,6 +8,7 @@ and laptops.  What a plan allows, runs; the rules that refuse one stand in `reci
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -32,8 +33,8 @@ def _three_shares(value: object) -> object:
     items = value.split(",") if isinstance(value, str) else value
     try:
         shares = [float(item) for item in items] if isinstance(items, list | tuple) else []
-        right = 2 <= len(shares) <= 3 and min(shares[:2]) > 0 and min(shares) >= 0
-        if not right or sum(shares) == float("inf"):
+        right = 2 <= len(shares) <= 3 and all(s > 0 for s in shares[:2]) and all(s >= 0 for s in shares)
+        if not right or not math.isfinite(sum(shares)):
             raise ValueError
     except (TypeError, ValueError):
         raise ValueError("is no split; write shares of train, held-out and test documents as [949,50,1], the first two above 0") from None

@@ -154,5 +154,6 @@ def join(logs: Sequence[Log]) -> Log:
             max((value for value in pair if value is not None), default=None)
             for pair in ((first.memory_gb, log.memory_gb), (first.reserved_gb, log.reserved_gb))
         )
+        first.loss_digits = min((d for d in (first.loss_digits, log.loss_digits) if d is not None), default=None)
         first.said += [line for line in log.said if line not in first.said]
     return first

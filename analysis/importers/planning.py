@@ -93,6 +93,8 @@ def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
     if log.total:
         found["train.max_steps"] = {f"{log.total}": f"{log.total} steps"}
     for key, value, what in _from_columns(log):
+        if others := [other for other in found.get(key, {}) if other != value]:
+            log.said.append(f"the log's settings state {key} as {' and '.join(others)}, its lines {value}: the lines count")
         found[key] = {value: what}
     for key, values in list(found.items()):
         if len(values) > 1 and key.startswith(MAY_CHANGE):

@@ -171,7 +171,7 @@ def _rows_log(path: Path, vocabulary: Vocabulary) -> Log:
             damaged += 1
             continue
         records.append(found[0])
-        counted |= found[1]
+        counted |= found[1] and bool(found[0].keys() - {STEP, TIME})  # a row without a known name proves nothing
     if not records:
         raise InputError(f"{path} holds no row with a step ({', '.join(STEPS)}); write it with one, e.g. as W&B's scan_history gives it")
     log = log_of(records, ROWS, vocabulary, counts_calls=counted)

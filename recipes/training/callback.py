@@ -203,6 +203,10 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             event(self.folder, "non_finite_loss", step=row["step"])
             if self.plan.train.on_non_finite == "stop":
                 raise FloatingPointError(f"the loss of step {row['step']} is {row['loss']}")
+        elif not skipped and not math.isfinite(row["grad_norm"]):  # where Megatron-Core does not look (settings.check_gradients=false)
+            event(self.folder, "non_finite_gradients", step=row["step"])
+            if self.plan.train.on_non_finite == "stop":
+                raise FloatingPointError(f"the gradient norm of step {row['step']} is {row['grad_norm']}")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients; write what is known of the step before."""

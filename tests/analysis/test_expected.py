@@ -58,6 +58,12 @@ def test_where_nothing_is_published_the_prediction_stands_alone(tmp_path: Path, 
     assert row["published_value"] is None and "published" not in sentence and "the predicted range" in sentence
 
 
+def test_a_model_that_was_cut_is_not_compared_with_the_whole_ones_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["Starting with 64 processes", *nemo(128, 2.0)]
+    row, sentence = said_of(lines, ["model=llama3_70b", "model.num_layers=8", "precision=bf16", "gpu=h100"], tmp_path, capsys)
+    assert row["published_value"] is None and "published" not in sentence
+
+
 def test_every_format_that_can_be_named_is_in_the_documents_table() -> None:
     page = (DOCS / "imports.md").read_text().lower()
     words = {"nemo": "nemo 2", "megatron": "megatron-lm", "progress-bar": "progress bar", "table": "csv", "json-rows": "json", "wandb": "w&b offline"}

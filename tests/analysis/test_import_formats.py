@@ -310,3 +310,11 @@ def test_what_cannot_be_read_names_what_was_found(
 ) -> None:
     assert main(command(write(tmp_path / name, lines), tmp_path / "run", TINY)) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_row_without_any_known_name_does_not_decide_whose_steps_they_are(tmp_path: Path) -> None:
+    rows = [{"_step": 0, "_timestamp": 1.0, "my_custom": 3}]
+    rows += [{"_step": n + 1, "trainer/global_step": n, "reduced_train_loss": loss} for n, loss in enumerate(LOSS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(command(tmp_path / "rows.jsonl", tmp_path / "run", TINY)) == 0
+    assert load_run(tmp_path / "run").steps["step"].tolist() == list(range(1, STEPS + 1))

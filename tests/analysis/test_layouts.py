@@ -22,6 +22,14 @@ def test_shipped_layouts_follow_one_gpu(capsys: pytest.CaptureFixture[str]) -> N
 def test_wrong_runs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(SHIPPED / "bf16.tp2")]) == 2
     assert "no run of bf16 on one GPU" in capsys.readouterr().err
+    other = shutil.copytree(SHIPPED / "bf16.tp2", tmp_path / "other")
+    plan = json.loads((other / "plan.json").read_text())
+    (other / "plan.json").write_text(json.dumps({**plan, "seed": 99}))
+    assert main([str(SHIPPED / "bf16.gpu1"), str(other)]) == 2 and "one seed" in capsys.readouterr().err
+    (other / "plan.json").write_text(json.dumps({**plan, "model": {**plan["model"], "name": "nemotron4_15b"}}))
+    assert main([str(SHIPPED / "bf16.gpu1"), str(other)]) == 2 and "model.name" in capsys.readouterr().err
+    again = shutil.copytree(SHIPPED / "bf16.gpu1", tmp_path / "again")
+    assert main([str(SHIPPED / "bf16.gpu1"), str(again)]) == 2 and "both ran on one GPU" in capsys.readouterr().err
     still = shutil.copytree(SHIPPED / "bf16.tp2", tmp_path / "still")
     lines = [json.loads(line) for line in (still / "metrics.jsonl").read_text().splitlines()]
     lines = [{**line, "grad_norm": 0.0} if "loss" in line else line for line in lines]

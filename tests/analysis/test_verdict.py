@@ -104,15 +104,21 @@ def test_the_table_of_error_rates_is_made_by_a_command(tmp_path: Path, capsys: p
 
 
 def test_the_shipped_error_rates_hold_the_claims_of_the_docs() -> None:
-    """One pair: at most 1 % wrong at 0 and 2 tolerances; seeds: 3.5 %.
+    """One pair: at most 1 % wrong at 0 and 2 tolerances, save where levels differ by seed.
 
-    Not where the level differs by seed, and not for spikes in a short tail, as the docs state.
+    Seeds: passes wrong in at most 2.5 %, fails in at most 3 %, and 1 % for chance in 1,000 pairs.
+    Spikes in the tail are the exception that the docs state.
     """
     for line in shipped():
         rate = {key: float(value) for key, value in line.items() if key != "noise"}
-        if line["noise"] in ("level by seed", "late divergence", "spikes"):
-            continue
-        assert max(rate["fail_at_0"], rate["pass_at_2"]) <= (0.01 if rate["seeds"] == 1 else 0.035), line
+        if line["noise"] == "late divergence":
+            assert max(rate["pass_at_0"], rate["pass_at_102"], rate["pass_at_2"]) == 0, line
+        elif line["noise"] == "spikes":
+            assert rate["pass_at_102"] <= 0.025 and rate["fail_at_098"] <= 0.12, line
+        elif rate["seeds"] > 1:
+            assert rate["pass_at_102"] <= 0.035 and rate["fail_at_098"] <= 0.04, line
+        elif line["noise"] != "level by seed":
+            assert max(rate["fail_at_0"], rate["pass_at_2"]) <= 0.01, line
 
 
 def test_gap_and_limits_are_those_of_the_curves(make: Maker) -> None:

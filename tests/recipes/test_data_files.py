@@ -218,6 +218,8 @@ PREFIXES = [
     ("data.split=[1,0,0]", "is no split"),
     ("data.split=[9,-1,0]", "is no split"),
     ("data.split=[9,x,0]", "is no split"),
+    ("data.split=[949,nan]", "is no split"),
+    ("data.split=[949,50,nan]", "is no split"),
     ("data.split=949,50,1", "a list as data.split=[949,50,1]"),
     ("data.tokenizer={0}/a.bin", "is no SentencePiece model"),
     ("data.tokenizer={0}/nothing", "no such file or folder"),

@@ -39,7 +39,21 @@ def non_finite_stops(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "the same, `train.on_non_finite=skip`", small=1, full=12, nemo=True)
+@fault(AREA, "NaN in gradients of a step where Megatron-Core does not look, `settings.check_gradients=false`", small=1, full=4, nemo=True)
+def non_finite_unchecked(count: int, folder: Path) -> Outcome:
+    """The run ends in that step, with an event, and without the fault it continues as if it had not been."""
+    outcome = Outcome()
+    for n in range(count):
+        precision = PRECISIONS[n % len(PRECISIONS)]
+        run = prepared(folder / f"run{n}", precision, "settings.check_gradients=false")
+        codes = Ranks(run, sabotage="nan_in_gradients").wait()
+        found = [row["step"] for row in rows_of(run / "events.jsonl") if row["event"] == "non_finite_gradients"]
+        right = status_of(run) == "failed" and 0 not in codes and sabotage.STEP in found
+        outcome.add("ended, an event in the run folder", lost=None if right else f"{status_of(run)} {codes} {found}")
+    return outcome
+
+
+@fault(AREA, "the same with the check, `train.on_non_finite=skip`", small=1, full=12, nemo=True)
 def non_finite_is_skipped(count: int, folder: Path) -> Outcome:
     """The update is left out, all other steps are trained, and a comparison refuses the run, for a step is no number."""
     outcome = Outcome()
