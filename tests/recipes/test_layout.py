@@ -10,6 +10,7 @@ import pytest
 from launch.matrix import matrix
 from launch.summary import summary, table
 from recipes.compose import compose_plan
+from recipes.data_files import check_data
 from recipes.errors import InputError
 from recipes.fit import margin, state
 from recipes.memory import estimate, usable_gb
@@ -46,9 +47,9 @@ def test_the_summary_shows_the_change(precision: str) -> None:
     assert state(plan) == "fits" and state(nvidias) == "tight"
     ((key, (old, new)), *_) = differing(nvidias, plan).items()
     note = f"{key} {old} → {new}"
-    facts = summary(plan)
+    facts = summary(plan, check_data(plan))
     assert any(note in each for each in facts["layout"]["changed"]) and facts["memory_gb_per_gpu"]["state"] == "fits"
-    assert note in " ".join(table(plan).split())
+    assert note in " ".join(table(plan, check_data(plan)).split())
     assert estimate(plan).total_gb * (1 + margin(plan)) <= (usable_gb(plan) or 0)
 
 
@@ -83,8 +84,8 @@ def test_an_override_of_one_precision_leaves_the_shared_layout_alone() -> None:
 def test_a_layout_that_is_asked_for_is_not_changed() -> None:
     plan = compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2"])
     assert plan.mapping.recompute_layers == 0 and state(plan) == "tight"
-    remedy = summary(plan)["memory_gb_per_gpu"]["remedy"].removeprefix("use ").split(" (about")[0].split()
-    assert " ".join(remedy) in " ".join(table(plan).split())
+    remedy = summary(plan, check_data(plan))["memory_gb_per_gpu"]["remedy"].removeprefix("use ").split(" (about")[0].split()
+    assert " ".join(remedy) in " ".join(table(plan, check_data(plan)).split())
     assert state(compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2", *remedy])) == "fits"
 
 
@@ -103,10 +104,10 @@ def test_a_layout_that_is_asked_for_is_not_changed() -> None:
 )
 def test_a_recommended_field_that_another_excludes_is_dropped_and_named(asked: list[str], dropped: str, kept: dict[str, object]) -> None:
     plan = compose_plan(asked)
-    assert any(dropped in note for note in summary(plan)["layout"]["changed"])
+    assert any(dropped in note for note in summary(plan, check_data(plan))["layout"]["changed"])
     assert {key: getattr(plan.mapping, key) for key in kept} == kept
 
 
 def test_what_was_asked_for_is_never_dropped() -> None:
     plan = compose_plan(["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4", "mapping.fsdp=true"])
-    assert plan.mapping.fsdp and not any("dropped" in note for note in summary(plan)["layout"]["changed"])
+    assert plan.mapping.fsdp and not any("dropped" in note for note in summary(plan, check_data(plan))["layout"]["changed"])
