@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.data_files import wrong_data
@@ -71,8 +72,7 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
             config = compose("config", overrides=[_free(override) for override in overrides])
             tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        key = error.full_key or "a value"
-        raise InputError(f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes") from None
+        raise _missing(error.full_key or "a value", overrides, conf) from None
     except UNUSABLE as error:
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
@@ -199,12 +199,36 @@ def _wrong(error: ValidationError, overrides: Sequence[str] | None, conf: Path) 
     return InputError(f"{file}: {problem}" if file else problem)
 
 
+def _missing(key: str, overrides: Sequence[str], conf: Path) -> InputError:
+    """Return the error for a value that must be given; a misspelt key is named before what lacks."""
+    tree = {name: part for name, part in _with_gaps(overrides, conf).items() if name not in (*COMMAND_KEYS, "local")}
+    try:
+        Plan.model_validate(tree)
+    except ValidationError as error:
+        if any(map(_is_unknown, error.errors(include_url=False))):
+            return _wrong(error, overrides, conf)
+    return InputError(f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes")
+
+
+def _with_gaps(overrides: Sequence[str], conf: Path) -> dict[str, Any]:
+    """Return the composed tree with "???" where a value that must be given is missing."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        tree = OmegaConf.to_container(compose("config", overrides=[_free(override) for override in overrides]))
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _is_unknown(problem: ErrorDetails) -> bool:
+    return problem["type"] == "extra_forbidden"
+
+
 def _problem(error: ValidationError) -> tuple[str, str]:
     """Return the key of a value that the plan's types refuse, and what is wrong: a key too many before one that lacks."""
     problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    problem = next(filter(_is_unknown, problems), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if _is_unknown(problem):
         near = _near(str(problem["loc"][-1]), _siblings(problem["loc"]))
         return where, f"{where}: no such field in the plan{near}; remove it, or see conf/ for the fields that there are"
     if problem["type"] == "missing":
@@ -255,7 +279,7 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         inner = full[1] if full and full[1].startswith(f"{key}.") else key
         if others := _elsewhere(inner, conf):
             return f"{wrong}: no such key with these options; it takes {others}"
-        return f"{wrong}: no such key in conf/; check its spelling{_near(inner, _known_keys(conf))}"
+        return f"{wrong}: no such key in conf/; check its spelling{_near_key(inner, _known_keys(conf))}"
     return f"cannot compose the plan: {text}"
 
 
@@ -265,14 +289,14 @@ def _not_there(text: str, overrides: Sequence[str], conf: Path) -> str:
     keys = [o for o in overrides if o.split("=")[0] not in groups]
     if not keys:
         return f"cannot compose the plan: {text}"
-    known = set(_paths(compose_tree([o for o in overrides if o not in keys], conf)))
+    known = set(_paths(_with_gaps([o for o in overrides if o not in keys], conf)))
     wrong = next((o for o in keys if "=" in o and o.split("=")[0].lstrip("+~") not in known), None)
     if wrong is None:
         return f"cannot compose the plan: {text}"
     key = wrong.split("=")[0].lstrip("+~")
     if others := _elsewhere(key, conf):
         return f"{wrong}: no such key with these options; it takes {others}"
-    return f"{wrong}: no such key with these options; check its spelling{_near(key, sorted(known))}"
+    return f"{wrong}: no such key with these options; check its spelling{_near_key(key, sorted(known))}"
 
 
 def _elsewhere(key: str, conf: Path) -> str:
@@ -289,6 +313,16 @@ def _elsewhere(key: str, conf: Path) -> str:
 def _near(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _near_key(key: str, known: Sequence[str]) -> str:
+    """As `_near`; where the part of the plan is right, by the last name alone."""
+    part, _, name = key.rpartition(".")
+    if part not in known:
+        return _near(key, known)
+    names = {one.removeprefix(f"{part}."): one for one in known if one.startswith(f"{part}.")}
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 def _known_keys(conf: Path) -> list[str]:

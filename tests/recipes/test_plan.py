@@ -278,6 +278,10 @@ def test_a_model_a_precision_and_a_gpu_are_added_by_files_alone(tmp_path: Path) 
     [
         (["precision=bf16", "precision.fp8.param_gather=false"], "precision.fp8.param_gather=false: no such key"),
         (["gpu=h100", "model=llama3_8b", "num_gpu=8"], "did you mean num_gpus"),
+        (["data=indexed", "data.train=[/a]", "data.heldouts=[/b]"], r"data.heldouts=\[/b\].*did you mean data.heldout\?"),
+        (["data=indexed", "data.train=[/a]", "data.foo=3"], r"data.foo=3: no such key with these options; check its spelling$"),
+        (["data=indexed", "data.train=[/a]", "+data.tokenizr=t"], r"data.tokenizr: no such field.*did you mean tokenizer"),
+        (["data=indexed", "data.train=[/a]", "train.max_step=3"], "train.max_step=3: .*did you mean train.max_steps"),
     ],
 )
 def test_a_key_that_is_not_there_is_named_and_not_the_option_beside_it(overrides: list[str], words: str) -> None:
