@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.gemm import device
+from analysis.measurements import measured
 from recipes.bits_rows import OUTPUT, STATE
-from recipes.errors import InputError
-from recipes.run_folder import rows_of
 
 COLUMNS = ("case", "recipe", "operand", "what", "shape", "accumulation", "elements", "identical", "share", "scales", "scales_identical", "refused")
 NO_VALUE = ("sign of zero", "NaN payload")  # recipes/training/bits_numbers.py
@@ -23,24 +21,12 @@ NO_VALUE = ("sign of zero", "NaN payload")  # recipes/training/bits_numbers.py
 
 def load(folder: Path) -> pd.DataFrame:
     """Return the comparisons of a folder, a row each."""
-    path = folder / "bits.jsonl"
-    if not path.exists():
-        raise InputError(f"{folder}: no bits.jsonl; make one with python -m recipes.bits --out {folder}, on a machine with Transformer Engine")
-    found = pd.DataFrame(rows_of(path))
-    missing = [column for column in COLUMNS if column not in found]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]}; measure it again with this version")
-    return found.assign(device=device(folder))
+    return measured(folder / "bits.jsonl", COLUMNS, f"python -m recipes.bits --out {folder}, on a machine with Transformer Engine")
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the casts by recipe and operand: shares of identical bytes, values and scales over all tensors, and the causes of differences."""
     return _summed(rows[~rows["what"].isin([OUTPUT, STATE])], ["recipe", "operand"])
-
-
-def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the same by recipe and kind of tensor."""
-    return _summed(rows[~rows["what"].isin([OUTPUT, STATE])], ["recipe", "case"])
 
 
 def states(rows: pd.DataFrame) -> pd.DataFrame:

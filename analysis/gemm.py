@@ -15,9 +15,9 @@ from matplotlib.patches import Patch
 
 from analysis.figures import COLOURS as PRECISIONS
 from analysis.figures import Figure, axes
-from recipes.errors import InputError, one_line
+from analysis.measurements import measured, of_frame
+from analysis.tabular import Table
 from recipes.gemm_rows import as_trained
-from recipes.run_folder import read_json, rows_of
 
 CHANNEL = "#CC79A7"
 COLOURS = {
@@ -44,9 +44,7 @@ OPTIONAL = {
 
 def load(folder: Path) -> pd.DataFrame:
     """Return the GEMMs of a folder, a row for each kind and shape, BF16 included (granularity "-")."""
-    if not (folder / "gemm.jsonl").exists():
-        raise InputError(f"{folder}: no gemm.jsonl; make one with python -m recipes.gemm --out {folder}, on a machine with a CUDA GPU")
-    table = _table(folder, "gemm", COLUMNS)
+    table = measured(folder / "gemm.jsonl", COLUMNS, _command(folder))
     old = {"model": "", "layer": "", "role": "fprop"}  # before linear layers were measured, every row was a forward GEMM
     return table.assign(**{column: value for column, value in old.items() if column not in table})
 
@@ -55,24 +53,11 @@ def load_more(folder: Path, what: str) -> pd.DataFrame:
     """Return "layers", "casts" or "bandwidth" of a folder; a table without rows where they were not measured."""
     if not (folder / f"{what}.jsonl").exists():
         return pd.DataFrame(columns=[*OPTIONAL[what], "device"])
-    return _table(folder, what, OPTIONAL[what])
+    return measured(folder / f"{what}.jsonl", OPTIONAL[what], _command(folder))
 
 
-def _table(folder: Path, what: str, columns: tuple[str, ...]) -> pd.DataFrame:
-    path = folder / f"{what}.jsonl"
-    table = pd.DataFrame(rows_of(path))
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{path} has no {missing[0]}; measure it again with this version")
-    return table.assign(device=device(folder))
-
-
-def device(folder: Path) -> str:
-    """Return the GPU that the measurements are from."""
-    try:
-        return one_line(str(read_json(folder / "manifest.json")["device"]))
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{folder / 'manifest.json'} does not name a device: the numbers cannot be traced; measure them again") from None
+def _command(folder: Path) -> str:
+    return f"python -m recipes.gemm --out {folder}, on a machine with a CUDA GPU"
 
 
 def sweep(table: pd.DataFrame) -> pd.DataFrame:
@@ -175,3 +160,18 @@ def models_figure(layers: pd.DataFrame) -> Figure | None:
         "micro-batch. Sums of medians, measured one by one; scales by row and column are cast by compiled PyTorch, the others by Transformer Engine."
     )
     return Figure("gemm_models", title, caption, drawing)
+
+
+def speedups_table(table: pd.DataFrame) -> Table:
+    """Return the table of GEMMs over K."""
+    wide = speedups(table)
+    wide.columns = [f"K = {k}" for k in wide.columns]
+    note = f"Speedup over BF16, {', '.join(sorted(set(table['label'])))} on {table['device'].iloc[0]}; GEMMs alone, without casts."
+    return of_frame(wide, note, 2, "GEMMs by granularity and K")
+
+
+def models_table(layers: pd.DataFrame) -> Table:
+    """Return the table of whole models' linear layers."""
+    what = f"{', '.join(sorted(set(layers['label'])))} on {layers['device'].iloc[0]}"
+    note = f"Speedup over BF16 in the linear layers' three GEMMs, {what}."
+    return of_frame(by_model(trained(layers)), note, 2, "Linear layers of whole models")

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis.pairing import check_pair
-from analysis.report import load_all
-from analysis.runs import Run
+from analysis.runs import Run, load_all
 from analysis.tabular import Table, print_json, write
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from analysis import bits, depth, error_rates, fig3, gemm, layer, layouts, numerics, readme_predicted, throughput, tuning
-from analysis.figures import Figure, figures
+from analysis.figures import Figure
+from analysis.loss_figures import figures
+from analysis.measurements import of_frame
 from analysis.numerics_figures import figures as numerics_figures
-from analysis.report import load_all
-from analysis.runs import Run, folders_of
+from analysis.runs import Run, folders_of, load_all
 from analysis.soundness import unsound
 from analysis.table import all_notes, compare, headline, shown
 from analysis.tabular import Table
@@ -44,15 +45,7 @@ def runs_of(results: Sequence[Path]) -> list[Run]:
 
 def gemm_speedups(results: Sequence[Path]) -> str:
     """Speedup of FP8 GEMMs over BF16 by granularity, accumulation and K."""
-    return gemm_table(gemm.load(_one(results))).markdown()
-
-
-def gemm_table(table: pd.DataFrame) -> Table:
-    """Return the table of GEMMs over K."""
-    wide = gemm.speedups(table)
-    wide.columns = [f"K = {k}" for k in wide.columns]
-    note = f"Speedup over BF16, {', '.join(sorted(set(table['label'])))} on {table['device'].iloc[0]}; GEMMs alone, without casts."
-    return _table(wide, note, 2, "GEMMs by granularity and K")
+    return gemm.speedups_table(gemm.load(_one(results))).markdown()
 
 
 def gemm_by_model(results: Sequence[Path]) -> str:
@@ -60,14 +53,7 @@ def gemm_by_model(results: Sequence[Path]) -> str:
     layers = gemm.load_more(_one(results), "layers")
     if layers.empty:
         raise InputError(f"{_one(results)} has no layers.jsonl; measure it with python -m recipes.gemm --models")
-    return gemm_models_table(layers).markdown()
-
-
-def gemm_models_table(layers: pd.DataFrame) -> Table:
-    """Return the table of whole models' linear layers."""
-    what = f"{', '.join(sorted(set(layers['label'])))} on {layers['device'].iloc[0]}"
-    note = f"Speedup over BF16 in the linear layers' three GEMMs, {what}."
-    return _table(gemm.by_model(gemm.trained(layers)), note, 2, "Linear layers of whole models")
+    return gemm.models_table(layers).markdown()
 
 
 def identical_bits(results: Sequence[Path]) -> str:
@@ -97,22 +83,7 @@ def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame]
 
 def _frame(table: pd.DataFrame, note: str, digits: int | None = None) -> str:
     """Return a data frame, its index as first columns, as Markdown; numbers with `digits` decimals, or six significant ones."""
-    return _table(table, note, digits).markdown()
-
-
-def _table(table: pd.DataFrame, note: str, digits: int | None = None, title: str = "") -> Table:
-    flat = table.reset_index()
-    words = frozenset(str(name) for name in flat if not pd.api.types.is_numeric_dtype(flat[name]))
-    rows = [{str(key): value for key, value in line.items()} for line in flat.to_dict("records")]
-    return Table(title, [{key: _cell(value, digits) for key, value in line.items()} for line in rows], rows, [note], words)
-
-
-def _cell(value: Any, digits: int | None) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "–" if pd.isna(value) else f"{value:.6g}" if digits is None else f"{value:.{digits}f}"
+    return of_frame(table, note, digits).markdown()
 
 
 def _one(results: Sequence[Path]) -> Path:
@@ -245,7 +216,7 @@ def post_table(figure: str, place: int = 0) -> Maker:
 
 
 def of_comparison(name: str) -> Maker:
-    """Return a maker of a figure of a comparison (`analysis.figures`, `analysis.numerics_figures`)."""
+    """Return a maker of a figure of a comparison (`analysis.loss_figures`, `analysis.numerics_figures`)."""
 
     def maker(results: Sequence[Path]) -> Figure:
         found = compare(runs_of(results))

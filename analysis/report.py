@@ -16,25 +16,15 @@ from rich.console import Console
 
 from analysis import devices, numerics_figures
 from analysis.evaluation import section
-from analysis.figures import Figure, figures
+from analysis.figures import Figure
+from analysis.loss_figures import figures
 from analysis.pages import render
-from analysis.runs import Run, load_run, once
+from analysis.runs import Run, load_all
 from analysis.table import Comparison, all_notes, compare, headline, shown, terminal_table
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.files import write_file
-
-
-def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Return the sound runs, each folder once, and for each of the others one line that says why it is left out."""
-    runs, left_out = [], []
-    for folder in once(folders):
-        try:
-            runs.append(load_run(folder))
-        except InputError as error:
-            left_out.append(str(error))
-    return runs, left_out
 
 
 def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) -> str:

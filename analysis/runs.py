@@ -132,6 +132,17 @@ def load_run(folder: Path) -> Run:
     return run
 
 
+def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Return the sound runs, each folder once, and for each of the others one line that says why it is left out."""
+    runs, left_out = [], []
+    for folder in once(folders):
+        try:
+            runs.append(load_run(folder))
+        except InputError as error:
+            left_out.append(str(error))
+    return runs, left_out
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.report import load_all
-from analysis.runs import Run
+from analysis.runs import Run, load_all
 from analysis.speed import timed, unsteady
 
 MIN_TIMED = 8  # steps after the warm-up; fewer are no distribution

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import gemm, readme_parts
-from analysis.figures import figures
+from analysis import gemm
+from analysis.loss_figures import figures
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.post import sources
 from analysis.post.training import Page
-from analysis.report import load_all
+from analysis.runs import load_all
 from analysis.table import compare, headline, shown
 from analysis.tabular import Table
 
@@ -24,11 +24,11 @@ def gemms(folders: Sequence[Path]) -> Page:
     for place, folder in enumerate(folders):
         table = gemm.load(folder)
         device, layers = str(table["device"].iloc[0]), gemm.load_more(folder, "layers")
-        made.tables.append(readme_parts.gemm_table(table))
+        made.tables.append(gemm.speedups_table(table))
         drawn = [gemm.figure(table), gemm.models_figure(layers)]
         made.figures += [replace(figure, name=f"{figure.name}{place or ''}") for figure in drawn if figure]
         if not layers.empty:
-            made.tables.append(readme_parts.gemm_models_table(layers))
+            made.tables.append(gemm.models_table(layers))
         else:
             made.said.append(f"{device}: the linear layers of the five models are not measured yet.")
     if not folders:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from analysis.gemm import device
+from analysis.measurements import device
 from analysis.predictor.hardware import Hardware, hardware
 from recipes.compose import compose_plan
 from recipes.gemm_rows import BLOCKS, TILES

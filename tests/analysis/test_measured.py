@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from analysis import depth, gemm, numerics, numerics_figures
-from analysis.report import load_all
+from analysis.measurements import device
 from analysis.report import main as report
-from analysis.runs import load_run
+from analysis.runs import load_all, load_run
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker, curve
 
@@ -62,7 +62,7 @@ def test_gemm_speedups_are_those_of_the_rows() -> None:
     wide = gemm.speedups(table)
     rows = table[(table["granularity"] == "tensor") & (table["accumulation"] == "fast")]
     assert wide.loc[("tensor", "fast")].tolist() == pytest.approx(rows["speedup_over_bf16"].round(2).tolist())
-    assert (table["label"] == "measured").all() and "H100" in gemm.device(RESULTS / "gemm_h100")
+    assert (table["label"] == "measured").all() and "H100" in device(RESULTS / "gemm_h100")
 
 
 def test_a_folder_without_measurements_or_without_a_device_is_one_line(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_folder_without_measurements_or_without_a_device_is_one_line(tmp_path:
     with pytest.raises(InputError, match="measure it again"):
         gemm.load(tmp_path)
     with pytest.raises(InputError, match="cannot be traced"):
-        gemm.device(tmp_path)
+        device(tmp_path)
 
 
 def test_diagnostics_name_layers_linears_and_roles() -> None:
