@@ -16,6 +16,7 @@ from analysis.importers.dialects import DIALECTS, MEGATRON, NEMO
 from analysis.importers.facts import WORDS, Facts
 from analysis.importers.lines import blocks_of, rank_of, significant
 from analysis.importers.log import Log, join, keep_rows, put_units
+from analysis.importers.multiline import DICTIONARY, on_one_line
 from analysis.importers.ranks import one_stream
 from analysis.importers.scanner import Scanner
 from analysis.metrics import Array, collector_at_rest
@@ -36,6 +37,7 @@ MEMORY_FIELD = re.compile(
 )
 MEMORY_UNITS = {"MB": 2**20 / 1e9, "GB": 1.0}
 LOSSES_LOOKED_AT = 1000
+SHOWN = 120  # characters of a line that an error shows
 
 
 def read_all(paths: Sequence[Path], only: str | None, loss_key: str | None) -> Log:
@@ -51,7 +53,7 @@ def read(path: Path, only: str | None = None, loss_key: str | None = None) -> Lo
     """Return the log in a text file; `only`, one of FORMATS, ignores the training lines of other harnesses."""
     reader = _Reader(only, loss_key)
     with collector_at_rest():
-        for text in blocks_of(path):
+        for text in on_one_line(blocks_of(path)):
             reader.text(text)
     return reader.log(path)
 
@@ -62,7 +64,7 @@ class _Reader:
     def __init__(self, only: str | None, loss_key: str | None) -> None:
         self.scanners = [Scanner(d.with_loss(loss_key)) for name, d in DIALECTS.items() if only in (None, name)]
         self.facts, self.memory, self.reserved = Facts(), 0.0, 0.0
-        self.loss_key = loss_key
+        self.loss_key, self.unread = loss_key, ""
         self.words = {scanner: (*WORDS, *self._others(scanner)) for scanner in self.scanners}
 
     def _others(self, scanner: Scanner) -> list[str]:
@@ -92,6 +94,8 @@ class _Reader:
                 return
         self._memory(line)
         self.facts.line(line)
+        if not self.unread and "loss" in line.lower() and re.search(r"\d", line):
+            self.unread = line.strip()[:SHOWN]
 
     def _evaluation(self, line: str) -> bool:
         """Read a line of an evaluation; return whether it is one."""
@@ -123,14 +127,22 @@ class _Reader:
                 else:
                     self.reserved = max(self.reserved, size)
 
+    def _unread(self) -> str:
+        """Return what was looked for, what was found instead, and what to do."""
+        forms = ", ".join(scanner.dialect.name.removesuffix(" console log") for scanner in self.scanners)
+        named = f" with a loss called {self.loss_key!r}" if self.loss_key else ""
+        held = f"; its first line with a loss is {self.unread!r}" if self.unread else "; no line names a loss"
+        remedy = "name another log, --format or --loss-key"
+        if DICTIONARY in self.unread:
+            remedy = "no progress bar shows its step; import the run's trainer_state.json, which has the steps"
+        return f"{named}, of any form that is known ({forms}){held}; {remedy}"
+
     def log(self, path: Path) -> Log:
         """Return what was read as a log; InputError where it is none, or holds two."""
         found = [scanner for scanner in self.scanners if scanner.count]
         found = [scanner for scanner in found if scanner.dialect.name in SURE] or found
         if not found:
-            forms = ", ".join(scanner.dialect.name for scanner in self.scanners)
-            named = f" with a loss called {self.loss_key!r}" if self.loss_key else ""
-            raise InputError(f"{path}: no training line found{named}, of any form that is known ({forms}); name another log, --format or --loss-key")
+            raise InputError(f"{path}: no training line found{self._unread()}")
         if len(found) > 1:
             raise InputError(
                 f"{path} mixes training lines of {' and '.join(s.dialect.name for s in found)}: two runs in one file; choose with --format"
@@ -148,6 +160,8 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     log = Log(scanner.dialect.name, columns, facts=facts, total=scanner.total)
     if scanner.garbled:
         log.said.append(f"{scanner.garbled} training line(s) are cut or garbled and were left out")
+    if scanner.dialect.note:
+        log.said.append(scanner.dialect.note)
     if not columns:
         return log
     if "loss" not in columns:
@@ -182,7 +196,8 @@ def _loss_digits(scanner: Scanner, loss: Array) -> int:
     first = [value for value in loss[:LOSSES_LOOKED_AT].tolist() if np.isfinite(value)]
     if scanner.dialect.decimals is not None:
         least = float(np.nanmin(np.abs(loss))) if first else 1.0
-        return max(1, scanner.dialect.decimals + int(np.floor(np.log10(max(least, 1e-9)))) + 1)
+        decimals = max(scanner.dialect.decimals, *(len(repr(value).partition(".")[2]) for value in first if value >= 1e-3), 0)
+        return max(1, decimals + int(np.floor(np.log10(max(least, 1e-9)))) + 1)
     return max(scanner.dialect.digits, *(significant(repr(value)) for value in first), 0)
 
 

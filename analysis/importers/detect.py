@@ -97,9 +97,9 @@ def _kind(file: Path) -> str:
     beginning = "".join(text[:100].split())
     if beginning.startswith("[["):
         return "tensorboard-json"
-    if beginning.startswith(('{"', '[{"')):
+    if beginning.startswith(('{"', '[{"')) and '":' in beginning:
         return "json-rows"
-    first = next(iter(text.splitlines()), "").strip()
+    first = next(tables.beginning(text.splitlines()), "").strip()
     return "table" if ".csv" in file.suffixes or ".tsv" in file.suffixes or (len(first) < 4000 and _is_header(first)) else CONSOLE
 
 

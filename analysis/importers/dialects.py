@@ -7,7 +7,13 @@
   losses as `{:.6E}`; iterations count from 1, every field ends with a bar, and a loss that is NaN is not printed at all.
 - NeMo 1 and Lightning draw a progress bar (nemo/collections/nlp/parts/nlp_overrides.py:1801, v2.3.2; tqdm), again and again
   on one line, with three decimals; global_step counts from 0.
-- torchtitan (torchtitan/components/metrics.py, 00fbaaf) prints the loss with four decimals; steps count from 1.
+- torchtitan (torchtitan/components/metrics.py, 00fbaaf; b5bcd76) prints the loss with four decimals, then with five;
+  steps count from 1.
+- MaxText (src/maxtext/common/metric_logger.py, e591f30), litgpt (litgpt/pretrain.py, 2685705), nanochat
+  (scripts/base_train.py, 92d63d4), nanoGPT (train.py, 3adf61e) and DeepSpeed's pipeline engine
+  (deepspeed/runtime/pipe/engine.py, a DeepSpeed of 2026) print a line a step.
+- OLMo-core (src/olmo_core/train/callbacks/console_logger.py, v2.5.0), Composer (composer/loggers/console_logger.py,
+  6405188) and Hugging Face's Trainer (ProgressCallback) print several, which multiline.py puts on one.
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ class Dialect:
     `closed`: whether a separator ends every field, the last one too.  `counts_garbled`: whether a head without a loss is a
     line that was cut.
     `digits`: significant digits of the loss, or, where `decimals` is given, those follow from its size.
+    `total_counts`: whether the printed total is the number of steps, also where iterations count from 0.
+    `note`: what a reader of these losses should know.
     `heldout`: an evaluation's line, with the groups step, loss and test.
     """
 
@@ -57,6 +65,8 @@ class Dialect:
     digits: int = 7
     decimals: int | None = None
     heldout: re.Pattern[str] | None = None
+    total_counts: bool = False
+    note: str = ""
 
     def with_loss(self, name: str | None) -> Dialect:
         """Return the dialect with another field as its loss."""
@@ -186,7 +196,160 @@ TITAN = Dialect(
     decimals=4,
     heldout=re.compile(r"validate step:[ \t]*(?P<step>\d{1,15})[ \t]+loss:[ \t]*(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"),
 )
-DIALECTS = {"nemo": NEMO, "megatron": MEGATRON, "torchtitan": TITAN, "progress-bar": BAR}
+OPEN_BAR = replace(
+    BAR,
+    name="Lightning progress bar without a total",
+    marks=("it/s, ",),
+    head=re.compile(r"Epoch (?P<epoch>\d{1,9}):[ :]{0,3}\s*(?:\|[^|\n]{0,400}\|[ ]{0,3})?(?P<iteration>\d{1,15})(?:/\?|it) \[[^,\]\n]{0,40}"),
+)
+MAXTEXT = Dialect(
+    name="MaxText console log",
+    mark="completed step:",
+    marks=("completed step:",),
+    head=re.compile(r"completed step:[ \t]*(?P<iteration>\d{1,15})"),
+    columns={
+        "loss": "loss",
+        "seconds": "step_time_s",
+        "TFLOP/s/device": "tflops",
+        "Tokens/s/device": "tokens_per_s",
+    },
+    first_iteration=0,
+    split=re.compile(","),
+    before=r",[ \t]*",
+    equals=":",
+    other=r"[^,\n]*",
+    end=r"[ \t]*$",
+    decimals=3,
+    heldout=re.compile(
+        r"(?:eval metrics after step: |Completed eval after train step )(?P<step>\d{1,15}), loss=(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"
+    ),
+)
+LITGPT = Dialect(
+    name="litgpt console log",
+    mark="Epoch ",
+    marks=("| loss train: ",),
+    head=re.compile(r"Epoch \d{1,9} \| iter \d{1,15} step (?P<iteration>\d{1,15})[ \t]*"),
+    columns={"loss train": "loss"},
+    first_iteration=1,
+    split=re.compile(r"[|,]"),
+    before=r"[|,][ \t]*",
+    equals=":",
+    other=r"[^|,\n]*",
+    end=r"[^\n]*$",
+    decimals=3,
+    note="its iter time is that of a micro-batch, so the log holds no step time",
+)
+NANOCHAT = Dialect(
+    name="nanochat console log",
+    mark="step ",
+    marks=("| lrm: ",),
+    head=re.compile(r"step (?P<iteration>\d{1,15})/(?P<total>\d{1,15}) \(\d{1,3}\.\d\d%\)[ \t]*"),
+    columns={"loss": "loss", "dt": "step_time_ms"},
+    first_iteration=0,
+    split=BARS,
+    before=r"\|[ \t]*",
+    equals=":",
+    other=r"[^|\n]*",
+    end=r"[ \t]*$",
+    value=r"[-+.\d]{1,32}|nan|inf",
+    unit="(?:ms)?",
+    decimals=6,
+    total_counts=True,
+    note="its losses are an exponential mean over steps (0.9); compare it with a run of the same harness",
+)
+NANOGPT = Dialect(
+    name="nanoGPT console log",
+    mark="iter ",
+    marks=(": loss ",),
+    head=re.compile(r"iter (?P<iteration>\d{1,15})(?=: loss )"),
+    columns={"loss": "loss", "time": "step_time_ms"},
+    first_iteration=0,
+    split=re.compile(r"[:,](?= )"),
+    before=r"[:,][ \t]",
+    equals=" ",
+    other=r"[^,\n]*",
+    end=r"[ \t]*$",
+    value=r"[-+.\d]{1,32}|nan|inf",
+    unit="(?:ms)?",
+    decimals=4,
+)
+DEEPSPEED = Dialect(
+    name="DeepSpeed pipeline console log",
+    mark="steps: ",
+    marks=("iter time (s): ",),
+    head=re.compile(r"steps: (?P<iteration>\d{1,15})(?= loss: )"),
+    columns={"loss": "loss", "iter time (s)": "step_time_s"},
+    first_iteration=1,
+    split=re.compile(r" (?=(?:iter time \(s\)|[\w/]{1,40}):)"),
+    before=" ",
+    equals=":",
+    other=r"[ \t]*\S+",
+    end=r"[ \t]*$",
+    after="",
+    decimals=4,
+)
+JOINED = replace(MEGATRON, end=r"[ \t]*$", closed=False, heldout=None)  # fields as multiline.py puts them on a line
+OLMO = replace(
+    JOINED,
+    name="OLMo-core console log",
+    mark="[step=",
+    marks=("[step=",),
+    head=re.compile(r"\[step=(?P<iteration>\d{1,15})/(?P<total>\d{1,15}),epoch=\d{1,9}(?:,eta=[^\]\n]{0,60})?\][ \t]*"),
+    columns={
+        "train/CE loss": "loss",
+        "optim/total grad norm": "grad_norm",
+        "throughput/device/TPS": "tokens_per_s",
+        "gpu_memory/peak_reserved (GB)": "reserved_gb",
+    },
+    equals="=",
+    value=r"[-+.,\d]{1,32}(?:[eE][-+]?\d{1,3})?|nan|-?inf",
+    counts_garbled=False,  # steps without metrics
+    digits=4,
+)
+COMPOSER = replace(
+    JOINED,
+    name="Composer console log",
+    mark="[batch=",
+    marks=("[batch=",),
+    head=re.compile(r"(?<!Eval )\[batch=(?P<iteration>\d{1,15})/(?P<total>\d{1,15})\]:[ \t]*"),
+    columns={
+        "Train loss/train/total": "loss",
+        "Train throughput/device/tokens_per_sec": "tokens_per_s",
+        "Train l2_norm/grad/global": "grad_norm",
+    },
+    counts_garbled=False,
+    decimals=4,
+)
+HUGGING_FACE = Dialect(
+    name="Hugging Face Trainer console log",
+    mark="Trainer step ",
+    marks=("Trainer step ",),
+    head=re.compile(r"Trainer step (?P<iteration>\d{1,15})/(?P<total>\d{1,15})"),
+    columns={"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr"},
+    first_iteration=1,
+    split=re.compile(","),
+    before=r",[ \t]*",
+    equals=":",
+    other=r"[^,}\n]*",
+    end=r"\}",
+    counts_garbled=False,  # summaries
+    digits=4,
+)
+DIALECTS = {
+    "nemo": NEMO,
+    "megatron": MEGATRON,
+    "torchtitan": TITAN,
+    "progress-bar": BAR,
+    "open-progress-bar": OPEN_BAR,
+    "maxtext": MAXTEXT,
+    "litgpt": LITGPT,
+    "nanochat": NANOCHAT,
+    "nanogpt": NANOGPT,
+    "deepspeed": DEEPSPEED,
+    "olmo-core": OLMO,
+    "composer": COMPOSER,
+    "hugging-face": HUGGING_FACE,
+}
 
 
 @dataclass(frozen=True)
@@ -209,7 +372,8 @@ def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
     if head is None:
         return None
     rest = line[head.end() :].rstrip()
-    fields = dialect.split.split(rest[: rest.find("]")] if dialect.end == r"\]" else rest)
+    closing = rest.find(dialect.end[1:]) if dialect.end in (r"\]", r"\}") else -1
+    fields = dialect.split.split(rest if closing < 0 else rest[:closing])
     if len(fields) < 2 or fields[0].strip():
         return None
     if dialect.closed:

@@ -49,11 +49,16 @@ def restarts(steps: Array) -> list[int]:
 
 
 def refuse_two_runs(steps: Array, total: int | None) -> None:
-    """Raise InputError where a run had reached its end before another began at the same step."""
+    """Raise InputError where a run had reached its end before another began at the same step.
+
+    Where nothing states the end, it is the last step of all.
+    """
+    ends_at = total or int(steps.max())
     for i in np.flatnonzero(np.diff(steps) < 0) + 1:
-        if total is not None and steps[i] == steps[0] and steps[i - 1] >= total:
-            ends, anew = int(steps[i - 1]), int(steps[i])
-            raise InputError(f"the log holds two runs: one ends at step {ends} of {total}, and steps begin anew at {anew}; split it, and import each")
+        if steps[i] == steps[0] and steps[i - 1] >= ends_at:
+            ends = f"one ends at step {int(steps[i - 1])} of {ends_at}"
+            anew = f"steps begin anew at {int(steps[i])}"
+            raise InputError(f"the log holds two runs: {ends}, and {anew}; split it, and import each")
 
 
 def stretches_of(steps: Array, what: str) -> list[Stretch]:

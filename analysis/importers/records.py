@@ -6,7 +6,9 @@ log.  TensorBoard, W&B, tables, JSON lines and DLLogger all end here.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +21,7 @@ from recipes.errors import InputError
 STEP, TIME = "step", "time"  # keys of every record, beside the names that the logger was given
 Record = dict[str, float]
 SPARSE = frozenset({"memory_gb", "memory_bytes", "reserved_bytes", "reserved_gb", "reserved_gib", "tflops", "tokens_per_s", "num_gpus"})
+TIMES = ("step_time_s", "step_time_ms")
 MOST_NAMED = 12  # names that an error lists
 
 
@@ -117,33 +120,92 @@ TITAN = Family(
         "memory/max_reserved(GiB)": "reserved_gib",
     },
 )
-# Names that scripts of their own use, DLLogger's examples and Hugging Face's Trainer among them.
-PLAIN = Family(
-    "plain",
-    ("train_loss", "train/loss", "training_loss", "training/loss", "loss/train", "step_loss"),
-    ("eval_loss", "eval/loss", "valid_loss", "validation_loss", "val/loss", "validation/loss"),
-    1,
-    {
-        "learning_rate": "lr",
-        "train/learning_rate": "lr",
-        "train/grad_norm": "grad_norm",
-        "step_time": "step_time_s",
-        "step_time_s": "step_time_s",
-        "iteration_time": "step_time_s",
-        "step_time_ms": "step_time_ms",
-        "iteration_time_ms": "step_time_ms",
-    },
-    test=("test_loss", "test/loss"),
-)
-FAMILIES = (NEMO, MEGATRON, DEEPSPEED, TITAN, PLAIN, OWN)
+# Names that scripts of their own use, by what they mean: lower case, "_" for all that is no letter or
+# digit, and without a leading "train/" and the like.  composer/callbacks/speed_monitor.py (v0.32),
+# src/olmo_core/train/callbacks/speed_monitor.py (OLMo-core v2.5.0), src/maxtext/common/metric_logger.py
+# (MaxText e591f30), and Hugging Face's Trainer are among them.
+ROLES = {
+    "loss": "loss ce_loss lm_loss cross_entropy_loss cross_entropy nll_loss step_loss loss_step loss_train loss_train_total "
+    "loss_total_train total_loss global_avg_loss",
+    "heldout": "eval_loss valid_loss validation_loss val_loss heldout_loss eval_avg_loss loss_eval loss_validation loss_val "
+    "eval_lm_loss val_ce_loss valid_ce_loss",
+    "test": "test_loss loss_test",
+    "lr": "lr learning_rate current_learning_rate",
+    "grad_norm": "grad_norm gradient_norm global_grad_norm total_grad_norm raw_grad_norm",
+    "step_time_s": "step_time step_time_s step_time_sec step_time_seconds iteration_time iteration_time_s iter_time iter_time_s "
+    "time_per_step time_per_step_s time_per_iteration time_per_iter elapsed_time_per_iteration_s seconds_per_step step_duration "
+    "sec_per_step s_per_step time_per_step_sec time_per_iteration_s train_step_timing_in_s end_to_end_s",
+    "step_time_ms": "step_time_ms iteration_time_ms iter_time_ms time_per_step_ms time_per_iteration_ms ms_per_step ms_per_iter "
+    "elapsed_time_per_iteration_ms step_duration_ms step_time_milliseconds dt_ms",
+    "tokens_per_s": "tokens_per_s_per_gpu tokens_per_sec_per_gpu tokens_per_second_per_gpu tokens_per_gpu_per_sec tokens_s_gpu "
+    "tok_s_gpu tokens_per_gpu_per_second per_device_tokens_per_sec device_tokens_per_sec device_tps tokens_sec_gpu "
+    "tokens_s_device tokens_per_s_per_device tgs tps_gpu",
+    "tflops": "tflops_per_gpu tflop_s_gpu tflops_gpu tflop_s_device per_device_tflops_per_sec model_tflops_per_gpu tflops_s_gpu",
+    "global_batch": "global_batch_size",
+    "samples": "consumed_samples consumed_train_samples",
+    "memory_gb": "memory_gb max_memory_allocated_gb peak_memory_gb",
+    "fp8_gemms": "fp8_gemms",
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
+SECTION = re.compile(r"^(?:metrics_)?(?:train|training|trainer|perf|throughput|optim|optimizer|learning|time|time_metrics|loss_metrics)_")
+SPELLED_STEPS = "iter iters iteration iterations step steps global_step train_step training_step trainer_step num_updates iter_num"
+
+
+def spelled(name: str) -> str:
+    """Return a name in lower case, with one "_" for all that is no letter or digit."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@functools.cache
+def role_of(name: str) -> str | None:
+    """Return what a script's own name means, as a column's name, "heldout" or "test"; None for what is not known."""
+    plain = spelled(name)
+    return ROLE_OF.get(plain) or ROLE_OF.get(SECTION.sub("", plain))
+
+
+def is_step(name: str) -> bool:
+    """Return whether a name is that of a trainer's step, as frameworks or scripts write it."""
+    return name in TRAINER_STEPS or (name not in LOGGER_STEPS and spelled(name) in SPELLED_STEPS.split())
+
+
+def step_of(names: Iterable[str], *, trainers: bool = False) -> str | None:
+    """Return the name of the step among names, the trainer's before the logger's own; None where there is none, or where
+    the trainer's is asked for and is not there."""
+    found = set(names)
+    exact = next((name for name in TRAINER_STEPS if name in found), None)
+    spelt = next((name for name in sorted(found) if is_step(name)), None)
+    own = next((name for name in LOGGER_STEPS if name in found and not trainers), None)
+    return exact or spelt or own
+
+
+def is_loss(name: str, loss_key: str | None) -> bool:
+    """Return whether a name is that of a training loss."""
+    return name == loss_key or role_of(name) == "loss" or any(name in family.loss for family in FAMILIES)
+
+
+PLAIN = Family("plain", ("loss", "train_loss"), ("eval_loss",), 1, {})
+FAMILIES = (NEMO, MEGATRON, DEEPSPEED, TITAN)  # PLAIN and OWN have names that others have too
 GLOBAL_STEP = "global_step"
 # Names of the trainer's step, the first that there is; "_step" and "Step" are W&B's and TensorBoard's own.
 TRAINER_STEPS = ("trainer/global_step", "training/iteration", "train/global_step", "loss/iteration", GLOBAL_STEP, "iteration", "step")
 LOGGER_STEPS = ("_step", "Step")
 STEPS = (*TRAINER_STEPS, *LOGGER_STEPS)
 NAMES = frozenset(
-    [GLOBAL_STEP, *(name for family in FAMILIES for name in (*family.loss, *family.heldout, *family.test, *family.columns))],
+    [
+        GLOBAL_STEP,
+        *(name for family in (*FAMILIES, PLAIN, OWN) for name in (*family.loss, *family.heldout, *family.test, *family.columns)),
+    ],
 )
+
+
+def _plain(names: Iterable[str]) -> Family:
+    """Return the family of names that are known by their spelling."""
+    by_role: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if role := role_of(name):
+            by_role.setdefault(role, []).append(name)
+    losses, heldout, test = (tuple(by_role.pop(role, ())) for role in ("loss", "heldout", "test"))
+    return replace(PLAIN, loss=losses, heldout=heldout, test=test, columns={name: role for role, found in by_role.items() for name in found})
 
 
 @dataclass
@@ -155,7 +217,7 @@ class Vocabulary:
 
     def knows(self, name: str) -> bool:
         """Return whether a value under this name is read."""
-        known = name in NAMES or name == self.loss_key
+        known = name in NAMES or name == self.loss_key or role_of(name) is not None
         if not known and len(self.others) < 1000:
             self.others.setdefault(name)
         return known
@@ -165,14 +227,15 @@ class Vocabulary:
         if self.loss_key is not None:
             if self.loss_key not in names:
                 raise InputError(f"no {self.loss_key!r} found in the {what}, which --loss-key names; it holds {_listed([*names, *self.others])}")
-            near = max((PLAIN, *FAMILIES), key=lambda family: len(names & family.columns.keys()))
+            near = max((_plain(names - {self.loss_key}), *FAMILIES), key=lambda family: len(names & family.columns.keys()))
             return replace(near, loss=(self.loss_key,))
         if {"loss", "fp8_gemms"} <= names:  # our callback's names stand beside NeMo's in one log
             return OWN
-        found = next((family for family in FAMILIES if names.intersection(family.loss)), None)
-        found = found or next((f for f in FAMILIES if any(f.columns.get(name) in ("step_time_s", "step_time_ms") for name in names)), None)
+        known = (*FAMILIES, _plain(names))
+        found = next((family for family in known if names.intersection(family.loss)), None)
+        found = found or next((f for f in known if any(f.columns.get(name) in TIMES for name in names)), None)
         if found is None:
-            wanted = ", ".join(name for family in FAMILIES for name in family.loss)
+            wanted = ", ".join(name for family in (*FAMILIES, PLAIN) for name in family.loss)
             held = _listed([*names, *self.others])
             raise InputError(
                 f"no training loss found in the {what}: none of {wanted}; it holds {held}; name the loss with --loss-key, or another source"
@@ -199,10 +262,12 @@ def log_of(records: Iterable[Record], what: str, vocabulary: Vocabulary, *, coun
         )
     if family.counts_calls and counts_calls:
         kept = [*_with_trainer_steps(kept)]
-    first = family.first if family is not PLAIN and vocabulary.loss_key is None else int(min((r[STEP] for r in kept), default=1) != 0)
+    is_known = family.name != PLAIN.name and vocabulary.loss_key is None
+    first = family.first if is_known else int(min((r[STEP] for r in kept), default=1) != 0)
+    family = replace(family, loss=_by_frequency(family.loss, kept))
     placed = [*_placed(kept, family, first)]
     training = [record for record in placed if any(name in record for name in family.loss)]
-    training = training or [r for r in placed if any(family.columns.get(name) in ("step_time_s", "step_time_ms") for name in r)]
+    training = training or [r for r in placed if any(family.columns.get(name) in TIMES for name in r)]
     log = Log(f"{what} ({family.name} names)", _columns(training, family))
     for name, found, key in (("heldout", family.heldout, "heldout_loss"), ("test", family.test, "test_loss")):
         setattr(log, name, _evaluations(placed, found, key))
@@ -212,6 +277,12 @@ def log_of(records: Iterable[Record], what: str, vocabulary: Vocabulary, *, coun
     put_units(log)
     _time_steps(log)
     return log
+
+
+def _by_frequency(losses: Sequence[str], records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the name of the loss that most records have: a summary's, as that of Hugging Face's Trainer, is no step's."""
+    found = {name: sum(name in record for record in records) for name in losses}
+    return tuple(sorted(losses, key=lambda name: -found[name])[:1])
 
 
 def _with_trainer_steps(records: Iterable[Record]) -> Iterator[Record]:
@@ -230,7 +301,7 @@ def _placed(records: Iterable[Record], family: Family, first: int) -> Iterator[R
     """
     ahead: float = 1 - first
     for record in records:
-        if family is NEMO and family.loss[0] in record and math.isfinite(record.get(GLOBAL_STEP, math.nan)):
+        if family.name == NEMO.name and family.loss[0] in record and math.isfinite(record.get(GLOBAL_STEP, math.nan)):
             ahead = record[GLOBAL_STEP] + 1 - record[STEP]
         yield {**record, STEP: record[STEP] + ahead}
 
@@ -254,7 +325,7 @@ def _columns(records: list[Record], family: Family) -> dict[str, Array]:
         if ours in found:
             continue
         values = np.array([record.get(name, np.nan) for record in records], dtype=np.float64)
-        partly = ours in SPARSE or ours in ("step_time_s", "step_time_ms")
+        partly = ours in SPARSE or ours in TIMES
         if all(name in record for record in records) or (partly and not np.isnan(values).all()):
             found[ours] = values
     return found

@@ -137,7 +137,7 @@ class Scanner:
             )
         columns["step"] = counted if given is None else given + 1
         if (total := columns.pop("total", None)) is not None:
-            self.total = int(total[-1]) + 1 - self.dialect.first_iteration
+            self.total = int(total[-1]) + (0 if self.dialect.total_counts else 1 - self.dialect.first_iteration)
 
     def columns(self) -> dict[str, Array]:
         """Return the values of n training lines by column, NaN where a line did not print one; the scanner is empty then."""

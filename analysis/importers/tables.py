@@ -22,7 +22,21 @@ from typing import Any
 from analysis.importers.facts import Facts
 from analysis.importers.lines import blocks_of, significant
 from analysis.importers.log import Log, join
-from analysis.importers.records import FAMILIES, LOGGER_STEPS, NAMES, STEP, STEPS, TIME, TRAINER_STEPS, Record, Vocabulary, log_of
+from analysis.importers.records import (
+    LOGGER_STEPS,
+    NAMES,
+    ROLE_OF,
+    STEP,
+    STEPS,
+    TIME,
+    Record,
+    Vocabulary,
+    is_loss,
+    is_step,
+    log_of,
+    spelled,
+    step_of,
+)
 from recipes.errors import InputError
 
 TABLE, ROWS, DLL, DOWNLOAD = "table", "JSON rows", "DLLogger file", "TensorBoard download"
@@ -34,6 +48,8 @@ DLL_JSON = re.compile(r"DLLL (\{.*\})\s*$")
 DLL_TEXT = re.compile(r"DLL \d{4}-\d\d-\d\d [\d:.]+ - (?P<step>\d{1,15}|\((?:\d{1,15}(?:, )?){1,3},?\)) (?P<metrics>.*)$")
 DLL_METRIC = re.compile(r"(train_step_timing in s|lm loss|\S+) : ([-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|nan|inf))(?!\S)", re.IGNORECASE)
 DEEPEST = 4  # objects within objects
+HISTORY = "log_history"  # of Hugging Face's trainer_state.json
+OWNERS = frozenset({"run", "run_name", "run_id", "experiment", "run_path"})  # columns that name a row's run
 
 
 def header(line: str) -> tuple[list[str], str] | None:
@@ -49,13 +65,18 @@ def header(line: str) -> tuple[list[str], str] | None:
 
 
 def _is_step(name: str) -> bool:
-    return name in STEPS or name.rpartition(" - ")[2] in TRAINER_STEPS
+    return name in STEPS or is_step(name.rpartition(" - ")[2])
 
 
 def number(text: str) -> float | None:
     """Return a printed number, with or without separators of thousands; None for what is none."""
     text = text.strip()
     return float(text.replace(",", "")) if text and NUMBER.fullmatch(text) and text.strip("+-.") else None
+
+
+def beginning(lines: Iterable[str]) -> Iterator[str]:
+    """Return a table's lines without the blank ones and comments before it."""
+    return itertools.dropwhile(lambda line: not line.strip() or line.startswith("#"), lines)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -67,18 +88,34 @@ def _lines(path: Path) -> Iterator[str]:
 
 def read_tables(paths: Sequence[Path], vocabulary: Vocabulary, run: str | None = None) -> Log:
     """Return the log in tables, joined by step; `run` names the column's run where there are several."""
-    rows: dict[float, Record] = {}
-    digits, counted, what = 0, False, TABLE
+    records, digits, counted, averaged, what = list[Record](), 0, False, False, TABLE
     for path in paths:
         found = _Table(path, vocabulary, run)
         counted |= found.counts_calls
         what = DOWNLOAD if found.is_download else what
         for record, printed in found.rows():
-            rows.setdefault(record[STEP], {}).update(record)
+            records.append(record)
             digits = max(digits, printed)
-    log = log_of((rows[step] for step in sorted(rows)), what, vocabulary, counts_calls=counted)
+        averaged |= found.averaged
+    steps = [record[STEP] for record in records]
+    if len(paths) > 1 or len(set(steps)) == len(steps):  # else in its own order: a step that comes again was run again
+        records = _joined(records)
+    log = log_of(records, what, vocabulary, counts_calls=counted)
     log.loss_digits = digits if digits < FULL_DIGITS else None
+    if averaged:
+        log.said.append(
+            "losses are means of several steps, for the table's __MIN and __MAX differ; "
+            "export all points, or compare it with a run that was thinned out alike"
+        )
     return log
+
+
+def _joined(records: Iterable[Record]) -> list[Record]:
+    """Return records of one step as one, in the order of the steps; a later value counts."""
+    rows: dict[float, Record] = {}
+    for record in records:
+        rows.setdefault(record[STEP], {}).update(record)
+    return [rows[step] for step in sorted(rows)]
 
 
 class _Table:
@@ -87,7 +124,7 @@ class _Table:
     def __init__(self, path: Path, vocabulary: Vocabulary, run: str | None) -> None:
         self.path, self.vocabulary = path, vocabulary
         try:
-            first = next(_lines(path), "")
+            first = next(beginning(_lines(path)), "")
             self.names, self.delimiter = header(first) or ([name.strip() for name in next(csv.reader([first]), [])], ",")
         except csv.Error as error:
             raise InputError(f"{path} is no table ({error}); export it as CSV") from None
@@ -95,37 +132,60 @@ class _Table:
         self.columns = {2: _tag_of(path)} if self.is_download else self._columns(run)
         self.step = self._step(run)
         self.counts_calls = not self.is_download and self.names[self.step] in LOGGER_STEPS
-        self.losses = {vocabulary.loss_key, *(name for family in FAMILIES for name in family.loss)}
+        self.owner = next((i for i, name in enumerate(self.names) if spelled(name) in OWNERS), None)
+        self.run = self.wanted = run
+        shown = [self.names[i] for i, name in self.columns.items() if is_loss(name, vocabulary.loss_key)]
+        self.ends = [self.names.index(end) for name in shown for end in (f"{name}__MIN", f"{name}__MAX") if end in self.names]
+        self.averaged = False
         for name in self.columns.values():
             vocabulary.knows(name)
 
     def rows(self) -> Iterator[tuple[Record, int]]:
         """Yield each row as a record, with the significant digits of its loss."""
         try:
-            reader = csv.reader(_lines(self.path), delimiter=self.delimiter)
+            reader = csv.reader(beginning(_lines(self.path)), delimiter=self.delimiter)
             next(reader, None)
             for cells_as_printed in reader:
                 row = [self._with_point(cell) for cell in cells_as_printed]
                 step = number(row[self.step]) if len(row) == len(self.names) else None
-                if step is None:
+                if step is None or not self._is_of_run(cells_as_printed):
                     continue
                 cells = {name: row[i] for i, name in self.columns.items() if number(row[i]) is not None}
-                printed = max((significant(cells[name].strip().replace(",", "")) for name in cells if name in self.losses), default=0)
+                losses = [name for name in cells if is_loss(name, self.vocabulary.loss_key)]
+                printed = max((significant(cells[name].strip().replace(",", "")) for name in losses), default=0)
+                self._note_average(row)
                 yield {STEP: step, **{name: number(text) or 0.0 for name, text in cells.items()}}, printed
         except csv.Error as error:
             raise InputError(f"{self.path} is no table ({error}); export it as CSV") from None
 
+    def _note_average(self, row: Sequence[str]) -> None:
+        """W&B thins out long curves: a point is then the mean of several steps, between its __MIN and __MAX."""
+        ends = (number(row[i]) for i in self.ends)
+        self.averaged |= len({end for end in ends if end is not None}) > 1
+
+    def _is_of_run(self, row: Sequence[str]) -> bool:
+        """Whether a row is of the run that is read, where a column names the runs; InputError where that is open."""
+        if self.owner is None or self.owner in self.columns:
+            return True
+        name = row[self.owner].strip()
+        if self.wanted is None:
+            self.wanted = self.run or name
+        if self.run is None and name != self.wanted:
+            raise InputError(f"{self.path} holds several runs ({self.wanted[:80]}, {name[:80]}, …); choose one with --run NAME")
+        return name == self.wanted
+
     def _with_point(self, cell: str) -> str:
-        """Where semicolons separate, a comma stands for the decimal point."""
-        return cell.replace(",", ".") if self.delimiter == ";" and "." not in cell else cell
+        """Where semicolons separate, a comma stands for the decimal point, and a point separates thousands."""
+        if self.delimiter != ";" or "," not in cell:
+            return cell
+        return (cell.replace(".", "") if cell.rfind(",") > cell.rfind(".") else cell).replace(",", ".", 1)
 
     def _step(self, run: str | None) -> int:
         """Return the column of steps: the trainer's before the logger's own."""
-        for name in TRAINER_STEPS:
-            for i, column in enumerate(self.names):
-                owner, _, metric = column.rpartition(" - ")
-                if metric == name and (not owner or run in (None, owner)):
-                    return i
+        metrics = {i: column.rpartition(" - ") for i, column in enumerate(self.names)}
+        ours = {metric: i for i, (owner, _, metric) in reversed(metrics.items()) if not owner or run in (None, owner)}
+        if found := step_of(ours, trainers=True):
+            return ours[found]
         place = next((self.names.index(name) for name in LOGGER_STEPS if name in self.names), None)
         if place is None:
             held = ", ".join(self.names)[:200] or "nothing"
@@ -136,6 +196,8 @@ class _Table:
         split = {i: (name.rpartition(" - ")[0], name.rpartition(" - ")[2]) for i, name in enumerate(self.names)}
         known = {i: pair for i, pair in split.items() if pair[1] not in LOGGER_STEPS and self.vocabulary.knows(pair[1])}
         owners = sorted({owner for owner, _ in known.values()})
+        if any(spelled(name) in OWNERS for name in self.names) and owners == [""]:
+            run = None  # a column names the runs
         if run is None and len(owners) > 1:
             raise InputError(f"{self.path} holds {len(owners)} runs ({', '.join(owners)[:200]}); choose one with --run NAME")
         if run is not None and run not in owners:
@@ -146,13 +208,12 @@ class _Table:
 
 def _tag_of(path: Path) -> str:
     """Return the tag of a TensorBoard download from its file's name, in which other characters are underscores."""
-    stem = _plain(path.name.partition(".gz")[0].rpartition(".")[0])
-    found = [name for name in NAMES if stem.endswith(_plain(name))]
-    return max(found, key=len, default="Value")
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
+    stem = spelled(path.name.partition(".gz")[0].rpartition(".")[0])
+    names = {spelled(name): name for name in (*ROLE_OF, *NAMES)}
+    before, _, tag = stem.rpartition("_tag_")
+    if before:
+        return names.get(tag, tag)
+    return names[max(found, key=len)] if (found := [name for name in names if stem.endswith(name)]) else "Value"
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON
@@ -164,8 +225,11 @@ def read_rows(paths: Sequence[Path], vocabulary: Vocabulary) -> Log:
 
 
 def _rows_log(path: Path, vocabulary: Vocabulary) -> Log:
-    records, counted, damaged = list[Record](), False, 0
+    records, counted, damaged, total = list[Record](), False, 0, None
     for row in _objects(path):
+        if isinstance(row, dict) and HISTORY in row:
+            total = json_number(row.get("max_steps"))
+            continue
         found = _record(row, vocabulary) if isinstance(row, dict) else None
         if found is None:
             damaged += 1
@@ -175,6 +239,7 @@ def _rows_log(path: Path, vocabulary: Vocabulary) -> Log:
     if not records:
         raise InputError(f"{path} holds no row with a step ({', '.join(STEPS)}); write it with one, e.g. as W&B's scan_history gives it")
     log = log_of(records, ROWS, vocabulary, counts_calls=counted)
+    log.total = int(total) if total else None
     if damaged:
         log.said.append(f"{damaged} row(s) without a step, or that are no JSON object, were left out")
     return log
@@ -183,11 +248,12 @@ def _rows_log(path: Path, vocabulary: Vocabulary) -> Log:
 def _objects(path: Path) -> Iterator[Any]:
     lines = (line.strip() for line in _lines(path))
     first = next((line for line in lines if line), "")
-    if first.startswith("["):
+    if first == "{" or first.startswith("["):
         try:
-            yield from json.loads("\n".join([first, *lines]))
+            found = json.loads("\n".join([first, *lines]))
         except (ValueError, RecursionError):
-            raise InputError(f"{path} is no list of JSON; write an object a line") from None
+            raise InputError(f"{path} is no list of JSON and no object; write an object a line") from None
+        yield from [found, *found.get(HISTORY, ())] if isinstance(found, dict) else found
         return
     for line in (first, *lines):
         if line:
@@ -205,7 +271,7 @@ def loads(text: str) -> Any:
 def _record(row: dict[str, Any], vocabulary: Vocabulary) -> tuple[Record, bool] | None:
     """Return a row as a record, and whether its step is the logger's own; None where it has no step."""
     values = flat(row)
-    step = next((name for name in STEPS if values.get(name) is not None), None)
+    step = step_of(values)
     if step is None:
         return None
     clock = {TIME: values["_timestamp"]} if "_timestamp" in values else {}
@@ -225,8 +291,10 @@ def flat(row: dict[str, Any], before: str = "", depth: int = 0) -> Record:
 
 
 def json_number(value: Any) -> float | None:
-    """Return a JSON value as a number; None for what is none.  W&B writes NaN and infinities as text."""
-    if isinstance(value, bool) or not (isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")):
+    """Return a JSON value as a number; None for what is none.  W&B writes NaN and infinities as text, some scripts all numbers."""
+    if isinstance(value, str):
+        return number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value)

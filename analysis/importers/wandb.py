@@ -15,7 +15,7 @@ from typing import Any
 
 from analysis.importers.facts import Facts
 from analysis.importers.log import Log, join
-from analysis.importers.records import LOGGER_STEPS, STEP, STEPS, TIME, Record, Vocabulary, log_of
+from analysis.importers.records import LOGGER_STEPS, STEP, TIME, Record, Vocabulary, log_of, step_of
 from analysis.importers.tables import flat, loads
 from recipes.errors import InputError
 
@@ -69,7 +69,7 @@ def _protocol(path: Path, said: list[str]) -> Iterator[Any]:
 def _of_items(items: Any, vocabulary: Vocabulary) -> tuple[list[Record], bool]:
     """Return a call of the logger as a record, and whether its step is W&B's own count."""
     values = flat({item.key or "/".join(item.nested_key): loads(item.value_json) for item in items})
-    step = next((name for name in STEPS if name in values), None)
+    step = step_of(values)
     kept = {name: value for name, value in values.items() if not name.startswith("_") and vocabulary.knows(name)}
     if step is None or not kept:
         return [], False

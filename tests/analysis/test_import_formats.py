@@ -111,6 +111,25 @@ FILES: dict[str, tuple[str, Callable[[], str | list[str]]]] = {
         lambda: ["Step;lm loss;iteration-time", *(f"{i};{v};0.84".replace(".", ",") for i, v in enumerate(LOSS, 1))],
     ),
     "tabs": ("table.tsv", lambda: ["iteration\tlm loss\titeration-time", *(f"{i}\t{v}\t0.84" for i, v in enumerate(LOSS, 1))]),
+    "renamed columns": ("t.csv", lambda: ["# 2026", "Iter,Train Loss,Iteration time (ms)", *(f"{i},{v},840" for i, v in enumerate(LOSS, 1))]),
+    "text, and a summary": (
+        "m.jsonl",
+        lambda: [
+            *(json.dumps({"step": str(i), "loss": f"{v}", "perf/step_time_seconds": 0.84}) for i, v in enumerate(LOSS, 1)),
+            json.dumps({"step": STEPS, "train_loss": 6.1, "train_runtime": 33.6}),
+        ],
+    ),
+    "several runs in one table": (
+        "t.csv",
+        lambda: [
+            "run_name,step,loss,step_time",
+            *(f"{run},{i},{v + more},0.84" for run, more in (("b", 1), ("a", 0)) for i, v in enumerate(LOSS, 1)),
+        ],
+    ),
+    "Hugging Face's trainer_state.json": (
+        "trainer_state.json",
+        lambda: json.dumps({"max_steps": STEPS, "log_history": [{"step": i, "loss": v, "step_time": 0.84} for i, v in enumerate(LOSS, 1)]}, indent=2),
+    ),
     "milliseconds and thousands": ("t.csv", lambda: ["step,train_loss,step_time_ms", *(f'"{i:,}",{v},"{840.0:,}"' for i, v in enumerate(LOSS, 1))]),
 }
 
@@ -126,8 +145,47 @@ def check(folder: Path, digits: float = 5.1e-4, seconds: float | None = 0.84) ->
 def test_a_format_gives_its_steps_losses_and_times(name: str, text: Callable[[], str | list[str]], tmp_path: Path) -> None:
     content = text()
     (tmp_path / name).write_text(content if isinstance(content, str) else "\n".join(content) + "\n")
-    assert main(command(tmp_path / name, tmp_path / "run", TINY)) == 0
+    more = ["--run", "a"] if "run_name" in content[0] else []
+    assert main(command(tmp_path / name, tmp_path / "run", TINY, *more)) == 0
     check(tmp_path / "run", seconds=None if text is titan else 0.84)
+
+
+LATER = range(STEPS)
+HARNESSES: dict[str, tuple[Callable[[], str], bool]] = {
+    "bar without a total": (lambda: "\r".join(
+        f"Epoch 0: |          | {s + 1}/? [00:01<00:00,  1.19it/s, v_num=0, reduced_train_loss={LOSS[s]:.3f}, global_step={s:.1f}, "
+        "train_step_timing in s=0.840]" for s in LATER), True),
+    "bar without a bar": (lambda: "\r".join(
+        f"0: Epoch 0: : {s + 1}it [00:01,  1.19it/s, v_num=0, reduced_train_loss={LOSS[s]:.3f}, train_step_timing in s=0.840]" for s in LATER), True),
+    "MaxText": (lambda: "\n".join(
+        f"I0304 08:00:00.1 139 max_logging.py:16] completed step: {s}, seconds: 0.840, TFLOP/s/device: 5.1, Tokens/s/device: 4876.2, "
+        f"total_weights: 4096, loss: {LOSS[s]:.3f}" for s in LATER), True),
+    "litgpt": (lambda: "\n".join(
+        f"Epoch 1 | iter {4 * s + 4} step {s + 1} | loss train: {LOSS[s]:.3f}, val: n/a | iter time: 345.67 ms (step) remaining time: 2:03:04"
+        for s in LATER), False),
+    "nanochat": (lambda: "\n".join(
+        f"step {s:05d}/{STEPS:05d} ({2.5 * s:.2f}%) | loss: {LOSS[s]:.6f} | lrm: 1.00 | dt: 840.00ms | tok/sec: 4,876 | epoch: 1 | total time: 0.2m"
+        for s in LATER), True),
+    "nanoGPT": (lambda: "\n".join(f"iter {s}: loss {LOSS[s]:.4f}, time 840.12ms, mfu 45.12%" for s in LATER), True),
+    "DeepSpeed": (lambda: "\n".join(f"steps: {s + 1} loss: {LOSS[s]:0.4f} iter time (s): 0.840 samples/sec: 38.095" for s in LATER), True),
+    "OLMo-core": (lambda: "\n".join(
+        f"INFO\t[step={s + 1}/{STEPS},epoch=1,eta=2:03:04]\n    optim/total grad norm=0.5123\n    train/CE loss={LOSS[s]:.3f}\n    train/PPL=9,123"
+        for s in LATER), False),
+    "Composer": (lambda: "\n".join(
+        f"[batch={s + 1}/{STEPS}]:\n\t Train time/batch: {s}\n\t Train loss/train/total: {LOSS[s]:.4f}\n\t Train trainer/batch_size: 4"
+        for s in LATER), False),
+    "Hugging Face": (lambda: "".join(
+        f"\r {s:3d}%|# | {s + 1}/{STEPS} [00:01<10:00,  7.42s/it]\r{' ' * 80}\r{{'loss': '{LOSS[s]:.4g}', 'grad_norm': '1.2', 'epoch': '0.01'}}\n"
+        for s in LATER) + "{'train_runtime': 300.1, 'train_loss': 6.1, 'epoch': 1.0}", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "timed"), HARNESSES.values(), ids=HARNESSES.keys())
+def test_consoles_of_other_harnesses(text: Callable[[], str], timed: bool, tmp_path: Path) -> None:
+    """Forms and sources stand in analysis/importers/dialects.py and multiline.py; each block of a long log is cut anywhere."""
+    write(tmp_path / "log", [text()])
+    assert main(command(tmp_path / "log", tmp_path / "run", TINY)) == 0
+    check(tmp_path / "run", seconds=0.84 if timed else None)
 
 
 def test_torchtitans_step_time_follows_from_its_tokens_per_second(tmp_path: Path) -> None:
@@ -300,7 +358,12 @@ UNREADABLE: list[tuple[str, Sequence[str], str]] = [
         ['DLLL {"type": "LOG", "step": [0, 1], "data": {"train_loss": 1}}', 'DLLL {"type": "LOG", "step": [1, 1], "data": {"train_loss": 1}}'],
         "counts its steps anew in each epoch",
     ),
-    ("log", ["nothing here"], "of any form that is known (NeMo console log, Megatron console log, torchtitan console log, Lightning progress bar)"),
+    ("log", ["nothing here"], "of any form that is known (NeMo, Megatron, torchtitan, Lightning progress bar, "),
+    ("log", ["nothing here"], "no line names a loss; name another log"),
+    ("log", ["Epoch 3 - batch 7, my loss 4.5"], "its first line with a loss is 'Epoch 3 - batch 7, my loss 4.5'; name another"),
+    ("log", ["{'loss': 9.5, 'epoch': 0.1}"] * 3, "import the run's trainer_state.json, which has the steps"),
+    ("t.csv", ["run_name,step,loss", "a,1,2", "b,1,2"], "holds several runs (a, b, …); choose one with --run"),
+    ("t.csv", ["step,loss", *(f"{i},2" for i in (1, 2, 3, 1, 2, 3))], "holds two runs: one ends at step 3 of 3"),
 ]
 
 
