@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from recipes.compose import CONF, UNUSABLE, compose_tree
 from recipes.errors import InputError
+from recipes.hydra_loader import composed
 
 
 def with_axes(overrides: Sequence[str], conf: Path = CONF) -> list[str]:
@@ -44,11 +43,9 @@ def _left_open(overrides: Sequence[str], conf: Path) -> dict[str, str]:
 
 def _axes(experiment: str, conf: Path) -> dict[str, str]:
     """Return what an experiment sweeps; nothing where it trains nothing, which composing it tells."""
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            config = compose("config", overrides=[experiment], return_hydra_config=True)
-            found = {} if "made_with" in config else OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())
+        config = composed([experiment], conf)
+        found = {} if "made_with" in config else OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())
     except UNUSABLE:
         compose_tree([experiment], conf)  # says what is wrong with it
         raise

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -28,6 +26,7 @@ from recipes.data_files import wrong_data
 from recipes.defaults import fill
 from recipes.errors import InputError, one_line
 from recipes.fit import State, state
+from recipes.hydra_loader import composed, without_hydra
 from recipes.layout import fitted
 from recipes.mapping_rules import Rule
 from recipes.origin import check_site, file_of
@@ -66,11 +65,9 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
 def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
     """Return the composed tree as plain Python values; raise InputError on an unknown key, group or option."""
     check_site(overrides, conf)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            config = compose("config", overrides=[_free(override) for override in overrides])
-            tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        config = without_hydra(composed([_free(override) for override in overrides], conf))
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise _missing(error.full_key or "a value", overrides, conf) from None
     except UNUSABLE as error:

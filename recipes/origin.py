@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
 
 from recipes.errors import InputError, one_line
+from recipes.hydra_loader import composed
 from recipes.plan import Plan
 
 HEADER = "# @package cluster"
@@ -72,10 +71,8 @@ def shown(path: Path, conf: Path) -> str:
 
 def _files(groups: Sequence[str], conf: Path) -> Iterator[tuple[Path, str]]:
     """Yield the files that a composition takes its values from and their packages, the ones that win first."""
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            choices = compose("config", overrides=list(groups), return_hydra_config=True).hydra.runtime.choices
+        choices = composed(groups, conf).hydra.runtime.choices
     except (HydraException, OmegaConfBaseException):
         return
     last = ["local", "experiment"]
