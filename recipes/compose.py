@@ -209,9 +209,8 @@ def _missing(key: str, overrides: Sequence[str], conf: Path) -> InputError:
 
 def _with_gaps(overrides: Sequence[str], conf: Path) -> dict[str, Any]:
     """Return the composed tree with "???" where a value that must be given is missing."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        tree = OmegaConf.to_container(compose("config", overrides=[_free(override) for override in overrides]))
+    config = without_hydra(composed([_free(override) for override in overrides], conf))
+    tree = OmegaConf.to_container(config)
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
 
