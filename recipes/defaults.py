@@ -12,6 +12,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from recipes.mapping_rules import OFF, excluded
 from recipes.nemo_recipes import with_architecture
 from recipes.schedule import fill_batch, fill_rates
 
@@ -19,6 +20,7 @@ Tree = dict[str, Any]
 RECOMMENDED = Path(__file__).resolve().parent / "reference" / "recommended_mappings.csv"
 FOR_BF16 = "recommended_for_bf16"
 LOOKED_UP = ("recommended", FOR_BF16)  # a mapping's source where its row is looked up
+DROPPED = "dropped: "  # begins the note of what a layout gave up for a field that was asked for
 FLAGS = ("cuda_graphs", "fsdp")
 SIZES = ("tp", "pp", "cp", "vp", "micro_batch", "global_batch", "recompute_layers", "offload_layers")
 
@@ -77,7 +79,7 @@ def _mapping(tree: Tree) -> None:
     asked = {key for key in known if mapping[key] is not None}
     mapping.update({key: value for key, value in known.items() if key not in asked})
     dropped = _drop_excluded(mapping, asked, tree["model"])
-    notes = [f"changed: {', '.join(changed)}"] * bool(changed) + [f"dropped: {'; '.join(dropped)}"] * bool(dropped)
+    notes = [f"changed: {', '.join(changed)}"] * bool(changed) + [f"{DROPPED}{', '.join(dropped)}"] * bool(dropped)
     mapping["source"] = "; ".join([f"{mapping['source']}: {row['source']}", *notes])
     tree["num_gpus"] = int(row["num_gpus"]) if tree["num_gpus"] is None else tree["num_gpus"]
 
@@ -97,23 +99,16 @@ def _drop_excluded(mapping: Tree, asked: set[str], model: Tree) -> list[str]:
 
     if not asked:
         return []
-    if m["pp"] > 1 and "pp" in asked:
-        drop("fsdp", False, f"pp={m['pp']}")
+    for key in (key for key in (*SIZES, *FLAGS) if key in asked):
+        for other in list(excluded(m, key)):
+            drop(other, OFF[other], f"{key}={_text(m[key])}")
     chunks = (model["num_layers"] + 2 * model.get("embedding_and_loss_count_as_layers", False)) / m["pp"]
     if m["pp"] == 1:
         drop("vp", 1, "pp=1")
     elif chunks % 1 == 0 and chunks % m["vp"]:
         drop("vp", 1, f"it does not divide the {chunks:.0f} layers of a stage")
-    if m["pp"] > 1:
-        drop("offload_layers", 0, f"pp={m['pp']}")
-    if m["offload_layers"] and m["recompute_layers"]:
-        drop("offload_layers", 0, f"recompute_layers={m['recompute_layers']}")
-        drop("recompute_layers", 0, f"offload_layers={m['offload_layers']}")
     if m["recompute_layers"] * m["vp"] > chunks:
         drop("recompute_layers", int(chunks // m["vp"]), "a stage has no more layers")
-    without_graphs = [key for key in ("fsdp", "recompute_layers", "offload_layers") if m[key]]
-    if without_graphs:
-        drop("cuda_graphs", False, f"{without_graphs[0]}={_text(m[without_graphs[0]])}")
     return dropped
 
 

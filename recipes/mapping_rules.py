@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from recipes.overlap import tp_overlap_is_possible
 from recipes.plan import Plan
@@ -19,6 +20,40 @@ Rule = Callable[[Plan], str | None]
 FP8_MULTIPLE = {"mxfp8": 32}  # dimensions of an operand; every other scaling: 16
 # Tokens of a rank's share under sequence parallelism; every other scaling: 8.
 SHARE_MULTIPLE = {"mxfp8": 32, "subchannel": 128}
+
+# A layout without each of these fields.
+OFF: dict[str, int | bool] = {
+    "pp": 1,
+    "vp": 1,
+    "fsdp": False,
+    "recompute_layers": 0,
+    "offload_layers": 0,
+    "cuda_graphs": False,
+}
+# Pairs of fields that Megatron-Core does not take together, the one to give up first.  transformer_config.py:
+# offloading excludes pipeline stages and recompute, CUDA graphs exclude offloading and recompute.
+# NeMo v2.3.2 scripts/performance/utils.py: nor are there graphs with FSDP.
+EXCLUSIVE = (
+    ("offload_layers", "pp"),
+    ("offload_layers", "recompute_layers"),
+    ("cuda_graphs", "fsdp"),
+    ("cuda_graphs", "recompute_layers"),
+    ("cuda_graphs", "offload_layers"),
+)
+# Nothing refuses FSDP with pipeline stages, but Megatron-Core 0.12 (docs/source/api-guide/custom_fsdp.md)
+# lists tensor, expert and context parallelism for it, and no published layout has both.
+APART = (*EXCLUSIVE, ("fsdp", "pp"))
+
+
+def excluded(fields: dict[str, Any], key: str) -> Iterator[str]:
+    """Yield the fields of a layout that are in use and stay apart from `key`, which is in use as well."""
+    if key not in OFF or fields[key] == OFF[key]:
+        return
+    for pair in APART:
+        if key in pair:
+            other = pair[1 - pair.index(key)]
+            if fields[other] != OFF[other]:
+                yield other
 
 
 def heads_divide(plan: Plan) -> str | None:
@@ -244,33 +279,31 @@ def recompute_fits_a_stage(plan: Plan) -> str | None:
     return None
 
 
-def offload_is_possible(plan: Plan) -> str | None:
-    """transformer_config.py: activations are offloaded without pipeline or recompute, and not for all layers."""
+def fields_exclude_no_other(plan: Plan) -> str | None:
+    """Fields of a layout that Megatron-Core does not take together (`EXCLUSIVE`)."""
     m = plan.mapping
-    if not m.offload_layers:
-        return None
-    if m.pp > 1:
-        what = f"mapping.offload_layers={m.offload_layers} does not work with pipeline parallelism (pp={m.pp})"
-        return Refusal(what, "set one of them off", {"mapping.offload_layers": 0})
-    if m.recompute_layers:
-        what = f"mapping.offload_layers={m.offload_layers} does not work with mapping.recompute_layers={m.recompute_layers}"
-        return Refusal(what, "set one to 0", {"mapping.offload_layers": 0}, {"mapping.recompute_layers": 0})
-    if m.offload_layers >= plan.model.num_layers:
-        what = f"mapping.offload_layers={m.offload_layers} must be less than the {plan.model.num_layers} layers of {plan.model.name}"
-        fewer = ({"mapping.offload_layers": layers} for layers in (plan.model.num_layers - 1, 0))
-        return Refusal(what, "offload fewer", *fewer)
+    for pair in EXCLUSIVE:
+        if all(getattr(m, name) != OFF[name] for name in pair):
+            one, other = (f"mapping.{name}={str(getattr(m, name)).lower()}" for name in pair)
+            changes = ({f"mapping.{name}": OFF[name]} for name in pair)
+            return Refusal(f"{one} does not work with {other}", "set one of them off", *changes)
     return None
 
 
-def cuda_graphs_are_possible(plan: Plan) -> str | None:
-    """transformer_config.py: no CUDA graphs with offloading or recompute; NeMo scripts/performance/utils.py: nor with FSDP."""
-    m = plan.mapping
-    against = {"fsdp": m.fsdp, "recompute_layers": m.recompute_layers > 0, "offload_layers": m.offload_layers > 0}
-    bad = next((name for name, is_on in against.items() if is_on), None)
-    if m.cuda_graphs and bad:
-        return f"mapping.cuda_graphs does not work with mapping.{bad}={getattr(m, bad)}; set mapping.cuda_graphs=false"
+def offload_leaves_a_layer(plan: Plan) -> str | None:
+    """transformer_config.py: activations are not offloaded for all layers."""
+    m, layers = plan.mapping, plan.model.num_layers
+    if m.offload_layers < layers:
+        return None
+    what = f"mapping.offload_layers={m.offload_layers} must be less than the {layers} layers of {plan.model.name}"
+    fewer = ({"mapping.offload_layers": number} for number in (layers - 1, 0))
+    return Refusal(what, "offload fewer", *fewer)
+
+
+def cuda_graphs_keep_bf16_layers(plan: Plan) -> str | None:
+    """Some stacks' CUDA graphs run layers in FP8 that are kept in BF16 (conf/stack, `graphs_drop_bf16_layers`)."""
     fp8, dropped = plan.precision.fp8, plan.stack.graphs_drop_bf16_layers
-    if m.cuda_graphs and dropped and fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16:
+    if plan.mapping.cuda_graphs and dropped and fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16:
         none = "precision.fp8.first_layers_bf16=0 and precision.fp8.last_layers_bf16=0"
         return f"mapping.cuda_graphs=true: {dropped}; set mapping.cuda_graphs=false, or {none}"
     return None
@@ -336,8 +369,9 @@ MAPPING_RULES: tuple[Rule, ...] = (
     fp8_tokens_divide,
     bf16_layers_fit_a_stage,
     recompute_fits_a_stage,
-    offload_is_possible,
-    cuda_graphs_are_possible,
+    fields_exclude_no_other,
+    offload_leaves_a_layer,
+    cuda_graphs_keep_bf16_layers,
     fp8_parameters_are_possible,
     fsdp_gives_the_optimizer_its_gradients,
     gather_overlap_is_possible,

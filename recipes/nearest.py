@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from recipes.fit import fits
-from recipes.mapping_rules import Rule
+from recipes.mapping_rules import OFF, Rule, excluded
 from recipes.memory import layers_by_chunk
 from recipes.overlap import overlaps_tp, reopened
 from recipes.plan import Mapping, Plan
@@ -110,10 +110,8 @@ def _changed(plan: Plan, factor: int, **layout: int) -> Iterator[Plan]:
     """
     m = plan.mapping
     update: dict[str, object] = dict(layout)
-    if layout.get("recompute_layers"):
-        update |= {"cuda_graphs": False, "offload_layers": 0}  # transformer_config.py excludes both
-    if layout.get("pp", 1) > 1:
-        update |= {"offload_layers": 0}
+    fields = m.model_dump() | layout
+    update |= {other: OFF[other] for key in layout for other in excluded(fields, key)}
     mapping: Mapping = reopened(plan).mapping.model_copy(update=update)
     lent = 2 * plan.model.embedding_and_loss_count_as_layers
     uneven = (plan.model.num_layers + lent) % (mapping.pp * mapping.vp)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from recipes.data_files import read_by_job, wrong_data
+from recipes.defaults import DROPPED
 from recipes.errors import InputError
 from recipes.fit import State, state
 from recipes.mapping_rules import MAPPING_RULES, Rule
@@ -313,7 +314,8 @@ def model_fits_gpu(plan: Plan) -> str | None:
     memory, have = estimate(plan), usable_gb(plan) or 0
     largest = f"{memory.dominant} alone {memory.terms[memory.dominant] / 1e9:,.0f} GB"
     cell = f"{plan.model.name} in {plan.precision.name}"
-    what = f"{cell} needs about {memory.total_gb:,.0f} GB a GPU, {largest}"
+    gave_up = [note for note in plan.mapping.source.split("; ") if note.startswith(DROPPED)]
+    what = f"{cell} needs about {memory.total_gb:,.0f} GB a GPU, {largest}{''.join(f' ({note})' for note in gave_up)}"
     return f"{what}; {plan.gpu.name} has {have:,.0f} GB to give; {memory_remedy(plan)}"
 
 

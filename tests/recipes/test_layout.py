@@ -9,10 +9,12 @@ import pytest
 
 from launch.matrix import matrix
 from launch.summary import summary, table
-from recipes.compose import compose_plan
+from recipes.compose import compose_plan, compose_tree
 from recipes.data_files import check_data
+from recipes.defaults import fill, recommended
 from recipes.errors import InputError
 from recipes.fit import margin, state
+from recipes.mapping_rules import excluded
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import RESOLVED, differing
 
@@ -106,6 +108,38 @@ def test_a_recommended_field_that_another_excludes_is_dropped_and_named(asked: l
     plan = compose_plan(asked)
     assert any(dropped in note for note in summary(plan, check_data(plan))["layout"]["changed"])
     assert {key: getattr(plan.mapping, key) for key in kept} == kept
+
+
+def test_whichever_of_two_exclusive_fields_is_asked_for_the_row_gives_up_the_other() -> None:
+    """For every recommended row: each field that it leaves off is turned on, and each that is on is asked for."""
+    stacks = {"v2.3.0": "nemo_25_04", "v2.4.0": "nemo_25_07"}
+    precisions = {"bf16": "bf16", "fp8": "fp8_delayed"}
+    rows = [row for row in recommended() if row["model"] != "*"]
+    names = {
+        "model": {row["model"] for row in rows},
+        "gpu": {row["gpu"] for row in rows},
+        "stack": set(stacks.values()),
+        "precision": {precisions.get(row["dtype"], row["dtype"]) for row in rows},
+    }
+    part = {(group, name): compose_tree([f"{group}={name}"])[group] for group, all_names in names.items() for name in all_names}
+    base, gave_up = compose_tree([]), set[tuple[str, str]]()
+    for row in rows:
+        cell = {"model": row["model"], "gpu": row["gpu"], "stack": stacks[row["nemo_ref"]], "precision": precisions.get(row["dtype"], row["dtype"])}
+        tree = base | {group: part[group, name] for group, name in cell.items()}
+        own = fill(tree)["mapping"]
+        for key, on in (("pp", 2), ("fsdp", True), ("recompute_layers", 1), ("offload_layers", 1), ("cuda_graphs", True)):
+            filled = fill(tree | {"mapping": tree["mapping"] | {key: on}})["mapping"]
+            assert filled[key] == on and not list(excluded(filled, key)), (cell, key)
+            for other in excluded(own | {key: on}, key):
+                assert f"{other}={str(own[other]).lower()} ({key}={str(on).lower()})" in filled["source"]
+                gave_up.add((key, other))
+    shipped = {("fsdp", "pp"), ("pp", "fsdp"), ("cuda_graphs", "fsdp"), ("recompute_layers", "cuda_graphs"), ("offload_layers", "pp")}
+    assert shipped <= gave_up
+
+
+def test_what_a_layout_gave_up_stands_in_the_refusal_that_follows() -> None:
+    with pytest.raises(InputError, match=r"GB \(dropped: pp=8 \(offload_layers=1\), vp=\d+ \(pp=1\)\)"):
+        compose_plan(["model=nemotron4_340b", "gpu=h100", "mapping.offload_layers=1"])
 
 
 def test_what_was_asked_for_is_never_dropped() -> None:

@@ -100,16 +100,18 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
     ],
     "bf16_layers_fit_a_stage": [([*H100_70B, "precision=fp8_current", "precision.fp8.first_layers_bf16=11"], "first_layers_bf16=10")],
     "recompute_fits_a_stage": [([*H100_70B, "mapping.recompute_layers=5"], "use mapping.recompute_layers=4")],
-    "offload_is_possible": [
-        ([*H100_70B, "mapping.offload_layers=2"], "off"),
+    "fields_exclude_no_other": [
+        ([*H100_70B, "mapping.offload_layers=2", "mapping.pp=4"], "mapping.offload_layers=0"),
         ([*H100_8B, "mapping.offload_layers=2", "mapping.recompute_layers=2"], "use mapping.offload_layers=0"),
-        ([*H100_8B, "mapping.offload_layers=32"], "less than the 32"),
+        *(
+            ([*H100_8B, "mapping.cuda_graphs=true", f"mapping.{other}"], "mapping.cuda_graphs=false")
+            for other in ("fsdp=true", "recompute_layers=1", "offload_layers=1")
+        ),
     ],
-    "cuda_graphs_are_possible": [
-        ([*H100_8B, "mapping.cuda_graphs=true", f"mapping.{other}"], "mapping.cuda_graphs=false")
-        for other in ("fsdp=true", "recompute_layers=1", "offload_layers=1")
-    ]
-    + [(["model=llama3_8b", "gpu=b200", "precision=fp8_current", "mapping.cuda_graphs=true"], "precision.fp8.first_layers_bf16=0")],
+    "offload_leaves_a_layer": [([*H100_8B, "mapping.offload_layers=32"], "less than the 32")],
+    "cuda_graphs_keep_bf16_layers": [
+        (["model=llama3_8b", "gpu=b200", "precision=fp8_current", "mapping.cuda_graphs=true"], "precision.fp8.first_layers_bf16=0")
+    ],
     "fp8_parameters_are_possible": [
         (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "precision.fp8.param_gather=true"], "param_gather=false"),
         ([*H100_8B, "precision=fp8_subchannel", "stack=nemo_25_07", "precision.fp8.param_gather=true"], "param_gather=false"),
