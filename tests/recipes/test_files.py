@@ -49,10 +49,15 @@ def test_out_writes_to_a_pipe_that_is_read_and_waits_for_none(tmp_path: Path, ru
     assert report_to(pipe, runs) == 2 and "nothing reads the pipe" in capsys.readouterr().err
     reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a reader is there before the writer comes
     os.set_blocking(reading, True)
+    held = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # so that the reader sees no end before the report is there
     thread = threading.Thread(target=lambda: read.append(os.fdopen(reading, "rb").read()))
-    assert os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # held, so that the reader sees no end before the report is there
     thread.start()
-    assert report_to(pipe, runs) == 0 and stat.S_ISFIFO(pipe.stat().st_mode)
+    try:
+        assert report_to(pipe, runs) == 0 and stat.S_ISFIFO(pipe.stat().st_mode)
+    finally:
+        os.close(held)
+        thread.join()
+    assert read[0].startswith(b"<!doctype html>") and read[0].rstrip().endswith(b"</html>")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
