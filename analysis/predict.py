@@ -5,6 +5,7 @@
     python -m analysis.predict model=llama31_405b gpu=gb200 --sweep num_gpus=128,256,512 --weak
     python -m analysis.predict model=llama3_70b precision=fp8_current gpu=b200 num_gpus=64 --search
     python -m analysis.predict --validate                                               every published row beside its prediction
+    python -m analysis.predict --unseen                                                 published rows that made no part of it
 
 Overrides are those of every other command.  Settings are those with which NVIDIA measures speed (experiment=throughput) unless you
 name others.  Nothing is run: work is counted from the plan, priced with constants that were fitted to published step times
@@ -24,10 +25,12 @@ from analysis.figures import Figure
 from analysis.predictor.choices import otherwise
 from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
+from analysis.predictor.halves import CHOOSE, REPORT
 from analysis.predictor.rows import rows
 from analysis.predictor.search import search
 from analysis.predictor.step import TERMS
 from analysis.predictor.stored import borrowed, write
+from analysis.predictor.unseen_tables import tables as unseen_tables
 from analysis.predictor.validation import validate
 from analysis.predictor.validation_tables import percent, tables
 from analysis.tabular import PAGE, Table, number, print_json
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     if args.json:
-        print_json([table.rows for table in made] if args.validate or args.refit else made[0].rows, *made)
+        print_json([table.rows for table in made] if args.validate or args.refit or args.unseen else made[0].rows, *made)
     else:
         for table in made:
             table.print()
@@ -68,6 +71,13 @@ def _parser() -> ArgumentParser:
     what.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="a row for each value (repeat it for a product)")
     what.add_argument("--search", nargs="?", type=int, const=10, metavar="N", help="the N fastest layouts that fit in memory (default: 10)")
     what.add_argument("--validate", action="store_true", help="fit again and print every published row beside its prediction")
+    what.add_argument(
+        "--unseen",
+        nargs="?",
+        const="both",
+        choices=(CHOOSE, REPORT, "both"),
+        help="print published rows that no part of the predictor was made with; of one half (docs/predictor.md)",
+    )
     what.add_argument("--refit", action="store_true", help="the same, and keep the constants (analysis/predictor/constants.json)")
     parser.add_argument("--weak", action="store_true", help="with --sweep num_gpus=…: the global batch grows with the GPUs")
     parser.add_argument("--causal", action="store_true", help="count causal attention (half), as Megatron-LM does; default: full, as NeMo 25.04 does")
@@ -79,9 +89,11 @@ def _parser() -> ArgumentParser:
 def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
     if args.weak and not any(axis.startswith("num_gpus=") for axis in args.sweep):
         raise InputError("--weak lets the global batch grow with the GPUs of a sweep; add --sweep num_gpus=…")
-    if args.validate or args.refit:
+    if args.validate or args.refit or args.unseen:
         if args.overrides:
             raise InputError(f"{args.overrides[0]}: the validation takes every published row and no overrides; leave them out")
+        if args.unseen:
+            return list(unseen_tables(args.unseen)), None
         found = validate()
         if args.refit:
             write(found, choices=otherwise(rows()))

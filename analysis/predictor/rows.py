@@ -32,13 +32,14 @@ MEASURED = ("fig3_h200", "llama3_8b_h200")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A published step: its plan, seconds, NeMo container, source, and in which set it is held (see `_set`)."""
+    """A published step: its plan, seconds, NeMo container, source, in which set it is held (see `_set`), and who ran it."""
 
     plan: Plan
     step_time_s: float
     release: str
     source: str
     held: str
+    submitter: str = "NVIDIA"
 
     @property
     def model(self) -> str:
@@ -82,7 +83,7 @@ def own_rows() -> tuple[Row, ...]:
 
 def _known_gpu(plan: Plan) -> Plan:
     """Return the plan of a run with what is known of its GPU today: a run folder holds what was known when it ran."""
-    return plan.model_copy(update={"gpu": _base("llama3_8b", "bf16", plan.gpu.name).gpu})
+    return plan.model_copy(update={"gpu": base_plan("llama3_8b", "bf16", plan.gpu.name).gpu})
 
 
 def row_of(raw: Raw, further: bool = False) -> Row | None:
@@ -122,14 +123,14 @@ def _set(raw: Raw, release: str, stated: bool) -> str:
 
 
 @functools.cache
-def _base(model: str, precision: str, gpu: str) -> Plan:
+def base_plan(model: str, precision: str, gpu: str) -> Plan:
     """Return a plan of a cell under throughput settings, to be given a row's layout (GB200's settings where the cell itself does not run)."""
     return compose_plan([f"model={model}", f"precision={precision}", f"gpu={gpu}", "experiment=throughput", "mapping=recommended"])
 
 
 def _plan(raw: Raw, precision: str, n: dict[str, int]) -> Plan:
     model, gpu = raw["model"].replace("3.1", "31"), raw["gpu"].lower()
-    base = _base(model, precision, gpu)
+    base = base_plan(model, precision, gpu)
     fsdp = (_whole(raw.get("fsdp", "")) or 0) > 0
     known = _recommended(model, base.gpu.mapped_like or gpu, precision, n, fsdp)
     stated = _whole(raw["vp"])

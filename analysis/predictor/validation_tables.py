@@ -24,6 +24,7 @@ from analysis.predictor.validation import (
     validate,
 )
 from analysis.tabular import Table
+from recipes.plan import Plan
 
 LEFT_OUT_WAYS = {  # what the goals are held to, under the ends of the names of the errors
     "": "out of sample",
@@ -68,10 +69,15 @@ def own_table(fits: Fits) -> Table:
     return Table("Measured step times and predictions", shown, lines, notes, frozenset(["model", "precision", "layout"]))
 
 
-def _line(line: Line) -> dict[str, Any]:
-    plan, published = line.row.plan, line.row.step_time_s
+def layout_text(plan: Plan) -> str:
+    """Return a plan's layout in a few words."""
     m = plan.mapping
     flags = "".join(f" {name}" for name in ("fsdp", "cuda_graphs") if getattr(m, name))
+    return f"tp{m.tp} pp{m.pp} cp{m.cp} vp{m.vp} mbs{m.micro_batch} gbs{m.global_batch}{flags}"
+
+
+def _line(line: Line) -> dict[str, Any]:
+    plan, published = line.row.plan, line.row.step_time_s
     return {
         "set": line.row.held,
         "nemo": line.row.release,
@@ -80,7 +86,7 @@ def _line(line: Line) -> dict[str, Any]:
         "precision": plan.precision.name,
         "gpu": plan.gpu.name,
         "num_gpus": plan.num_gpus,
-        "layout": f"tp{m.tp} pp{m.pp} cp{m.cp} vp{m.vp} mbs{m.micro_batch} gbs{m.global_batch}{flags}",
+        "layout": layout_text(plan),
         "published_step_time_s": published,
         "predicted_step_time_s": line.seconds,
         "error": error(line.seconds, published),

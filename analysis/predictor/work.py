@@ -124,7 +124,7 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
         mx_gemm=multiply if mx else 0.0,
         gemm_bytes=write,
         attention=attention / hw.bf16,
-        bytes=_stream(plan, backward) + _scores(plan, direction) + (m.cp - 1) * MERGE[direction] * t * queries / m.tp,
+        bytes=activation_bytes(plan, backward) + _scores(plan, direction) + (m.cp - 1) * MERGE[direction] * t * queries / m.tp,
         cast_bytes=_casts(plan, fp8, backward) if fp8 else 0.0,
         tp=tp,
         tp_bare=tp_bare,
@@ -150,7 +150,7 @@ def _scores(plan: Plan, direction: int) -> float:
     return SCORES[direction] * float(model.num_attention_heads) * plan.seq_length * tokens(plan) / plan.mapping.tp
 
 
-def _stream(plan: Plan, backward: bool) -> float:
+def activation_bytes(plan: Plan, backward: bool) -> float:
     """Return bytes that norms, residual sums, rotary embedding and activation function read and write, all of them shared by tp."""
     model = plan.model
     h, f, kv = model.hidden_size, model.ffn_hidden_size, _key_value(plan)

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from analysis.predict import main
 from analysis.predictor import price, stored
 from analysis.predictor.choices import ALL_ERRORS, POWERS, PRIORS, otherwise
 from analysis.predictor.documents import constants_table
 from analysis.predictor.fitting import fit, step_time
+from analysis.predictor.halves import CHOOSE, REPORT, halves
 from analysis.predictor.price import NAMES, PRIOR
 from analysis.predictor.rows import Row, own_rows, pairs, rows
 from analysis.predictor.step import predict
 from analysis.predictor.stored import constants, fits, ratio_interval, speedup_interval, step_time_interval, write
+from analysis.predictor.unseen import unseen_rows
 from analysis.predictor.validation import GOALS, Validation, residuals, summary, validate
 from analysis.predictor.validation_tables import tables
 from analysis.runs import load_run
@@ -230,3 +233,41 @@ def test_tables_hold_every_row_and_label_sets(found: Validation) -> None:
     assert {row["in_sample"] for row in lines.rows if row["set"] == "fit"} == {True}
     assert {row["in_sample"] for row in lines.rows if row["set"] != "fit"} == {False}
     assert {row["pair"] for row in both.rows} == {"iso-mapping", "best-mapping"}
+
+
+def test_unseen_rows_are_no_rows_of_the_reference_and_divide_their_gpus() -> None:
+    """Another source may have the same cell: its step then differs."""
+    known = {(*_what_ran(row), f"{row.step_time_s:.2g}") for row in rows()}
+    assert len(unseen_rows()) == 78
+    for row in unseen_rows():
+        plan, m = row.plan, row.plan.mapping
+        assert plan.num_gpus % (m.tp * m.pp * m.cp) == 0 and m.global_batch % (m.micro_batch * plan.data_parallel) == 0, row
+        assert (*_what_ran(row), f"{row.step_time_s:.2g}") not in known, row
+
+
+def _what_ran(row: Row) -> tuple[object, ...]:
+    return (*row.cell, row.plan.num_gpus, row.plan.mapping.global_batch, row.release, row.plan.seq_length)
+
+
+def test_the_halves_stay_as_they_were_dealt() -> None:
+    """Rows that err alike are in one half, whatever was measured; docs/predictor.md says how they are dealt."""
+    for found, counts in ((rows(), (130, 119)), (unseen_rows(), (37, 41))):
+        half = halves(found)
+        assert tuple(list(half.values()).count(name) for name in (CHOOSE, REPORT)) == counts
+        groups: dict[object, set[str]] = {}
+        for row in found:
+            groups.setdefault((row.gpu, row.model, row.release, row.submitter), set()).add(half[row])
+        assert all(len(each) == 1 for each in groups.values())
+        slower = [replace(row, step_time_s=2 * row.step_time_s) for row in found]
+        assert list(halves(slower).values()) == list(half.values())
+
+
+def test_the_command_prints_a_half_of_the_unseen_rows_beside_the_rivals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--unseen", CHOOSE, "--json"]) == 0
+    lines, sums = json.loads(capsys.readouterr().out)
+    assert len(lines) == 37 and {row["half"] for row in lines} == {CHOOSE} and {row["label"] for row in lines} == {"published"}
+    whole = next(row for row in sums if row["what"] == "unseen")
+    assert whole["mean_error"] == pytest.approx(sum(abs(row["error"]) for row in lines) / 37)
+    assert whole["in_interval"] == sum(row["step_time_low_s"] <= row["published_step_time_s"] <= row["step_time_high_s"] for row in lines) / 37
+    assert {"constant TFLOP/s_mean_error", "roofline_median_error"} <= whole.keys()
+    assert main(["--unseen", CHOOSE, "model=llama3_8b"]) == 2
