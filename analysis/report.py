@@ -55,7 +55,7 @@ def facts(run: Run) -> dict[str, Any]:
         "commit": f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}",
         "device": m.get("device", "unknown"),
         **devices.described(run),
-        "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items() if v),
         "data": json.dumps(data.get("source", "unknown")),
         "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",
         "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}" if "fp8_gemms" in run.steps else "not recorded",

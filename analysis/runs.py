@@ -10,49 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from analysis.metrics import Array as Array
 from analysis.metrics import read_metrics
 from recipes.errors import InputError, one_line
 from recipes.fp8_gemms import refusal
-from recipes.gpu_record import GpuRecord
+from recipes.manifest_record import Manifest
 from recipes.plan import Plan
 from recipes.run_folder import read_json, read_plan, status_of
 
 REQUIRED = ("step", "loss", "tokens", "step_time_s")
-
-
-Line = Annotated[str, AfterValidator(one_line)]
-
-
-class _Code(BaseModel, strict=True):
-    commit: Line | None = None
-    dirty: bool | None = None
-
-
-class _Data(BaseModel, strict=True):
-    source: Line | list[Line] | None = None
-    sha256: dict[str, str] = {}
-    unigram_entropy_nats: Annotated[float, Field(allow_inf_nan=False)] | None = None
-
-
-class _Manifest(BaseModel, strict=True):
-    """What analysis reads of a manifest, with the types that it must have; what else stands there is left out."""
-
-    code: _Code | None = None
-    data: _Data | None = None
-    versions: dict[Line, Line] | None = None
-    labels: dict[str, Literal["measured", "emulated"]] = {}
-    device: Line | None = None
-    order_sha256: Line | None = None
-    gpus: list[GpuRecord] = []
-    gpus_before: list[Line] = []
-    cudnn: dict[Line, Line] = {}
-    imported: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +117,7 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        return _Manifest.model_validate(read_json(path)).model_dump(exclude_unset=True)
+        return Manifest.model_validate(read_json(path)).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error)}; the file was changed, what ran cannot be traced; run it again") from None
     except (OSError, ValueError):

@@ -6,6 +6,7 @@ says nothing about this code, so a commit is named only where git tracks a file 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -39,6 +40,15 @@ def _copied(path: Path) -> dict[str, Any]:
         return {"commit": found["commit"], "dirty": found["dirty"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} was changed or cut: the commit of this copy is not known; launch again") from None
+
+
+def sources_sha256() -> str:
+    """Return the SHA-256 over names and contents of what trains (recipes/**/*.py), committed or not, in a checkout or a copy."""
+    digest = hashlib.sha256()
+    for path in sorted((PROJECT / "recipes").rglob("*.py")):
+        digest.update(f"{path.relative_to(PROJECT).as_posix()}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def is_tracked() -> bool:

@@ -29,7 +29,7 @@ from recipes.training import devices, stop, watchdog
 from recipes.training.ahead import Moment, Number
 from recipes.training.console import training_line, validation_line
 from recipes.training.layers import Fp8Mixin, fp8_modules
-from recipes.training.manifest import complete_gpus, manifest
+from recipes.training.manifest import complete, complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
 
 NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
@@ -69,6 +69,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.ahead = torch.cuda.is_available()
         self.sampler: devices.Sampler | None = None
         self.gemms_before = self.stage = 0
+        self.attention_recorded = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Seed the initial weights: NeMo 2.3 (lightning/_strategy_lib.py:96) always seeds with 1234, just before this."""
@@ -143,6 +144,9 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self._runs_as_planned(gemms, step, trainer.global_rank)
         if not trainer.is_global_zero:
             return
+        if not self.attention_recorded:  # Transformer Engine chooses when it is first asked
+            self.attention_recorded = True
+            complete(self.folder, attention=devices.attention(pl_module))
         loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
         assert self.started
         skipped = _skipped_updates(trainer)

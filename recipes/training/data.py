@@ -63,6 +63,7 @@ EXAMPLES = """examples:
       model=llama3_8b
 """
 BATCH = 256  # documents tokenised at once, in parallel
+SAMPLES, BLOCK = 64, 1 << 16  # of tokens that are hashed: 4 MiB of a file, however large
 
 
 def prepare(data: Data, vocab_size: int, contents: bool = True) -> Path:
@@ -124,6 +125,18 @@ def facts(data: Data, vocab_size: int) -> dict[str, Any]:
     source = [*data.train, *data.heldout]
     hashes = {str(f): _sha256(f) for f in files}
     return {"source": source, "vocab_size": vocab_size, "sha256": hashes}
+
+
+def fingerprints(data: Data, vocab_size: int) -> dict[str, Any]:
+    """Return what a manifest says beside: hashes of the tokenizer's content, and of samples of indexed tokens, too many to read."""
+    if data.kind == "mock":
+        return {}
+    name = str(data.tokenizer) if data.kind == "indexed" else str(prepared_root(data, vocab_size) / "tokenizer")
+    found: dict[str, Any] = {"tokenizer_sha256": load(name).sha256()}
+    if data.kind == "indexed":
+        files = [Path(f"{prefix}.bin") for _, prefix in (*blend(data.train), *blend(data.heldout))]
+        found["sampled_sha256"] = {str(file): _sampled_sha256(file) for file in files}
+    return found
 
 
 @contextmanager
@@ -234,6 +247,17 @@ def _shown(files: list[SourceFile], what: str) -> Iterator[SourceFile]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled_sha256(path: Path) -> str:
+    """Return the hash of a file's size and of SAMPLES blocks of BLOCK bytes, spread evenly from its beginning to its end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in np.linspace(0, max(0, size - BLOCK), SAMPLES, dtype=np.int64):
+            file.seek(int(start))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _unknown_package(error: ModuleNotFoundError) -> InputError:

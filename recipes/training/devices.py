@@ -7,6 +7,7 @@ that cannot be asked, or that the driver does not answer, gives None: no run fai
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from recipes.gpu_record import GpuRecord, Others
 
 INTERVAL_S = 0.2  # between two samples: five a second cost the host some 0.1 ms of its time
 LOOK_FOR_OTHERS = 25  # samples between two looks at the processes on the GPU
+CHOICES = ("transformer_engine.pytorch.attention.dot_product_attention", "transformer_engine.pytorch.attention")
 POWER_CAP = 0x4  # nvml.h: nvmlClocksEventReasonSwPowerCap
 
 
@@ -193,6 +195,41 @@ def cudnn() -> dict[str, str]:
     with suppress(Exception):  # not installed, or without the question
         found["transformer_engine"] = _release(import_module("transformer_engine_torch").get_cudnn_version())
     return found
+
+
+def libraries() -> dict[str, str]:
+    """Return the versions of the libraries that this process computes and communicates with, as far as they answer: CUDA, cuBLASLt, NCCL."""
+    found = {}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    with suppress(Exception):  # not built with NCCL
+        found["nccl"] = ".".join(map(str, import_module("torch.cuda.nccl").version()))
+    with suppress(Exception):  # not installed, or without the question
+        found["cublaslt"] = str(import_module("transformer_engine_torch").get_cublasLt_version())
+    return found
+
+
+def attention(model: Any) -> str | None:
+    """Return what computes a model's attention: the class of its layers, and the backend that Transformer Engine chose in training.
+
+    Its choice stands in a module of its own (2.2: pytorch/attention.py:156; from 2.5 on pytorch/attention/dot_product_attention),
+    as the last attention that was called left it.  None where a model has no such layer.
+    """
+    layers = sorted({type(layer).__name__ for module in model.modules() if (layer := getattr(module, "core_attention", None)) is not None})
+    backend = next((chosen for name in CHOICES if (chosen := _backend(getattr(sys.modules.get(name), "_attention_backends", None)))), None)
+    return ", ".join([*layers, *([backend] if backend else [])]) if layers else None
+
+
+def _backend(chosen: Any) -> str | None:
+    """Return the name of the attention backend in Transformer Engine's record of its choice; None where it has made none."""
+    if not isinstance(chosen, dict):
+        return None
+    if chosen.get("use_flash_attention"):
+        return f"flash-attn {chosen.get('flash_attention_backend') or ''}".strip()
+    if chosen.get("use_fused_attention"):
+        which = chosen.get("fused_attention_backend")
+        return f"cuDNN fused ({getattr(which, 'name', which)})"
+    return "unfused" if chosen.get("use_unfused_attention") else None
 
 
 def _release(number: int) -> str:

@@ -1,7 +1,7 @@
 """The manifest: what ran, as seen inside the job, so that a number can be traced to what made it.
 
 Versions are those that this process imported from, not those that a plan hoped for.  Of the environment only what
-changes a run's numbers or speed is kept, by name; nothing that could be a secret is.
+changes a run's numbers or speed is kept, by name (recipes/manifest_record.py); nothing that could be a secret is.
 """
 
 from __future__ import annotations
@@ -16,32 +16,59 @@ from typing import Any
 
 import torch
 
-from recipes.code import code
+from recipes.code import code, sources_sha256
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
+from recipes.manifest_record import ENVIRONMENT, Session, is_looked_at
 from recipes.plan import Plan
 from recipes.run_folder import read_json, write_json
+from recipes.secret_values import SECRET_NAME, has_secret
 from recipes.training import data, devices
 
-PACKAGES = ("nemo-toolkit", "megatron-core", "transformer-engine", "torch", "lightning", "nemo-run", "numpy", "hydra-core", "wandb")
-ENVIRONMENT = ("NCCL_", "NVTE_", "CUDA_", "TORCH_NCCL_", "OMP_", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
+PACKAGES = (
+    *("nemo-toolkit", "megatron-core", "transformer-engine", "torch", "lightning", "nemo-run", "numpy", "hydra-core", "wandb"),
+    *("flash-attn", "flash-attn-3", "triton", "pytorch-triton", "apex", "transformers", "tokenizers", "sentencepiece"),
+)
 
 
 def manifest(plan: Plan, folder: Path, gpus: Sequence[GpuRecord] = (), resumed: bool = False) -> dict[str, Any]:
     """Return the manifest of a run whose data set has been built; `gpus` has one record a rank, none on a CPU.
 
-    A run that goes on (`resumed`) keeps the UUIDs of the GPUs that it was on before.
+    A run that goes on (`resumed`) keeps the UUIDs of the GPUs that it was on before, and what it computed with.
     """
+    looked_at = (*ENVIRONMENT, *plan.cluster.environment)
     return {
-        "code": code(),
-        "versions": {"python": platform.python_version(), **{name: v for name in PACKAGES if (v := _version(name))}},
+        "code": {**code(), "sha256": sources_sha256()},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **devices.libraries()},
         "device": device(),
         "num_gpus": plan.num_gpus,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
-        "data": data.facts(plan.data, plan.model.vocab_size),
+        "environment": environment(looked_at),
+        "environment_looked_at": list(looked_at),
+        "data": {**data.facts(plan.data, plan.model.vocab_size), **data.fingerprints(plan.data, plan.model.vocab_size)},
         "order_sha256": order_sha256(folder / "index"),
         "labels": {"loss": "emulated" if plan.emulated else "measured", "step_time": "measured"},
+        **({"before": sessions(folder)} if resumed else {}),
         **(_gpu_facts(gpus, folder, resumed) if gpus else {}),
     }
+
+
+def environment(patterns: Sequence[str]) -> dict[str, str]:
+    """Return the variables of this process that patterns name, without any that looks like a secret."""
+    found = {name: value for name, value in sorted(os.environ.items()) if is_looked_at(name, patterns)}
+    return {name: value for name, value in found.items() if not SECRET_NAME.search(name) and not has_secret(value)}
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    """Return what the sessions that the manifest in `folder` names computed with, each once; {} for one that nothing names."""
+    try:
+        found = read_json(folder / "manifest.json")
+    except (OSError, ValueError):
+        found = {}
+    last = {key: value for key, value in found.items() if key in Session.model_fields}
+    earlier = found.get("before")
+    several = list[dict[str, Any]]()
+    for session in (*(earlier if isinstance(earlier, list) else []), last):
+        several += [] if session in several else [session]
+    return several
 
 
 def _gpu_facts(gpus: Sequence[GpuRecord], folder: Path, resumed: bool) -> dict[str, Any]:
@@ -57,6 +84,11 @@ def _gpus_of(folder: Path) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError):
         named = [None]
     return sorted({uuid if isinstance(uuid, str) else UNKNOWN for uuid in named})
+
+
+def complete(folder: Path, **facts: Any) -> None:
+    """Add to the manifest what is known since training began."""
+    write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), **facts})
 
 
 def complete_gpus(folder: Path, at_end: Sequence[Others | None], during: Others | None, capped: float | None) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,15 @@ class HuggingFace:
         """Return every entry with its id."""
         return dict(self.tokenizer.get_vocab())
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of its vocabulary and of the rules by which it parts text.
+
+        Of a tokenizer that is written in Python, the vocabulary alone.
+        """
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = fast.to_str() if fast else json.dumps(self.vocabulary(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write it to `folder`, for `load` to read."""
         self.tokenizer.save_pretrained(str(folder))
@@ -61,6 +72,10 @@ class SentencePiece:
     def vocabulary(self) -> dict[str, int]:
         """Return every piece with its id."""
         return {self.processor.id_to_piece(n): n for n in range(self.entries)}
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of its model, which holds pieces and rules."""
+        return hashlib.sha256(self.processor.serialized_model_proto()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write it to `folder`, for `load` to read."""

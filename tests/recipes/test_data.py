@@ -78,6 +78,19 @@ def test_a_tokenizer_of_ones_own_is_used(corpus: Path, tmp_path: Path) -> None:
     first = data.prepare(plan_of(corpus, tmp_path / "a"), VOCAB)
     second = data.prepare(plan_of(corpus, tmp_path / "b", tokenizer=str(first / "tokenizer")), VOCAB)
     assert (first / "train.bin").read_bytes() == (second / "train.bin").read_bytes()
+    hashes = [data.fingerprints(plan_of(corpus, tmp_path / name), VOCAB)["tokenizer_sha256"] for name in ("a", "b")]
+    assert hashes[0] == hashes[1]
+    file = second / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    assert data.fingerprints(plan_of(corpus, tmp_path / "b"), VOCAB)["tokenizer_sha256"] != hashes[0]
+    prefix = str(first / "train")
+    indexed = plan_of(corpus, tmp_path, kind="indexed", train=[prefix], sources=[], tokenizer=str(first / "tokenizer"))
+    whole = data.fingerprints(indexed, VOCAB)
+    assert whole["tokenizer_sha256"] == hashes[0] and set(whole["sampled_sha256"]) == {f"{prefix}.bin"}
+    tokens = bytearray((first / "train.bin").read_bytes())
+    tokens[-1] ^= 1
+    (first / "train.bin").write_bytes(tokens)
+    assert data.fingerprints(indexed, VOCAB)["sampled_sha256"] != whole["sampled_sha256"]
     with pytest.raises(InputError, match="entries"):
         data.prepare(plan_of(corpus, tmp_path / "c", tokenizer=str(first / "tokenizer")), 300)
 

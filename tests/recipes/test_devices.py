@@ -15,9 +15,10 @@ import torch
 
 from recipes.compose import compose_plan
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
+from recipes.manifest_record import Manifest, is_looked_at
 from recipes.run_folder import read_json
 from recipes.training import devices
-from recipes.training.manifest import complete_gpus, manifest
+from recipes.training.manifest import PACKAGES, complete, complete_gpus, manifest
 
 UUID = "12345678-aaaa-bbbb-cccc-1234567890ab"
 PLAN = compose_plan(["model=llama3_tiny", "gpu=h200", "data=mock", "mapping=single", "num_gpus=1"])
@@ -151,6 +152,54 @@ def test_a_manifest_is_completed_at_the_end_and_keeps_earlier_gpus(tmp_path: Pat
     assert found["gpus_before"] == ["GPU-1"] and isinstance(found["cudnn"], dict)
     assert (first.others_at_end, first.others_during, first.power_capped_share) == (Others(processes=0), Others(processes=2, memory_gb=7), 0.9)
     assert first.shared is True and second.shared is None and second.uuid == "GPU-3"
+
+
+def test_a_manifest_names_what_chooses_kernels_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {"NVTE_FUSED_ATTN": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_CUDA_ALLOC_CONF": "a", "TORCH_BLAS_PREFER_CUBLASLT": "1"}
+    for name, value in {**chosen, "MINE": "b", "TORCH_HUB_TOKEN": "c" * 20, "NCCL_NET": "hf_" + "d" * 30}.items():
+        monkeypatch.setenv(name, value)
+    plan = compose_plan(["model=llama3_tiny", "gpu=h200", "data=mock", "mapping=single", "num_gpus=1", "+cluster.environment.MINE=b"])
+    found = Manifest.model_validate(manifest(plan, tmp_path))
+    assert found.environment and {**chosen, "MINE": "b"}.items() <= found.environment.items()
+    assert not {"TORCH_HUB_TOKEN", "NCCL_NET"} & found.environment.keys()
+    assert is_looked_at("CUBLASLT_LOG", found.environment_looked_at) and not is_looked_at("EDITOR", found.environment_looked_at)
+    assert found.versions and found.versions["torch"] and set(PACKAGES) <= found.versions.keys()
+    assert found.code and found.code.sha256
+
+
+def test_a_run_that_goes_on_keeps_what_it_computed_with_before(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    complete(tmp_path, attention="a backend")
+    first = read_json(tmp_path / "manifest.json")
+    for _ in range(3):
+        write(tmp_path, [], resumed=True)
+    (before, again) = read_json(tmp_path / "manifest.json")["before"]
+    assert before == {key: first[key] for key in before} and before["attention"] == "a backend" and "attention" not in again
+    (tmp_path / "manifest.json").unlink()
+    write(tmp_path, [], resumed=True)
+    assert read_json(tmp_path / "manifest.json")["before"] == [{}]
+
+
+class Attention(torch.nn.Module):
+    """A layer of a model, as Megatron-Core's SelfAttention holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core_attention = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("place", devices.CHOICES)
+def test_the_attention_backend_is_the_one_that_transformer_engine_chose(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices: list[tuple[dict[str, Any], str]] = [
+        ({}, "Identity"),
+        ({"use_flash_attention": True, "flash_attention_backend": "2.7.3"}, "Identity, flash-attn 2.7.3"),
+        ({"use_fused_attention": True, "fused_attention_backend": SimpleNamespace(name="F16")}, "Identity, cuDNN fused (F16)"),
+        ({"use_flash_attention": False, "use_unfused_attention": True}, "Identity, unfused"),
+    ]
+    for chosen, name in choices:
+        monkeypatch.setitem(sys.modules, place, SimpleNamespace(_attention_backends=chosen))
+        assert devices.attention(torch.nn.Sequential(Attention(), Attention())) == name
+    assert devices.attention(torch.nn.Linear(1, 1)) is None
 
 
 @pytest.mark.parametrize(("number", "release"), [(91400, "9.14.0"), (90502, "9.5.2"), (8907, "8.9.7")])
