@@ -24,14 +24,13 @@ import numpy as np
 
 from analysis import devices
 from analysis.figures import COLOURS, Figure, axes
-from analysis.pairing import plan_differences
+from analysis.pairing import flat, not_recorded, plan_differences, recorded_differences
 from analysis.published import layout_of
 from analysis.runs import Run
 from analysis.speed import RESAMPLES, Interval, step_time, timed
 from analysis.statistics import Array
 from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.run_folder import flatten
 
 OPTIMIZER = "optimizer_time_s"
 NOT_THE_STEP = ("seed", "train.", "data.")  # parts of a plan that leave a step's work as it is
@@ -148,7 +147,7 @@ def _check(runs: Sequence[Run], may_differ: Sequence[str]) -> None:
 
 def changes(a: Run, b: Run, keys: Sequence[str]) -> list[str]:
     """Return plan keys with both runs' values."""
-    ours, theirs = (flatten(run.plan.model_dump()) for run in (a, b))
+    ours, theirs = (flat(run.plan) for run in (a, b))
     return [f"{key} {ours.get(key, '-')} → {theirs.get(key, '-')}" for key in keys]
 
 
@@ -214,6 +213,7 @@ def rows(lines: Sequence[Depth]) -> list[dict[str, Any]]:
 
 def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
     run, of_pass = line.runs[0], line.passes or line.step
+    runs = [*(base.runs if base and base is not line else ()), *line.runs]
     faster = ratio(base.layer_pass, line.layer_pass).wider(apart(base, line)) if base and (base.passes is None) == (line.passes is None) else None
     return {
         "model": run.plan.model.name,
@@ -235,9 +235,18 @@ def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
         "speedup_per_layer_low": round(faster.low, 3) if faster else None,
         "speedup_per_layer_high": round(faster.high, 3) if faster else None,
         "pair_gpu": devices.together(*base.runs, *line.runs) if base and base is not line else None,
-        "differs": beside_precision(base.runs[0], run) if base else [],
+        "differs": _differing(base or line, line),
+        "not_recorded": list(dict.fromkeys(what for each in runs for what in not_recorded(each, runs))),
+        "gpu_shared": any(gpu.shared for each in runs for gpu in devices.records(each)),
         "label": run.label("step_time"),
     }
+
+
+def _differing(base: Depth, line: Depth) -> list[str]:
+    """Return what the runs of two lines computed with otherwise, beside precision and depth: the lines' first, and those of one line."""
+    pairs = [(base.runs[0], line.runs[0]), *((line.runs[0], run) for run in line.runs[1:]), *((base.runs[0], run) for run in base.runs[1:])]
+    recorded = [recorded_differences(*pair) for pair in pairs]
+    return list(dict.fromkeys([*beside_precision(*pairs[0]), *(text for found in recorded for text in (*found.named, *found.speed))]))
 
 
 def _ms(seconds: Array) -> float:

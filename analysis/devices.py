@@ -14,7 +14,7 @@ import numpy as np
 
 from analysis.runs import Run
 from analysis.speed import timed
-from recipes.gpu_record import UNKNOWN, GpuRecord
+from recipes.gpu_record import UNKNOWN, GpuRecord, Others
 
 # Measured 2026-11-29: Llama 3 8B in fp8_current took 4.298 s a step on one H200 and 4.327 s on another, the same code and settings.
 BETWEEN_GPUS = 0.007
@@ -62,6 +62,23 @@ def notes(pairs: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{reason}; {wider}: {', '.join(named[pair])}." for pair, reason in REASONS.items() if pair in named]
 
 
+def shared_notes(runs: Iterable[Run]) -> list[str]:
+    """Return a sentence on the runs on whose GPUs other processes were seen; [] where there are none."""
+    named = [f"{run.name} ({_most(others)})" for run in runs if (others := [each for gpu in records(run) for each in gpu.seen if each.processes])]
+    return [f"Other processes were on the GPU while it was measured, and its step time may be theirs too: {', '.join(named)}."] if named else []
+
+
+def _most(others: Sequence[Others]) -> str:
+    most = max(others, key=lambda each: (each.processes, each.memory_gb or 0))
+    held = "" if most.memory_gb is None else f", {most.memory_gb:.1f} GB"
+    return f"at most {most.processes} on a GPU{held}"
+
+
+def mark(values: dict[str, Any]) -> str:
+    """Return what follows a step time that was measured while other processes were on the GPU."""
+    return " (shared GPU)" if values["gpu_shared"] else ""
+
+
 def mean(run: Run, column: str) -> float | None:
     """Return the mean over the timed steps of a column that rank 0's GPU wrote; None where it was not recorded."""
     values = timed(run, column) if column in run.steps else np.array([np.nan])
@@ -80,7 +97,7 @@ def facts(run: Run) -> dict[str, Any]:
     first, cudnn = gpus[0] if gpus else None, run.manifest.get("cudnn") or {}
     return {
         "gpu_uuids": sorted(uuids(run)),
-        "gpu_shared": None if not gpus or None in (known := [gpu.shared for gpu in gpus]) else any(known),
+        "gpu_shared": True if True in (known := [gpu.shared for gpu in gpus]) else None if None in known or not known else False,
         "driver": first and first.driver,
         "cudnn": cudnn,
         "power_limit_w": first and first.power_limit_w,

@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from analysis.runs import Line, Run, first_problem
+from analysis.runs import Run, first_problem
 from analysis.verdict import FAIL, PASS, UNDECIDED, Verdict
 from recipes.errors import InputError
 from recipes.files import read_file
+from recipes.manifest_record import Line
 from recipes.run_folder import read_json
 
 CONFIDENCE = 0.99  # of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst

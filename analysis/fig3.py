@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from analysis import depth, devices
 from analysis.depth import Depth, base_of, ratio
 from analysis.figures import COLOURS, Figure, axes
+from analysis.pairing import unproved
 from analysis.published import post_speedups
 from analysis.soundness import sound
 from analysis.speed import Interval
@@ -181,7 +182,8 @@ def _layer_notes(found: Sequence[Row]) -> list[str]:
     cut = dict.fromkeys(f"{row['model']} {_share(row)}" for row in found if row["model_vocab_size"] not in (None, row["vocab_size"]))
     if cut:
         said.append(f"Vocabulary cut to one GPU's tensor-parallel share: {', '.join(cut)}.")
-    return [*said, *_differences(found), *_gpus(found)]
+    lacking = unproved([(f"{row['model']} {row['precision']}", row["not_recorded"]) for row in found])
+    return [*said, *_differences(found), *lacking, *_gpus(found)]
 
 
 def _gpus(found: Sequence[Row]) -> list[str]:
@@ -191,7 +193,9 @@ def _gpus(found: Sequence[Row]) -> list[str]:
         "A layer's time is a difference of two steps: there the interval is wider by as much more as the difference is smaller than the step."
     ]
     said = devices.notes(pairs)
-    return [*said, *magnified] if said else []
+    shared = [f"{row['model']} {row['precision']}" for row in found if row["gpu_shared"] and not row["pair_gpu"]]
+    alone = [f"Other processes were on the GPU while these were measured, and step times may be theirs too: {', '.join(shared)}."]
+    return [*(alone if shared else []), *said, *(magnified if said else [])]
 
 
 def _share(row: Row) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.pairing import check_pair
+from analysis.pairing import by_what, check_pair, platform_differences, records_notes, run_differences
 from analysis.runs import Run, load_all
 from analysis.tabular import Table, print_json, write
 from recipes.cli import ArgumentParser, command
@@ -65,6 +65,7 @@ def _row(base: Run, run: Run) -> dict[str, Any]:
         "last_grad_norm": float(ours["grad_norm"][-1]),
         "fp8_gemms": float(ours["fp8_gemms"][-1]),
         "memory_gb": float(ours["memory_gb"].max()),
+        "differs": [*platform_differences(base, run), *run_differences(base, run).named],
     }
 
 
@@ -88,7 +89,9 @@ def table(runs: Sequence[Run]) -> Table:
     one = runs[0]
     steps, device = len(one.steps["loss"]), one.manifest.get("device", "an unknown device")
     note = f"{one.plan.model.name} with {one.plan.model.num_layers} layers, {steps} steps, losses measured on {device}; no step times."
-    return Table("Layouts", cells, found, [note], frozenset(["precision", "layout"]))
+    moved = by_what((f"{row['precision']} {row['layout']}", row["differs"]) for row in found)
+    beside = [f"Not only the layout differs from 1 GPU, but also {', '.join(what)}: {names}." for what, names in moved]
+    return Table("Layouts", cells, found, [note, *beside, *records_notes(runs)], frozenset(["precision", "layout"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

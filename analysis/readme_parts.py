@@ -22,7 +22,7 @@ from analysis.measurements import of_frame
 from analysis.numerics_figures import figures as numerics_figures
 from analysis.runs import Run, folders_of, load_all
 from analysis.soundness import unsound
-from analysis.table import all_notes, compare, headline, shown
+from analysis.table import all_notes, compare, headline, pair_notes, shown
 from analysis.tabular import Table
 from recipes.errors import InputError
 
@@ -119,8 +119,9 @@ def throughputs(results: Sequence[Path]) -> str:
 
 def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
-    rows = compare(runs_of(results)).rows
-    return Table("", shown(rows), rows, [headline(rows)], frozenset(["precision", "verdict"])).markdown()
+    found = compare(runs_of(results))
+    rows = found.rows
+    return Table("", shown(rows), rows, [headline(rows), *pair_notes(found)], frozenset(["precision", "verdict"])).markdown()
 
 
 def rates_of_errors(results: Sequence[Path]) -> str:

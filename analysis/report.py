@@ -25,6 +25,7 @@ from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.files import write_file
+from recipes.gpu_record import UNKNOWN
 
 
 def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) -> str:
@@ -54,8 +55,10 @@ def facts(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "commit": f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}",
         "device": m.get("device", "unknown"),
+        "attention": m.get("attention") or UNKNOWN,
         **devices.described(run),
         "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items() if v),
+        "environment": ", ".join(f"{k}={v}" for k, v in (m.get("environment") or {}).items()) or UNKNOWN,
         "data": json.dumps(data.get("source", "unknown")),
         "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",
         "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}" if "fp8_gemms" in run.steps else "not recorded",

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from analysis import devices
-from analysis.pairing import asserted, base_of, split_runs
+from analysis.pairing import asserted, base_of, by_what, not_recorded, platform_differences, records_notes, run_differences, split_runs
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
@@ -86,7 +86,7 @@ def row(verdict: Verdict, together: SeedsVerdict | None = None) -> dict[str, Any
     matched = faster and loss_matched(base, faster, tail.nats, tail.nats.count)
     saving = None if candidate.emulated else energy_saving(base, candidate)
     matched_saving = saving and loss_matched(base, Interval(saving, saving, saving), tail.nats, tail.nats.count)
-    bar = candidate.plan.bar
+    bar = base.plan.bar
     seconds = step_time(candidate).value if "step_time_s" in candidate.steps else None
     return {
         "run": candidate.name,
@@ -113,7 +113,9 @@ def row(verdict: Verdict, together: SeedsVerdict | None = None) -> dict[str, Any
         "spikes": verdict.spikes,
         "spikes_of_base": verdict.base_spikes,
         "layout": verdict.layout,
-        "differs": [*verdict.asked, *verdict.platform],
+        "differs": [*verdict.asked, *verdict.platform, *verdict.differs.named],
+        "differs_for_speed": list(verdict.differs.speed),
+        "not_recorded": list(dict.fromkeys([*not_recorded(base, (candidate,)), *not_recorded(candidate, (base,))])),
         "step_time_s": seconds,
         "tokens_per_s_per_gpu": _rate(candidate, seconds),
         "speedup_over_bf16": faster and _interval(faster),
@@ -217,7 +219,7 @@ def _cells(values: dict[str, Any], seed: str) -> dict[str, str]:
         "gap %": percent(tail["value"]),
         "interval": f"{percent(tail['low'])} to {percent(tail['high'])}",
         "held-out": "-" if heldout is None else f"{heldout:+.4f}",
-        "step s": "-" if values["step_time_s"] is None else f"{values['step_time_s']:.3f}",
+        "step s": "-" if values["step_time_s"] is None else f"{values['step_time_s']:.3f}{devices.mark(values)}",
         "speedup": "-" if faster is None else f"{faster['value']:.2f}x",
         "matched": "-" if matched is None else f"{matched['value']:.2f}x",
     }
@@ -284,8 +286,6 @@ def notes(verdict: Verdict) -> list[str]:
         said += devices.notes([(name, devices.together(verdict.base, verdict.candidate))])
     if verdict.spikes > verdict.base_spikes:
         said.append(f"{name}: {verdict.spikes} loss spike(s), BF16 {verdict.base_spikes}")
-    if verdict.platform:
-        said.append(f"{name}: not only precision differs from BF16, but also {', '.join(verdict.platform)}")
     if verdict.base.plan.seed != verdict.candidate.plan.seed:
         said.append(f"{name}: its seed differs from its base's; the gap includes seed noise")
     return [*said, *_imports(verdict)]
@@ -333,12 +333,25 @@ def _why_open(verdict: Verdict) -> str:
     return "the gap lies at the tolerance itself, no reasonable length of run would settle it: compare more seeds"
 
 
+def pair_notes(found: Comparison) -> list[str]:
+    """Return what the runs of pairs differ in beside precision, and what nothing proves to be the same, each thing once."""
+    verdicts, (first, *others) = found.verdicts, found.bases
+    moved = by_what((v.candidate.name, [*v.platform, *v.differs.named]) for v in verdicts)
+    lines = [f"{names}: not only precision differs from BF16, but also {', '.join(what)}" for what, names in moved]
+    seeds = by_what((other.name, [*platform_differences(first, other), *run_differences(first, other).named]) for other in others)
+    lines += [f"{names}: not only the seed differs from {first.name}, but also {', '.join(what)}" for what, names in seeds]
+    timed = by_what((v.candidate.name, v.differs.speed) for v in verdicts if not v.candidate.emulated)
+    lines += [f"{names}: step time may differ for {', '.join(what)} too" for what, names in timed]
+    return [*lines, *records_notes(found.runs), *devices.shared_notes(run for run in found.runs if not run.emulated)]
+
+
 def all_notes(found: Comparison) -> list[str]:
     """Return the notes on every verdict, and what holds for all."""
     emulated = [verdict.candidate.plan.precision.name for verdict in found.verdicts if verdict.candidate.emulated]
     lines = [f"{', '.join(dict.fromkeys(emulated))}: {EMULATED}"] if emulated else []
     lines += [note for verdict in found.verdicts for note in notes(verdict)]
     lines += [note for seeds in found.over_seeds for note in _seed_notes(seeds)]
+    lines += pair_notes(found)
     if len(found.verdicts) > sum(len(seeds.verdicts) for seeds in found.over_seeds):
         lines.append(ONE_SEED)
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 
 from analysis import devices, expected, published
 from analysis.depth import beside_precision, device, experiment, order
-from analysis.pairing import LAYOUT, asserted, mapping_label
+from analysis.pairing import LAYOUT, asserted, mapping_label, recorded_differences, records_notes
 from analysis.published import Published, layout_of
 from analysis.runs import Run
 from analysis.soundness import sound
@@ -129,7 +129,8 @@ def _against(base: Run | None, run: Run) -> Row:
         return {**alone, "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
     differs = beside_precision(base, run)
     ratio = faster(base, run) if base.has_rate and run.has_rate else None
-    other = [each for each in differs if not each.startswith(LAYOUT)]
+    recorded = recorded_differences(base, run)
+    other = [*(each for each in differs if not each.startswith(LAYOUT)), *recorded.named, *recorded.speed]
     named = {"base": base.name, "pair": mapping_label(differs), "pair_gpu": devices.together(base, run), "also_differs": other}
     return {**named, "speedup_over_bf16": ratio and ratio.value, **_ends(ratio)}
 
@@ -174,7 +175,7 @@ def cells(values: Row) -> dict[str, str]:
         "precision": values["precision"],
         "GPUs": f"{values['num_gpus'] or '?'} {values['gpu']}",
         "layout": f"{values['layout']} seq{values['seq_length']}",
-        "step, s": f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to {values['step_time_high_s']:.3f})",
+        "step, s": f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to {values['step_time_high_s']:.3f}){devices.mark(values)}",
         "steps": f"{values['first_timed_step']} to {values['last_timed_step']}",
         "tokens/s/GPU": "–" if values["tokens_per_s_per_gpu"] is None else f"{values['tokens_per_s_per_gpu']:,.0f}",
         "speedup": _speedup(values),
@@ -191,7 +192,7 @@ def cells(values: Row) -> dict[str, str]:
 
 
 def _pair(values: Row) -> str:
-    other = dict.fromkeys(each.partition(".")[0] for each in values["also_differs"])
+    other = dict.fromkeys(each.split(" ")[0].partition(".")[0] for each in values["also_differs"])
     gpu = [values["pair_gpu"]] if values["pair_gpu"] else []
     return ", ".join([values["pair"].split(" (")[0], *(f"other {part}" for part in other), *gpu])
 
@@ -250,7 +251,7 @@ def table(folders: Sequence[Path], causal: bool = False) -> Table:
     measured = devices.energy_notes(runs)
     if not measured:
         shown = [{column: cell for column, cell in line.items() if column not in BY_NVML} for line in shown]
-    return Table("Throughput", shown, found, [*said, *measured], TEXT)
+    return Table("Throughput", shown, found, [*said, *records_notes(runs), *devices.shared_notes(runs), *measured], TEXT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from analysis import devices
 from analysis.depth import OPTIMIZER, changes, device
-from analysis.pairing import plan_differences
+from analysis.pairing import by_what, plan_differences, recorded_differences, records_notes
 from analysis.runs import Run
 from analysis.soundness import sound
 from analysis.speed import Interval, speedup, step_time, timed
@@ -26,20 +26,29 @@ from analysis.tabular import Table, number, print_json, write
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.run_folder import differences, flatten
 
 AGAIN = "none, run again"
-ENVIRONMENT = "cluster.environment."
+ENVIRONMENT = "environment."
+CHOSEN = (ENVIRONMENT, "attention ")  # of what manifests record, what a change is meant to change
 TEXT = frozenset(["precision", "change", "is"])
 
 
 def change(base: Run, run: Run) -> str:
-    """Return what a run's plan and the environment that it sets differ in from its base."""
-    flats = [flatten(r.plan.model_dump()) for r in (base, run)]
-    environment = [f"{key.removeprefix(ENVIRONMENT)}={flats[1].get(key, 'unset')}" for key in differences(*flats) if key.startswith(ENVIRONMENT)]
-    skipped = ("seed", "train.", "settings.name")
-    found = [*changes(base, run, [k for k in plan_differences(base, run) if not k.startswith(skipped)]), *environment]
-    return ", ".join(found) or AGAIN
+    """Return what a run's plan, its environment and its attention differ in from its base's; what else does is noted below the table."""
+    keys = [key for key in plan_differences(base, run) if not key.startswith(("seed", "train."))]
+    chosen = [_variable(text) for text in _recorded(base, run) if text.startswith(CHOSEN)]
+    return ", ".join([*changes(base, run, keys), *chosen]) or AGAIN
+
+
+def _recorded(base: Run, run: Run) -> list[str]:
+    found = recorded_differences(base, run)
+    return [*found.named, *found.speed]
+
+
+def _variable(text: str) -> str:
+    """Return "environment.X a → b" as "X=b", and other text as it is."""
+    name, _, values = text.partition(" ")
+    return f"{name.removeprefix(ENVIRONMENT)}={values.partition(' → ')[2]}" if name.startswith(ENVIRONMENT) else text
 
 
 def row(base: Run, run: Run) -> dict[str, Any]:
@@ -54,6 +63,7 @@ def row(base: Run, run: Run) -> dict[str, Any]:
         "speedup_low": ratio.low,
         "speedup_high": ratio.high,
         "memory_gb": float(run.steps["memory_gb"].max()),
+        "also_differs": [text for text in _recorded(base, run) if not text.startswith(CHOSEN)],
         "pair_gpu": devices.together(base, run) if run is not base else None,
         **devices.facts(run),
         "run": run.name,
@@ -69,7 +79,7 @@ def cells(values: dict[str, Any]) -> dict[str, str]:
     return {
         "precision": values["precision"],
         "change": values["change"],
-        "step, ms": number(values["step_time_s"] * 1e3, 1),
+        "step, ms": number(values["step_time_s"] * 1e3, 1) + devices.mark(values),
         "of it optimizer, ms": number(values["optimizer_time_s"] and values["optimizer_time_s"] * 1e3, 1),
         "step over base": "–" if is_base else ratio,
         "is": "–" if is_base else faster,
@@ -97,7 +107,9 @@ def table(folders: Sequence[Path]) -> Table:
     said = f"Step time {first.label('step_time')} on {device(first)}: {first.plan.model.name}, {first.plan.model.num_layers} layers, "
     said += f"{first.plan.mapping.global_batch} sequences of {first.plan.seq_length} tokens a step. In brackets: 95 % intervals."
     pairs = devices.notes((f"{values['precision']}, {values['change']}", values["pair_gpu"]) for values in rows if values["pair_gpu"])
-    said_last = [*pairs, *(f"Left out: {reason}" for reason in left_out)]
+    moved = by_what((f"{values['precision']}, {values['change']}", values["also_differs"]) for values in rows)
+    beside = [f"Not only the change differs from the base, but also {', '.join(what)}: {names}." for what, names in moved]
+    said_last = [*beside, *records_notes(ordered), *pairs, *devices.shared_notes(ordered), *(f"Left out: {reason}" for reason in left_out)]
     return Table("What changes buy", [cells(values) for values in rows], rows, [said, *said_last], TEXT)
 
 

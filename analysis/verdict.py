@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t
 
-from analysis.pairing import check_pair, layout_label, platform_differences, precision_differences
+from analysis.pairing import Differences, check_pair, layout_label, platform_differences, precision_differences, run_differences
 from analysis.runs import Run
 from analysis.statistics import Array, Mean, end_with_interval, mean_with_interval, spikes
 from recipes.errors import InputError
@@ -99,6 +99,7 @@ class Verdict:
     layout: str
     asked: list[str]
     platform: list[str]
+    differs: Differences
 
 
 def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
@@ -107,13 +108,14 @@ def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
 
 
 def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
-    """Return the verdict on `candidate` against `base`; `others` are BF16 runs with other seeds."""
+    """Return the verdict on `candidate` against `base`, whose tolerance holds; `others` are BF16 runs with other seeds."""
     check_pair(base, candidate)
-    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], candidate.plan.bar.tail_fraction, base.rounding() + candidate.rounding())
-    limits = limits_in_nats(candidate.plan.bar, gaps["tail"].base_loss)
+    bar = base.plan.bar
+    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], bar.tail_fraction, base.rounding() + candidate.rounding())
+    limits = limits_in_nats(bar, gaps["tail"].base_loss)
     seeds = seed_gaps(base, others, gaps["tail"].nats.count)
     by_limit = {name: decide(gaps, limit, seed_noise(seeds) or 0.0) for name, limit in limits.items()}
-    decides = candidate.plan.bar.decides
+    decides = bar.decides
     within_noise = by_limit[decides] == UNDECIDED and decide(gaps, limits[decides]) == FAIL
     heldout = heldout_gaps(base, candidate)
     return Verdict(
@@ -133,6 +135,7 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         layout=layout_label(base, candidate),
         asked=precision_differences(base, candidate),
         platform=platform_differences(base, candidate),
+        differs=run_differences(base, candidate),
     )
 
 
@@ -268,7 +271,7 @@ def _in_limits(verdict: Verdict, window: str) -> float:
 
 def limit_of(verdict: Verdict) -> float:
     """Return the tolerance that decides a pair, in nats."""
-    bar = verdict.candidate.plan.bar
+    bar = verdict.base.plan.bar
     return limits_in_nats(bar, verdict.gaps["tail"].base_loss)[bar.decides]
 
 

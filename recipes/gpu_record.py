@@ -47,7 +47,11 @@ class GpuRecord(BaseModel):
     power_capped_share: Amount | None = None
 
     @property
+    def seen(self) -> list[Others]:
+        """What was seen of other processes, each time that somebody looked."""
+        return [others for others in (self.others_at_start, self.others_during, self.others_at_end) if others]
+
+    @property
     def shared(self) -> bool | None:
         """Whether another process computed on it at any time that was looked at; None where nobody looked."""
-        seen = [others for others in (self.others_at_start, self.others_during, self.others_at_end) if others]
-        return any(others.processes for others in seen) if seen else None
+        return any(others.processes for others in self.seen) if self.seen else None

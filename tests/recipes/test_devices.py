@@ -16,7 +16,7 @@ import torch
 from recipes.compose import compose_plan
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
 from recipes.manifest_record import Manifest, is_looked_at
-from recipes.run_folder import read_json
+from recipes.run_folder import flatten, read_json
 from recipes.training import devices
 from recipes.training.manifest import PACKAGES, complete, complete_gpus, manifest
 
@@ -178,6 +178,14 @@ def test_a_run_that_goes_on_keeps_what_it_computed_with_before(tmp_path: Path) -
     (tmp_path / "manifest.json").unlink()
     write(tmp_path, [], resumed=True)
     assert read_json(tmp_path / "manifest.json")["before"] == [{}]
+
+
+def test_a_manifest_holds_fields_of_its_record_alone(tmp_path: Path) -> None:
+    """What analysis/effects.py declares are the fields of the record."""
+    write(tmp_path, [GpuRecord(rank=0)], resumed=True)
+    complete(tmp_path, attention="a backend")
+    written = read_json(tmp_path / "manifest.json")
+    assert flatten(Manifest.model_validate(written).model_dump(exclude_unset=True)) == flatten(written)
 
 
 class Attention(torch.nn.Module):
