@@ -194,6 +194,18 @@ def _state(plan: Plan, weights: Weights) -> dict[str, float]:
     }
 
 
+def stage_state(plan: Plan, stage: int) -> tuple[Weights, dict[str, float]]:
+    """Return the parameters of a stage's rank, and bytes of what Megatron-Core makes of them before the first step.
+
+    Without what Transformer Engine adds in it: FP8 copies of weights and what it hands autograd.
+    """
+    weights, fp8 = _weights(plan, stage), plan.precision.fp8
+    state, shared = _state(plan, weights), _shards(plan) if plan.mapping.fsdp else 1
+    kept = weights.fp8 / shared if fp8 and fp8.param_gather else 0.0
+    gradients = state["gradients"] - _dummies(plan)
+    return weights, {**state, "fp8_parameters": kept, "gradients": gradients}
+
+
 def _gradient(plan: Plan) -> int:
     """Return bytes a gradient (MCore distributed_data_parallel.py: FP32, or the BF16 of the parameter)."""
     return FP32 if plan.settings.grad_reduce_in_fp32 else BF16

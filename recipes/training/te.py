@@ -32,7 +32,7 @@ def activate(plan: Plan) -> None:
     _numpy_names()
     _moved_names()
     _fused_weight_gradient()
-    _block_scaling()
+    know_block_scaling()
     _no_walk_over_arguments()
     adapt_writer()
     if not plan.settings.count_zero_gradients:
@@ -187,7 +187,7 @@ def pieces_of(group: dict[str, Any]) -> list[dict[str, Any]]:
     return pieces
 
 
-def _block_scaling() -> None:
+def know_block_scaling() -> None:
     """megatron/core/fp8_utils.py get_fp8_context raises on any recipe but its three: answer for block scaling before it does.
 
     Megatron-Core 0.13 has block scaling of its own (enums.py, Fp8Recipe.blockwise): left as it is.
