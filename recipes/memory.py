@@ -24,7 +24,6 @@ MXFP8 in hardware, context parallelism, FSDP, offloading and several nodes were 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,11 +116,6 @@ def _vocabulary(plan: Plan) -> int:
     It is not padded: recipes/training/recipe.py presets it (NeMo v2.3.2 llm/gpt/model/base.py:340).
     """
     return -(-plan.model.vocab_size // plan.mapping.tp)
-
-
-def _version(plan: Plan, package: str) -> tuple[int, ...]:
-    """Return major and minor version of a package of the plan's stack; () where it names none."""
-    return tuple(int(part) for part in re.findall(r"\d+", plan.stack.versions.get(package, ""))[:2])
 
 
 def _weights(plan: Plan, stage: int) -> Weights:
@@ -224,7 +218,7 @@ def _dummies(plan: Plan) -> float:
     (TE 2.3 and later, pytorch/module/base.py get_dummy_wgrad; before, a linear map makes one in its
     backward pass).
     """
-    if not _fused_accumulation(plan) or _version(plan, "transformer_engine") < CACHED_DUMMIES:
+    if not _fused_accumulation(plan) or plan.stack.version("transformer_engine") < CACHED_DUMMIES:
         return 0.0
     shapes = {(shape.n, shape.k) for shape in linear_layers(plan.model, 1, plan.mapping.tp)}
     return float(BF16 * sum(n * k for n, k in shapes))
@@ -292,7 +286,7 @@ def _transposed(plan: Plan) -> bool:
     several sequences a micro-batch the projection then needs a contiguous copy.
     """
     several = plan.mapping.micro_batch > 1 and not plan.on_cpu
-    return several and _version(plan, "megatron_core") < BSHD_UNTIL
+    return several and plan.stack.version("megatron_core") < BSHD_UNTIL
 
 
 def _fp8_input(fp8: Fp8) -> float:

@@ -9,6 +9,7 @@ and laptops.  What a plan allows, runs; the rules that refuse one stand in `reci
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -320,6 +321,10 @@ class Stack(Frozen):
     cuda: Capability | None = None
     offloads_swiglu: bool = False
     scripts: Scripts = Scripts()
+
+    def version(self, package: str) -> tuple[int, ...]:
+        """Return major and minor version of a package; () where the stack names none."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.versions.get(package, ""))[:2])
 
 
 class Mapping(Frozen):

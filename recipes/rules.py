@@ -27,6 +27,7 @@ from recipes.sizes import training_state_gb
 
 Accepts = Callable[[Change], State]  # how the plan with a change fits; refused where a rule refuses it
 MOST_TRIED = 4  # changes that are composed to find a remedy, 0.1 s each
+BF16_MOMENTS_SINCE = (2, 3)  # the first Transformer Engine whose FusedAdam keeps them
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "CREDENTIAL")
 
 
@@ -188,7 +189,11 @@ def emulated_fp8_is_plain(plan: Plan) -> str | None:
 
 
 def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
-    """Megatron-Core 0.12 optimizer_config.py asserts it."""
+    """Megatron-Core 0.12 optimizer_config.py asserts it, and FusedAdam of Transformer Engine 2.2 raises (pytorch/optimizers/fused_adam.py:136)."""
+    if plan.settings.adam_moments == "bf16" and not _has_bf16_moments(plan):
+        version = plan.stack.versions["transformer_engine"]
+        why = f"FusedAdam of Transformer Engine {version}, which {plan.stack.name} has, keeps no BF16 moments; 2.3 and later do"
+        return f"settings.adam_moments=bf16: {why}; set settings.adam_moments=fp32, or choose a stack that has them, such as nemo_25_04_te_2_11"
     if plan.settings.adam_moments != "fp32" and not plan.settings.precision_aware_optimizer:
         return (
             f"settings.adam_moments={plan.settings.adam_moments} needs settings.precision_aware_optimizer=true; set it, or settings.adam_moments=fp32"
@@ -196,11 +201,16 @@ def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
     return None
 
 
+def _has_bf16_moments(plan: Plan) -> bool:
+    return plan.on_cpu or plan.stack.version("transformer_engine") >= BF16_MOMENTS_SINCE
+
+
 def kernels_have_their_use(plan: Plan) -> str | None:
     """Kernels that `settings` chooses beside the stack's own: each serves one case, on a GPU."""
     settings = plan.settings
     if settings.adam_kernel == "triton" and settings.adam_moments != "bf16":
-        return "settings.adam_kernel=triton updates BF16 moments; set settings.adam_moments=bf16, or settings.adam_kernel=transformer_engine"
+        moments = "set settings.adam_moments=bf16, or settings" if _has_bf16_moments(plan) else "set settings"
+        return f"settings.adam_kernel=triton updates BF16 moments; {moments}.adam_kernel=transformer_engine"
     if settings.swiglu_backward == "transformer_engine":
         if plan.on_cpu:
             return "settings.swiglu_backward=transformer_engine needs a GPU; set settings.swiglu_backward=megatron_core"

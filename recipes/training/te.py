@@ -187,6 +187,7 @@ def pieces_of(group: dict[str, Any]) -> list[dict[str, Any]]:
     return pieces
 
 
+@functools.cache
 def know_block_scaling() -> None:
     """megatron/core/fp8_utils.py get_fp8_context raises on any recipe but its three: answer for block scaling before it does.
 

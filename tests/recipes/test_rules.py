@@ -14,6 +14,7 @@ H100_8B = ["model=llama3_8b", "gpu=h100"]
 H100_70B = ["model=llama3_70b", "gpu=h100"]
 C4 = ["data=indexed", "data.train=[0.3,/data/c4/part0]", "data.heldout=[/data/c4/valid]", "data.tokenizer=/tokenizers/llama3"]
 EMULATED = ["gpu=h200", "stack=emulated", "executor=local"]
+TE_2_11 = ["stack=nemo_25_04_te_2_11", "executor=local"]
 WORKSTATION = ["gpu.compute_capability='12.0'", "cluster.container_runtime=none"]
 TP8 = ["model=llama3_8b", "gpu=h100", "mapping=single", "mapping.tp=8", "mapping.micro_batch=1"]
 TP8 += ["mapping.global_batch=8", "num_gpus=8", "cluster.container_runtime=none", "cluster.python=python"]
@@ -175,9 +176,13 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*EMULATED, "precision=mxfp8", "mapping.recompute_layers=1"], "use mapping.recompute_layers=0"),
         ([*EMULATED, "precision=mxfp8", "experiment=throughput"], "settings=convergence"),
     ],
-    "narrow_moments_need_their_optimizer": [([*H100_8B, "settings.adam_moments=bf16"], "adam_moments=fp32")],
+    "narrow_moments_need_their_optimizer": [
+        ([*H100_8B, *TE_2_11, "settings.adam_moments=bf16"], "adam_moments=fp32"),
+        ([*H100_8B, "settings=tuned", "settings.adam_moments=bf16"], "Transformer Engine 2.2, which nemo_25_04 has, keeps no BF16 moments"),
+    ],
     "kernels_have_their_use": [
-        ([*H100_8B, "settings=tuned", "settings.adam_kernel=triton"], "settings.adam_moments=bf16"),
+        ([*H100_8B, "settings=tuned", "settings.adam_kernel=triton"], "set settings.adam_kernel=transformer_engine"),
+        ([*H100_8B, *TE_2_11, "settings=tuned", "settings.adam_kernel=triton"], "settings.adam_moments=bf16"),
         (["settings.swiglu_backward=transformer_engine"], "megatron_core"),
         (["model=nemotron4_15b", "gpu=h100", "settings.swiglu_backward=transformer_engine"], "squared_relu"),
     ],

@@ -28,7 +28,7 @@ def rehearse(plan: Plan, rank: int) -> RankFacts:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks: nothing is put on a GPU that may be here
     from recipes.training.rehearsal import stand_ins
 
-    stand_ins.install()
+    stand_ins.install(plan.stack.versions["transformer_engine"])
     from recipes.training import cpu
 
     cpu.activate()

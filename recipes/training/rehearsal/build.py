@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import nemo_run as run
 from recipes.plan import Plan
 from recipes.training import recipe as nemo_recipe
 from recipes.training.callback import RunFolderCallback
-from recipes.training.rehearsal.stand_ins import set_version
 from recipes.training.rehearsal.world import as_rank
 from recipes.training.te import know_block_scaling
 
@@ -25,13 +24,10 @@ class Built(Exception):
 
 
 class Stop(pl.Callback):
-    """Keeps the trainer and ends the run where training would begin."""
-
-    trainer: Any = None
+    """Ends the run where training would begin, once Lightning's strategy has set up model and optimizer."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning calls it once the strategy has set up model and optimizer."""
-        Stop.trainer = trainer
+        """End it."""
         raise Built
 
 
@@ -42,23 +38,22 @@ def _leave() -> None:
 @contextmanager
 def built(plan: Plan, rank: int) -> Iterator[Any]:
     """Yield Lightning's trainer of a rank, with NeMo's strategy, model and optimizer built."""
-    set_version(plan.stack.versions["transformer_engine"])
     know_block_scaling()
     with as_rank(plan, rank), tempfile.TemporaryDirectory() as folder:
+        pretrain = fdl.build(_recipe(plan, Path(folder)))
+        trainer = pretrain.keywords["trainer"]
+        trainer._teardown = _leave  # Lightning's copies the model to the CPU
         try:
-            pretrain = fdl.build(_recipe(plan, Path(folder)))
-            pretrain.keywords["trainer"]._teardown = _leave  # Lightning's copies the model to the CPU
-            pretrain()
-        except Built:
-            yield Stop.trainer
+            with suppress(Built):
+                pretrain()
+            yield trainer
         finally:
-            _undo_proxy(Stop.trainer)
-            Stop.trainer = None
+            _undo_proxy(trainer)
 
 
 def _undo_proxy(trainer: Any) -> None:
     """Take back what NeMo v2.3.2 lightning/megatron_parallel.py:661 sets in the model's class for the rest of the process."""
-    for chunk in trainer.strategy.megatron_parallel if trainer else ():
+    for chunk in getattr(trainer.strategy, "megatron_parallel", ()):
         if "__getattr__" in vars(type(chunk)):
             del type(chunk).__getattr__
 

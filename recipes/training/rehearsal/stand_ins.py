@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recipes.rules import BF16_MOMENTS_SINCE
+
 # A stack's version of Transformer Engine -> what its `__version__` says.  Megatron-Core compares it:
 # the development version of 25.04 is older than 2.2 (fp8_utils.py:72 and :96, core_v0.12).
 VERSIONS = {"2.2": "2.2.0.dev0"}
-BF16_MOMENTS_SINCE = (2, 3)  # pytorch/optimizers/fused_adam.py:136
 
 
 class QuantizedTensor(Tensor):
@@ -331,9 +332,10 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 
 
-def install() -> None:
-    """Put the modules in place, once, before NeMo or Megatron-Core is imported."""
+def install(version: str) -> None:
+    """Put the modules in place, once, before Megatron-Core is imported; they are of a stack's version ("2.2")."""
     if getattr(sys.modules.get(TE), "is_stand_in", False):
+        _set_version(version)
         return
     assert "megatron.core" not in sys.modules, "Megatron-Core has looked for Transformer Engine already"
     for name, content in MODULES.items():
@@ -345,11 +347,10 @@ def install() -> None:
         parent, _, leaf = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], leaf, module)
+    _set_version(version)
 
 
-def set_version(version: str) -> None:
-    """Have Transformer Engine be of a stack's version ("2.2") for NeMo and Megatron-Core."""
-    from megatron.core import utils
-
+def _set_version(version: str) -> None:
     sys.modules[TE].__version__ = VERSIONS.get(version, f"{version}.0")  # type: ignore[attr-defined]
-    utils._te_version = None  # utils.py:259 keeps the first answer
+    if "megatron.core.utils" in sys.modules:
+        sys.modules["megatron.core.utils"]._te_version = None  # utils.py:259 keeps the first answer

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from recipes.environment import variables
 from recipes.plan import Plan
 
 META = torch.device("meta")
@@ -37,9 +38,10 @@ class Stream:
 
 @contextmanager
 def as_rank(plan: Plan, rank: int) -> Iterator[None]:
-    """Be `rank` of the plan's job while NeMo builds it."""
+    """Be `rank` of the plan's job while NeMo builds it, with the job's environment variables."""
     node = plan.gpu.devices_per_node if plan.num_gpus > plan.gpu.devices_per_node else plan.num_gpus
-    variables = {
+    environment = {
+        **{variable.name: variable.value for variable in variables(plan)},
         "RANK": rank,
         "WORLD_SIZE": plan.num_gpus,
         "LOCAL_RANK": rank % node,
@@ -66,7 +68,7 @@ def as_rank(plan: Plan, rank: int) -> Iterator[None]:
 
     capability = tuple(int(part) for part in (plan.gpu.compute_capability or "0.0").split("."))
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {name: str(value) for name, value in variables.items()}))
+        stack.enter_context(patch.dict(os.environ, {name: str(value) for name, value in environment.items()}))
         for where, name, value in (
             (dist, "init_process_group", init_fake),
             (dist, "new_group", new_fake),
