@@ -35,12 +35,16 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def our_uses() -> list[Use]:
-    """Return what recipes/ uses of upstream packages."""
+    """Return what recipes/ uses of upstream packages in the containers.
+
+    A rehearsal runs in this project's own environment alone, where tests/recipes/test_rehearse.py runs it.
+    """
     declared = read("types.yaml")
     fields = ("names", "attributes", "returns", "mixed_into", "reached")
     types = Types(frozenset(declared["packages"]), **{key: declared[key] for key in fields})
     _add_recipes(types)
-    files = sorted((ROOT / "recipes").rglob("*.py"))
+    rehearsal = ROOT / "recipes" / "training" / "rehearsal"
+    files = sorted(path for path in (ROOT / "recipes").rglob("*.py") if rehearsal not in path.parents)
     texts = [Use(text, "text", where) for where, text in declared["texts"].items()]
     return [*collect(ROOT, files, types), *texts, *_schedules(declared["schedules"])]
 

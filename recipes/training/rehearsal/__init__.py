@@ -61,7 +61,8 @@ def _refusals(plan: Plan, rank: int) -> Iterator[None]:
         raise
     except Exception as error:
         cell = f"{plan.model.name} in {plan.precision.name} on {plan.num_gpus} {plan.gpu.name}"
-        text = one_line(str(error).strip().split("\n")[0])[:300] or type(error).__name__
+        line = str(error).strip().split("\n")[0].partition(" when instantiating ")[0]
+        text = one_line(line)[:300] or type(error).__name__
         remedy = "change what it names in the plan; the job would end with it on the cluster"
         raise InputError(f"{cell}: rank {rank} cannot be built: {text} ({_where(error)}); {remedy}") from error
 
