@@ -15,6 +15,7 @@ from recipes.flops import flops_per_token, mfu, peak_tflops
 
 FAR = 1.25  # by how much a printed rate may differ from ours: rounding, evaluations in the time, another count of FLOPs
 COUNTS = {"step_time_s": "step time", "tokens_per_s": "tokens/s per GPU", "tflops": "TFLOP/s per GPU"}
+LOW_MFU = 0.002  # a share of the peak; a thousandth of what is usual is a step time in another unit
 MOST_MEMORY = 1.05  # of what the GPU's data sheet says: GB and GiB
 
 
@@ -35,6 +36,7 @@ def refuse_impossible(log: Log, planned: Planned) -> None:
     if "step_time_s" in printed:
         rate = plan.tokens_per_step / plan.num_gpus / printed["step_time_s"]
         _refuse_rates(log, planned, rate, printed)
+        _note_unit(log, planned, rate, printed["step_time_s"])
     elif "tokens_per_s" in printed:
         _refuse_rates(log, planned, printed["tokens_per_s"], printed)
 
@@ -51,7 +53,11 @@ def _refuse_rates(log: Log, planned: Planned, rate: float, printed: dict[str, fl
     plan = planned.plan
     theirs = printed.get("tokens_per_s")
     if theirs is not None and not rate / FAR <= theirs <= rate * FAR:
-        raise InputError(f"the log prints {theirs:,.0f} tokens/s per GPU, and its step time gives {rate:,.0f}: {_cause(planned, theirs / rate)}")
+        total = abs(theirs / rate / plan.num_gpus - 1) < FAR - 1 and plan.num_gpus > 1
+        cause = f"that is the rate of all {plan.num_gpus} GPUs together, or " if total else ""
+        raise InputError(
+            f"the log prints {theirs:,.0f} tokens/s per GPU, and its step time gives {rate:,.0f}: {cause}{_cause(planned, theirs / rate)}"
+        )
     low, high = (rate * flops_per_token(plan.model, plan.seq_length, causal) / 1e12 for causal in (True, False))
     theirs = printed.get("tflops")
     if theirs is not None and not low / FAR <= theirs <= high * FAR:
@@ -62,6 +68,18 @@ def _refuse_rates(log: Log, planned: Planned, rate: float, printed: dict[str, fl
     if share > 1:
         above = f"an MFU of {share:.0%} of {plan.gpu.name}'s {peak:g} TFLOP/s"
         raise InputError(f"the step time gives {above}, which is impossible: {_cause(planned, 1 / share, 'at least')}")
+
+
+def _note_unit(log: Log, planned: Planned, rate: float, seconds: float) -> None:
+    """Say where a step time would be a usual one in milliseconds and is none in seconds."""
+    plan = planned.plan
+    peak = peak_tflops(plan.gpu, plan.precision)
+    share = mfu(rate, plan.model, plan.seq_length, True, peak) if peak else 1.0
+    if share < LOW_MFU and LOW_MFU < 1000 * share < 1:
+        log.said.append(
+            f"step times of {seconds:,.0f} s give an MFU of {share:.2g} of {plan.gpu.name}'s peak, milliseconds {1000 * share:.0%}; "
+            "if the source has milliseconds, name its column step_time_ms"
+        )
 
 
 def _cause(planned: Planned, share: float, about: str = "about") -> str:

@@ -172,6 +172,8 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     validated[list(scanner.validated)] = True
     kept = one_stream(names, who, columns["step"], columns["loss"], log.said)
     keep_rows(columns, kept)
+    if scanner.epoch and log.total and columns["step"].max(initial=0) > log.total:
+        log.total = None  # it counts an epoch's steps
     put_units(log)
     last = float(columns["step"][-1]) if columns["step"].size else 0.0
     for name, key, pairs in (("heldout", "heldout_loss", scanner.heldout), ("test", "test_loss", scanner.test)):

@@ -113,6 +113,10 @@ DERIVED = (  # names that give a key of the plan together with others
     "cpu_offloading_num_layers",
     "tp_comm_overlap",
     "optimizer",
+    "num_experts",
+    "num_moe_experts",
+    "multi_latent_attention",
+    "fp4",
 )
 NAMES = frozenset([*INTEGERS, *NUMBERS, *DERIVED, *ALIASES])
 ENUMS = frozenset({"fp8", "fp8_recipe", "cuda_graph_impl"})  # may be printed with their type: Fp8Recipe.tensorwise
@@ -337,6 +341,14 @@ def _number_of_gpus(facts: Facts) -> Iterator[tuple[str, Stated]]:
 
 def _shape(facts: Facts) -> Iterator[tuple[str, Stated]]:
     """Megatron-LM prints num_query_groups=1 also where it is not used (group_query_attention False)."""
+    for name in ("num_experts", "num_moe_experts"):
+        for stated in facts._read(name, int):
+            if int(stated.value) > 1:
+                raise InputError(
+                    f"the log states {stated.words}: a mixture of experts, which no model of this project is; import a dense model's run"
+                )
+    if facts.is_on("multi_latent_attention"):
+        raise InputError("the log states multi_latent_attention, which no model of this project has; import another model's run")
     if facts.is_on("group_query_attention") is not False:
         for stated in facts._read("num_query_groups", int):
             yield "model.num_query_groups", stated
@@ -372,6 +384,9 @@ def _precision(facts: Facts) -> Iterator[tuple[str, Stated]]:
     """FP8's recipe has its default printed where FP8 is off, so it counts only where it is on."""
     if facts.is_on("fp16"):
         raise InputError("the log states fp16, which no precision of this project is; import a run in BF16 or FP8")
+    for value, words in facts.values("fp4"):
+        if value not in OFF:
+            raise InputError(f"the log states {words}, which no precision of this project is; import a run in BF16 or FP8")
     for value, words in facts.values("precision"):
         if value in PRESETS:
             yield "precision", Stated(PRECISIONS[PRESETS[value]], words)

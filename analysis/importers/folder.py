@@ -43,15 +43,20 @@ class Vouched:
 def metrics_of(log: Log, plan: Plan) -> dict[str, Array]:
     """Return the training columns of metrics.jsonl; tokens are those of the samples where the log counts them."""
     steps = log.steps
-    samples = steps.get("samples", np.full(steps["step"].size, np.nan))
-    tokens = np.where(np.isnan(samples), steps["step"] * plan.tokens_per_step, samples * plan.seq_length)
+    tokens = steps["step"] * plan.tokens_per_step
+    if (samples := steps.get("samples")) is not None:
+        np.copyto(tokens, samples * plan.seq_length, where=~np.isnan(samples))
     return {"step": steps["step"], "tokens": tokens, **{k: v for k, v in steps.items() if k not in UNWRITTEN}}
 
 
 def add_step_times(log: Log, planned: Planned) -> None:
     """Where a log prints tokens/s per GPU and no step time (torchtitan), that follows from the plan's tokens and GPUs."""
     rate, assumed = log.steps.get("tokens_per_s"), {*SCALE, "seq_length"}.intersection(planned.assumed)
-    if "step_time_s" in log.steps or rate is None or assumed or not (rate > 0).all():
+    if "step_time_s" in log.steps or rate is None or not (rate > 0).all():
+        return
+    if assumed:
+        ask = " ".join(f"{key}=…" for key in sorted(assumed))
+        log.said.append(f"the log prints tokens/s per GPU and no step time, which follows from it with --set {ask}")
         return
     log.steps["step_time_s"] = planned.plan.tokens_per_step / planned.plan.num_gpus / rate
     log.said.append("step times follow from the tokens/s per GPU that the log prints")

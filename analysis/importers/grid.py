@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from analysis.metrics import Array
 from recipes.errors import InputError
 
+PART = 1 << 18  # steps looked at at a time
 SHOWN = 5  # steps or gaps that a message names
 
 
@@ -37,15 +38,28 @@ class Stretch:
 
 def last_word(steps: Array) -> NDArray[np.bool_]:
     """Return which of n lines survive: those that no later line has the step of, or an earlier one."""
-    if not steps.size:
-        return np.zeros(0, dtype=bool)
+    if not _falls(steps).size:
+        return np.ones(steps.size, dtype=bool)
     later = np.minimum.accumulate(steps[::-1])[::-1]
     return steps < np.append(later[1:], np.inf)
 
 
 def restarts(steps: Array) -> list[int]:
     """Return the steps from which a log goes on after it went back."""
-    return [int(steps[i]) for i in np.flatnonzero(np.diff(steps) <= 0) + 1]
+    return [int(steps[i]) for i in _falls(steps)]
+
+
+def _falls(steps: Array) -> NDArray[np.intp]:
+    """Return the places of the steps that do not lie beyond the one before."""
+    return np.flatnonzero(steps[1:] <= steps[:-1]) + 1
+
+
+def _turns(steps: Array) -> NDArray[np.intp]:
+    """Return the places i > 0 where the gap from step i to the next is not the one before; in parts, for millions of steps."""
+    found = []
+    for start in range(0, max(steps.size - 2, 1), PART):
+        found.append(np.flatnonzero(np.diff(steps[start : start + PART + 2], 2)) + start + 1)
+    return np.concatenate(found)
 
 
 def refuse_two_runs(steps: Array, total: int | None) -> None:
@@ -54,8 +68,8 @@ def refuse_two_runs(steps: Array, total: int | None) -> None:
     Where nothing states the end, it is the last step of all.
     """
     ends_at = total or int(steps.max())
-    for i in np.flatnonzero(np.diff(steps) < 0) + 1:
-        if steps[i] == steps[0] and steps[i - 1] >= ends_at:
+    for i in _falls(steps):
+        if steps[i] == steps[0] < steps[i - 1] and steps[i - 1] >= ends_at:
             ends = f"one ends at step {int(steps[i - 1])} of {ends_at}"
             anew = f"steps begin anew at {int(steps[i])}"
             raise InputError(f"the log holds two runs: {ends}, and {anew}; split it, and import each")
@@ -66,14 +80,13 @@ def stretches_of(steps: Array, what: str) -> list[Stretch]:
     if steps.size < 3:
         every = int(steps[1] - steps[0]) if steps.size == 2 else 1
         return [Stretch(int(steps[0]), int(steps[-1]), every)]
-    gaps = np.diff(steps).astype(np.int64)
-    starts = np.append(0, np.flatnonzero(np.diff(gaps)) + 1)
-    counts = np.diff(np.append(starts, gaps.size))
+    starts = np.append(0, _turns(steps))
+    counts = np.diff(np.append(starts, steps.size - 1))
     if int((counts[counts > 1] + 1).sum()) * 2 < steps.size:
         raise InputError(f"the steps of the {what} follow no grid ({first_of(steps)}); a sampled or filtered export? import the whole of it")
     found = list[Stretch]()
     for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-        every, begin, end = int(gaps[start]), int(steps[start]), int(steps[start + count])
+        every, begin, end = int(steps[start + 1] - steps[start]), int(steps[start]), int(steps[start + count])
         if count == 1:  # from the end of one stretch to the beginning of the next, or to a step between them
             found += [] if found else [Stretch(begin, begin, every)]
             found.append(Stretch(end, end, every))

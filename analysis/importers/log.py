@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.importers.facts import Facts
-from analysis.importers.grid import SHOWN, Stretch, gaps_of, last_word, refuse_two_runs, restarts, stretches_of
+from analysis.importers.grid import PART, SHOWN, Stretch, gaps_of, last_word, refuse_two_runs, restarts, stretches_of
 from analysis.metrics import Array
 from recipes.errors import InputError
 
@@ -51,7 +51,7 @@ def settle(log: Log) -> Log:
     steps = log.steps.get("step", np.zeros(0))
     if not steps.size:
         raise InputError(f"no training step found in the {log.format}; its loss is what is compared; name another source or --format")
-    if not ((steps >= 1) & (steps < MOST_STEPS) & (steps == np.floor(steps))).all():
+    if not all(_are_steps(part) for part in np.array_split(steps, steps.size // PART + 1)):
         raise InputError(f"the {log.format} counts steps that are no whole numbers from 1; it was changed or is no training log; name another")
     refuse_two_runs(steps, log.total)
     _say_restarts(log, steps)
@@ -62,6 +62,15 @@ def settle(log: Log) -> Log:
         if kept:
             keep_rows(kept, last_word(kept["step"]) & (kept["step"] <= log.steps["step"][-1]))
     return log
+
+
+def _are_steps(steps: Array) -> bool:
+    return bool(((steps >= 1) & (steps < MOST_STEPS) & (steps == np.floor(steps))).all())
+
+
+def distinct(values: Array) -> Array:
+    """Return the different values of a column, in order; one that was made of a single value is not looked through."""
+    return values[:1] if values.strides == (0,) else np.unique(values)
 
 
 def put_units(log: Log) -> None:
@@ -123,6 +132,14 @@ def _fill_step_times(steps: dict[str, Array]) -> None:
         del steps["step_time_s"]
 
 
+def _not_finite(values: Array) -> NDArray[np.bool_]:
+    return ~np.isfinite(values)
+
+
+def _not_above_0(values: Array) -> NDArray[np.bool_]:
+    return ~(values > 0)
+
+
 def why_unsound(log: Log, planned: int) -> str:
     """Return why no number may be taken from a settled log, or ""."""
     steps = log.steps["step"]
@@ -133,6 +150,10 @@ def why_unsound(log: Log, planned: int) -> str:
     bad = steps[~np.isfinite(log.steps["loss"])] if "loss" in log.steps else steps[:0]
     if bad.size:
         return f"the loss is no finite number in {bad.size} step(s), first at step {int(bad[0])}"
+    for key, is_bad, what in (("grad_norm", _not_finite, "is no finite number"), ("step_time_s", _not_above_0, "is not above 0")):
+        bad = steps[is_bad(log.steps[key])] if key in log.steps else steps[:0]
+        if bad.size:
+            return f"{key} {what} in {bad.size} step(s), first at step {int(bad[0])}"
     if gaps := gaps_of(log.stretches):
         return "; ".join(gaps[:SHOWN]) + (f"; and {len(gaps) - SHOWN} more gaps" if len(gaps) > SHOWN else "")
     last = log.stretches[-1]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from analysis.importers.facts import ALL_LAYERS
-from analysis.importers.log import Log
+from analysis.importers.log import Log, distinct
 from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.mapping_rules import batch_divides, heads_divide, layers_per_stage, tensor_parallel_divides
@@ -108,13 +108,13 @@ def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 def _from_columns(log: Log) -> list[tuple[str, str, str]]:
     """Return what the training lines themselves state: the sequence length, and the global batch."""
-    lengths = np.unique(log.steps.get("seq_length", np.zeros(0)))
+    lengths = distinct(log.steps.get("seq_length", np.zeros(0)))
     length = [("seq_length", f"{int(lengths[0])}", f"sequence length {int(lengths[0])}")] if lengths.size == 1 and lengths[0] >= 1 else []
     return [*length, *_batch_of(log)]
 
 
 def _batch_of(log: Log) -> list[tuple[str, str, str]]:
-    batches = np.unique(log.steps.get("global_batch", np.zeros(0)))
+    batches = distinct(log.steps.get("global_batch", np.zeros(0)))
     batches = batches[np.isfinite(batches)]
     if batches.size > 1:
         log.said.append("the global batch changes during the run; the plan holds one, and tokens are those of the samples where they are printed")
