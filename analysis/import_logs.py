@@ -1,8 +1,9 @@
 """`python -m analysis.import_logs SOURCE… --out RUN --set model=… gpu=…`: a run folder from what you have.
 
 Sources, told by their content (docs/imports.md lists what each gives):
-console logs of NeMo 1 and 2, Megatron-LM, Megatron-Bridge, Megatron-DeepSpeed and torchtitan (also .gz, .bz2, .xz),
-TensorBoard event files or their folder and its downloads, W&B offline runs, exports and API rows, DLLogger's files, CSV.
+console logs of NeMo 1 and 2, Megatron-LM, Megatron-Bridge, Megatron-DeepSpeed, torchtitan and ten more harnesses (also
+.gz, .bz2, .xz, .zst), TensorBoard event files or their folder and its downloads, W&B offline runs, exports and API rows,
+DLLogger's files, Hugging Face's trainer_state.json, CSV.
 Several sources are one run: the parts of a log that was continued, in their order.
 
 The log is asked first: what it states is taken from it, and a --set that says otherwise is refused.  What it does not

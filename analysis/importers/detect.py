@@ -6,15 +6,12 @@ A format is a name and a reader: files of one run in, and out what they state an
 from __future__ import annotations
 
 import functools
-import gzip
-import lzma
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis.importers import console, tables, tensorboard, wandb
-from analysis.importers.lines import opened
+from analysis.importers.lines import damages, opened
 from analysis.importers.log import Log
 from analysis.importers.records import Vocabulary
 from recipes.errors import InputError
@@ -113,7 +110,7 @@ def _head(file: Path) -> bytes:
     try:
         with opened(file) as raw:
             return raw.read(4096)
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
+    except damages():
         return b""  # what is damaged is said where it is read
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); name a file that is there") from None

@@ -9,10 +9,12 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import importlib
 import io
 import lzma
 import math
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from recipes.errors import InputError
 
 BLOCK = 1 << 18  # characters read at a time
 LONGEST = 1 << 20  # characters of a line
+WINDOW = 1 << 27  # bytes that Zstandard may look back, its own limit without --long
 ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # srun --label "0: ", nemo-run "name/0 ", torchrun "[default0]:", Slurm tools "[host:3]:"
 RANK = re.compile(r"^\s*(\d{1,6}): |/(\d{1,6})\s|\[(?:default|rank|[\w.-]{1,64}:)(\d{1,6})\]:?")
@@ -29,7 +32,7 @@ Rank = tuple[int, ...]
 
 
 def opened(path: Path) -> IO[bytes]:
-    """Return a file's bytes, unpacked where it is compressed (gzip, bzip2, xz)."""
+    """Return a file's bytes, unpacked where it is compressed (gzip, bzip2, xz, and Zstandard with its package)."""
     file = path.open("rb")
     head = file.peek(6)[:6]
     if head.startswith(b"\x1f\x8b"):
@@ -39,8 +42,24 @@ def opened(path: Path) -> IO[bytes]:
     if head.startswith(b"\xfd7zXZ"):
         return cast(IO[bytes], lzma.LZMAFile(file))
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise InputError(f"{path} is compressed with Zstandard, which is not read; unpack it first (zstd -d)")
+        return _zstandard(file, path)
     return file
+
+
+def _zstandard(file: IO[bytes], path: Path) -> IO[bytes]:
+    try:
+        package = importlib.import_module("zstandard")
+    except ImportError:
+        remedy = "pip install zstandard, or unpack it first (zstd -d)"
+        raise InputError(f"{path} is compressed with Zstandard, whose package is not installed; {remedy}") from None
+    unpacked = package.ZstdDecompressor(max_window_size=WINDOW).stream_reader(file, read_across_frames=True, closefd=True)
+    return cast(IO[bytes], unpacked)
+
+
+def damages() -> tuple[type[Exception], ...]:
+    """Return the errors of compressed files that are damaged."""
+    package = sys.modules.get("zstandard")
+    return (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, *([package.ZstdError] if package else []))
 
 
 def blocks_of(path: Path) -> Iterator[str]:
@@ -54,7 +73,7 @@ def blocks_of(path: Path) -> Iterator[str]:
             text = io.TextIOWrapper(buffered, encoding=_encoding(buffered.peek(4)[:4]), errors="replace")
             for block in _whole_lines(text):
                 yield ANSI.sub("", block) if "\x1b" in block else block
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
+    except damages():
         raise InputError(f"{path} is compressed and damaged; its end cannot be read; copy it again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); name a log file that is there") from None

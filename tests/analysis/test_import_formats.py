@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -324,13 +325,33 @@ def test_megatrons_and_bridges_memory_reports(tmp_path: Path) -> None:
         assert load_run(tmp_path / name).manifest["imported"]["reserved_gb"] == pytest.approx(73.4, abs=1e-3)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def zstandard(text: bytes) -> bytes:
+    """Compress as two frames, as pzstd and appended files are."""
+    package = pytest.importorskip("zstandard")
+    half = len(text) // 2
+    return bytes(package.compress(text[:half]) + package.compress(text[half:]))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_compression_and_line_ends(pack: Callable[[bytes], bytes], end: str, tmp_path: Path) -> None:
     text = end.join(["2026-03-04T08:00:00.123Z " + line for line in nemo(32, 0.84)]) + end
     (tmp_path / "log").write_bytes(pack(text.encode()))
     assert main(command(tmp_path / "log", tmp_path / "run", TINY)) == 0
     assert len(load_run(tmp_path / "run").steps["loss"]) == STEPS
+
+
+def test_zstandards_package_is_named_where_it_is_missing_and_damage_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.zst").write_bytes(b"\x28\xb5\x2f\xfd" + b"\xff" * 50)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "zstandard", None)
+        assert main(command(tmp_path / "log.zst", tmp_path / "run", TINY)) == 2
+    assert "pip install zstandard, or unpack it first (zstd -d)" in capsys.readouterr().err
+    pytest.importorskip("zstandard")
+    assert main(command(tmp_path / "log.zst", tmp_path / "run", TINY)) == 2
+    assert "compressed and damaged" in capsys.readouterr().err
 
 
 def test_a_line_of_a_gigabyte_does_not_fill_the_memory(tmp_path: Path) -> None:
