@@ -69,7 +69,7 @@ def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Planned:
     if not NAME.fullmatch(out.name):
         raise InputError(f"{out.name[:80]!r} is no name for a run; use letters, digits, '.', '_' and '-' in --out")
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    stated, words = _stated(log, given)
+    stated, words, several = _stated(log, given)
     _ask_for_axes(stated, given)
     early = {key: value for key, value in stated.items() if key not in given and not key.startswith(AFTER)}
     assumed = [
@@ -82,13 +82,16 @@ def plan_of(log: Log, overrides: Sequence[str], out: Path) -> Planned:
         raise InputError(f"the log states FP8 ({fp8}), --set precision={plan.precision.name}; set the precision that ran")
     for key, value in stated.items():
         _agrees(log, plan, key, value, words[key], given)
+    for key, values in several.items():
+        _is_one_of(plan, key, values)
+        log.said.append(f"the log states {key} as {' and '.join(values)}: --set chooses, and part of the log is of another plan")
     if plan.train.max_steps < log.steps["step"][-1]:
         raise InputError(f"the log goes to step {int(log.steps['step'][-1])}, the plan to {plan.train.max_steps}; set train.max_steps to the run's")
     return Planned(plan.model_copy(update={"run_name": out.name, "runs_dir": str(out.parent)}), stated, assumed)
 
 
-def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return one value for each key that the log states, and the log's words for it."""
+def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str], dict[str, list[str]]]:
+    """Return one value for each key that the log states, its words for it, and the values among which --set chooses."""
     found = log.facts.stated()
     if log.total:
         found["train.max_steps"] = {f"{log.total}": f"{log.total} steps"}
@@ -97,13 +100,14 @@ def _stated(log: Log, given: set[str]) -> tuple[dict[str, str], dict[str, str]]:
             log.said.append(f"the log's settings state {key} as {' and '.join(others)}, its lines {value}: the lines count")
         found[key] = {value: what}
     for key, values in list(found.items()):
-        if len(values) > 1 and key.startswith(MAY_CHANGE):
+        if len(values) > 1 and key.startswith(MAY_CHANGE) and key not in given:
             del found[key]
             log.said.append(f"the log states {key} as {' and '.join(values)}; the plan has neither")
         elif len(values) > 1 and key not in given:
             raise InputError(f"the log states {key} as {' and '.join(values)} ({'; '.join(values.values())}); choose one with --set {key}=…")
     chosen = {key: next(iter(values)) for key, values in found.items() if len(values) == 1}
-    return chosen, {key: next(iter(found[key].values())) for key in chosen}
+    several = {key: list(values) for key, values in found.items() if len(values) > 1}
+    return chosen, {key: next(iter(found[key].values())) for key in chosen}, several
 
 
 def _from_columns(log: Log) -> list[tuple[str, str, str]]:
@@ -155,7 +159,7 @@ def _completed(plan: Plan, stated: dict[str, str], given: set[str]) -> Plan:
     update: dict[str, Any] = {}
     if "mapping.recompute_layers" in stated and "mapping.recompute_layers" not in given:
         layers = int(stated["mapping.recompute_layers"])
-        graphs = plan.mapping.cuda_graphs and not layers
+        graphs = plan.mapping.cuda_graphs and (not layers or "mapping.cuda_graphs" in given)
         update["mapping"] = plan.mapping.model_copy(update={"recompute_layers": layers, "cuda_graphs": graphs})
     fp8 = plan.precision.fp8
     if fp8 is not None:
@@ -177,14 +181,24 @@ def _agrees(log: Log, plan: Plan, key: str, value: str, words: str, given: set[s
     ours = _scaling_name(plan, value) if key == "precision" else _value(plan, key)
     if ours is None or _same(key, value, ours, plan):
         return
-    if key in NOTED:
+    if key in NOTED and key not in given:
         log.said.append(f"the log states {words}, and {plan.model.name} has {key}={ours}")
         return
-    if key.startswith("model."):
+    if key.startswith("model.") and key not in NOTED:
         remedy = f"name the model that ran{_model_of(log)}, or set {key}={value} for one that was changed"
         raise InputError(f"the log states {key}={value} ({words}), the plan {key}={ours} (model={plan.model.name}); {remedy}")
     wrong = f"--set {key}={ours}" if key in given else f"the plan {key}={ours}"
     raise InputError(f"the log states {key}={value} ({words}), {wrong}; leave it out of --set, or name the log that belongs to it")
+
+
+def _is_one_of(plan: Plan, key: str, stated: Sequence[str]) -> None:
+    """Raise InputError where --set chooses a value that the log, which states several, does not."""
+    if ALL_LAYERS in stated:
+        return
+    found = {value: _scaling_name(plan, value) if key == "precision" else _value(plan, key) for value in stated}
+    if not any(ours is None or _same(key, value, ours, plan) for value, ours in found.items()):
+        ours = next(iter(found.values()))
+        raise InputError(f"the log states {key} as {' and '.join(stated)}, --set {key}={ours}; choose one of the log's")
 
 
 def _scaling_name(plan: Plan, value: str) -> str:

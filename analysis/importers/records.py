@@ -227,6 +227,8 @@ class Vocabulary:
         if self.loss_key is not None:
             if self.loss_key not in names:
                 raise InputError(f"no {self.loss_key!r} found in the {what}, which --loss-key names; it holds {_listed([*names, *self.others])}")
+            if "samples" in spelled(self.loss_key):
+                raise InputError(f"{self.loss_key} is logged by consumed samples, and runs are compared by steps; name a loss that has steps")
             near = max((_plain(names - {self.loss_key}), *FAMILIES), key=lambda family: len(names & family.columns.keys()))
             return replace(near, loss=(self.loss_key,))
         if {"loss", "fp8_gemms"} <= names:  # our callback's names stand beside NeMo's in one log
@@ -332,9 +334,9 @@ def _columns(records: list[Record], family: Family) -> dict[str, Array]:
 
 
 def _time_steps(log: Log) -> None:
-    """Where no step times were logged, the clock between records tells them, evaluations and pauses included."""
+    """Where neither tokens/s nor step times were logged, the clock between records tells them, evaluations and pauses included."""
     clock = log.steps.pop(TIME, None)
-    if "step_time_s" in log.steps or clock is None or np.isnan(clock).any() or clock.size < 2:
+    if log.steps.keys() & {"step_time_s", "tokens_per_s"} or clock is None or np.isnan(clock).any() or clock.size < 2:
         return
     took = np.diff(clock) / np.maximum(np.diff(log.steps[STEP]), 1)
     log.steps["step_time_s"] = np.concatenate([took[:1], took])

@@ -252,6 +252,8 @@ FAMILIES = [
     ({"loss_metrics/global_avg_loss": LOSS, "time_metrics/end_to_end(s)": 0.84, "memory/max_reserved(GiB)": 45.2}, 1),
     ({"lm loss": LOSS, "iteration-time": 0.84, "mem-max-allocated-bytes": 65e9, "world-size": 8.0}, 1),
     ({"reduced_train_loss": LOSS, "train_step_timing in s": 0.84, "max_memory_allocated": 65e9}, 0),
+    ({"learning/loss": LOSS, "perf/step_time_seconds": 0.84, "perf/per_device_tokens_per_sec": 4876.2}, 0),
+    ({"train/CE loss": LOSS, "throughput/device/TPS": 8192 / 0.84}, 1),
 ]
 
 
@@ -259,7 +261,9 @@ FAMILIES = [
 def test_tensorboard_tags_of_each_family(tags: dict[str, Any], first: int, tmp_path: Path) -> None:
     filled = {tag: values if isinstance(values, list) else [values] * STEPS for tag, values in tags.items()}
     events = tensorboard(tmp_path / "events", filled, first)
-    assert main(command(events, tmp_path / "run", TINY)) == 0
+    scale = ["num_gpus=16", "mapping.global_batch=16", "seq_length=8192"] if "throughput/device/TPS" in tags else []
+    sets = ["model=llama3_8b", "precision=bf16", "gpu=h100", *scale] if scale else TINY
+    assert main(command(events, tmp_path / "run", sets)) == 0
     check(tmp_path / "run", 1e-5)
     run = load_run(tmp_path / "run")
     assert run.manifest["imported"]["memory_gb"] == (pytest.approx(65) if any("alloc" in tag for tag in tags) else None)
@@ -383,6 +387,7 @@ UNREADABLE: list[tuple[str, Sequence[str], str]] = [
     ("log", ["nothing here"], "no line names a loss; name another log"),
     ("log", ["Epoch 3 - batch 7, my loss 4.5"], "its first line with a loss is 'Epoch 3 - batch 7, my loss 4.5'; name another"),
     ("log", ["{'loss': 9.5, 'epoch': 0.1}"] * 3, "import the run's trainer_state.json, which has the steps"),
+    ("t.csv", ["step,samples_loss", "1,2"], "samples_loss is logged by consumed samples"),
     ("t.csv", ["run_name,step,loss", "a,1,2", "b,1,2"], "holds several runs (a, b, …); choose one with --run"),
     ("t.csv", ["step,loss", *(f"{i},2" for i in (1, 2, 3, 1, 2, 3))], "holds two runs: one ends at step 3 of 3"),
 ]
@@ -392,7 +397,8 @@ UNREADABLE: list[tuple[str, Sequence[str], str]] = [
 def test_what_cannot_be_read_names_what_was_found(
     name: str, lines: Sequence[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(write(tmp_path / name, lines), tmp_path / "run", TINY)) == 2
+    key = ["--loss-key", "samples_loss"] if "samples" in says else []
+    assert main(command(write(tmp_path / name, lines), tmp_path / "run", TINY, *key)) == 2
     assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

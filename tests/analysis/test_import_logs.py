@@ -244,6 +244,8 @@ UNSOUND = [
     (lambda x: [*x[:20], x[20][:180] + x[21], *x[22:]], "steps 21 to 22 are missing"),
     (lambda x: [*x[:20], x[20].replace("lm loss: ", "lm loss: x"), *x[21:]], "step 21 is missing"),
     (lambda x: [*x[:20], x[20].replace("E+00 | loss", "E+999 | loss"), *x[21:]], "the loss is no finite number in 1 step(s), first at step 21"),
+    (lambda x: [*x[:20], x[20].replace("grad norm: 0.512", "grad norm: inf"), *x[21:]], "grad_norm is no finite number in 1 step(s)"),
+    (lambda x: [*x[:20], x[20].replace("(ms): 171.2", "(ms): 0.0"), *x[21:]], "step_time_s is not above 0 in 1 step(s), first at step 21"),
 ]
 
 

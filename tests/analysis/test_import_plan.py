@@ -105,6 +105,9 @@ IMPOSSIBLE = [
     (["+ torchrun --nproc_per_node 8 --nnodes=$NODES x.py"], nemo(256, 10.4, TFLOPS_per_GPU=758.1), SEVENTY_B, "nothing states num_gpus"),
     (["+ torchrun --nproc_per_node 8 --nnodes 8:16 x.py"], nemo(256, 10.4, TFLOPS_per_GPU=758.1), SEVENTY_B, "nothing states num_gpus"),
     (arguments(**F04, fp16=True), megatron(64, 7.424), EIGHT_B, "the log states fp16"),
+    (arguments(**F04, fp4="e2m1"), megatron(64, 7.424), EIGHT_B, "the log states fp4 e2m1"),
+    (arguments(**F04, num_experts=8), megatron(64, 7.424), EIGHT_B, "num_experts 8: a mixture of experts"),
+    (LIGHTNING, nemo(256, 10.4, tokens_per_sec_per_gpu=1573.0 * 128), SEVENTY_B, "that is the rate of all 128 GPUs together, or"),
 ]
 
 
@@ -166,6 +169,70 @@ def test_a_setting_that_contradicts_the_log_is_refused_with_both_values(
     lines = [*arguments(**stated), *megatron(64, 7.424)]
     said = refused(lines, ["model=llama3_8b", "gpu=h100", *sets], tmp_path, capsys)
     assert f"the log states {says}" in said
+
+
+EVERYTHING = {
+    **TENSORWISE,
+    "world_size": 32,
+    "fp8_recipe": "delayed",
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "context_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": 4,
+    "train_iters": 40,
+    "lr_warmup_iters": 5,
+    "eval_interval": 10,
+    "eval_iters": 4,
+    "seed": 7,
+    "lr": 3e-4,
+    "min_lr": 3e-5,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "rotary_base": 500000,
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "vocab_size": 128256,
+    "use_custom_fsdp": False,
+    "enable_cuda_graph": False,
+    "cpu_offloading": False,
+    "tp_comm_overlap": False,
+    "recompute_granularity": "full",
+    "recompute_method": "block",
+    "recompute_num_layers": 2,
+    "fp8_param_gather": True,
+    "fp8_margin": 0,
+    "fp8_amax_history_len": 1024,
+    "fp8_amax_compute_algo": "max",
+}
+OTHERWISE = {"precision": "fp8_current", "precision.fp8.format": "e4m3", "model.activation": "squared_relu",
+             "precision.fp8.amax_compute_algo": "most_recent", "mapping.global_batch": "128", "num_gpus": "64"}  # fmt: skip
+
+
+def test_every_setting_that_contradicts_what_a_log_states_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each key of the plan that Megatron-LM's arguments state, one at a time, the manifest says which those are."""
+    lines = [*arguments(**EVERYTHING), *megatron(64, 7.424)]
+    gpu = ["model=llama3_8b", "gpu=h100"]
+    assert main(command(write(tmp_path / "log", lines), tmp_path / "all", gpu)) == 0
+    stated = json.loads((tmp_path / "all" / "manifest.json").read_text())["imported"]["stated"]
+    assert len(stated) >= 36
+    for key, value in stated.items():
+        on = {"true": "false", "false": "true"}.get(value)
+        other = OTHERWISE.get(key) or on or (f"{2 * int(value) or 1}" if value.isdigit() else f"{float(value) / 2:g}")
+        said = refused(lines, [*gpu, f"{key}={other}"], tmp_path, capsys)
+        assert f"{key}={value}" in said and "the log states" in said and said.lower().count(f"{key}=") >= 2, said
+
+
+TWO_WORLDS = [*arguments(**F04), *megatron(64, 7.424)[:20], *arguments(**{**F04, "world_size": 16}), *megatron(64, 7.424)[15:]]
+
+
+def test_a_setting_chooses_only_among_what_a_log_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that was requeued on other nodes."""
+    assert "as 8 and 16 (world_size 8; world_size 16); choose one" in refused(TWO_WORLDS, EIGHT_B, tmp_path, capsys)
+    assert "as 8 and 16, --set num_gpus=32; choose one of the log's" in refused(TWO_WORLDS, [*EIGHT_B, "num_gpus=32"], tmp_path, capsys)
+    assert main(command(tmp_path / "log", tmp_path / "run", [*EIGHT_B, "num_gpus=16"])) == 0
+    assert "--set chooses, and part of the log is of another plan" in capsys.readouterr().out
 
 
 def test_a_log_that_states_all_but_model_and_gpu_needs_no_more(tmp_path: Path) -> None:
