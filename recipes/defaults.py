@@ -64,6 +64,12 @@ def _row(tree: Tree) -> dict[str, str]:
     raise AssertionError("the last row fits any cell")
 
 
+def recommended_layout(tree: Tree) -> dict[str, int | bool]:
+    """Return the fields of the layout that a tree's recommended row has."""
+    row = _row(tree)
+    return {**{key: int(row[key] or 1) for key in SIZES}, **{key: row[key] == "1" for key in FLAGS}}
+
+
 def _mapping(tree: Tree) -> None:
     """Fill the layout from its recommended row; its source names the row, and what was given otherwise."""
     mapping = tree["mapping"]
@@ -72,8 +78,7 @@ def _mapping(tree: Tree) -> None:
         tree["num_gpus"] = _smallest(mapping)
     if given and mapping["source"] not in LOOKED_UP:
         return
-    row = _row(tree)
-    known = {**{key: int(row[key] or 1) for key in SIZES}, **{key: row[key] == "1" for key in FLAGS}}
+    row, known = _row(tree), recommended_layout(tree)
     changed = [key for key, value in known.items() if mapping[key] not in (None, value)]
     changed += ["num_gpus"] if tree["num_gpus"] not in (None, int(row["num_gpus"])) else []
     asked = {key for key in known if mapping[key] is not None}

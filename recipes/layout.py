@@ -2,8 +2,9 @@
 
 NVIDIA's recommended layouts were made for speed: gradients in BF16, no BF16 layers, a fused loss.  With
 settings for convergence some leave no room, or need more than there is.  `fitted` then takes the nearest
-layout (recipes.nearest) and `mapping.source` says what changed and why.  It changes nothing where a
-field of the layout was given, nor under settings that measure speed (`settings.layout`).
+layout (recipes.nearest) and `mapping.source` says what changed and why.  A field that was given stays as
+it is; one that differs from NVIDIA's makes the layout the user's own, which nothing changes.  Nor is one
+changed under settings that measure speed (`settings.layout`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from recipes.defaults import FOR_BF16, LOOKED_UP, fill
+from recipes.defaults import FLAGS, FOR_BF16, LOOKED_UP, SIZES, fill, recommended_layout
 from recipes.fit import fits, margin
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import differing, nearest
@@ -23,7 +24,7 @@ from recipes.plan import Plan
 from recipes.rules import BEFORE_MEMORY
 
 Tree = dict[str, Any]
-# Fields of the layout that memory depends on: who gives one has chosen the layout.
+# Fields of the layout that memory depends on: who changes one has chosen the layout.
 CHOSEN = (
     "tp",
     "pp",
@@ -48,11 +49,13 @@ def fitted(plan: Plan, tree: Tree, conf: Path) -> Plan:
         return plan
     sharing = _sharing(plan, tree, conf)
     plan = _without_graphs(plan, tree, sharing)
-    chosen = any(tree["mapping"].get(key) is not None for key in CHOSEN)
+    given = {key: tree["mapping"].get(key) for key in (*SIZES, *FLAGS) if tree["mapping"].get(key) is not None}
+    row = recommended_layout(tree)
+    chosen = any(given.get(key, row[key]) != row[key] for key in CHOSEN)
     deciding = sharing or [plan]
     if chosen or not _passes(plan) or all(map(fits, deciding)):
         return plan
-    found = nearest(plan, BEFORE_MEMORY, deciding)
+    found = nearest(plan, BEFORE_MEMORY, deciding, kept=given)
     return plan if found is None else _with_reason(plan, found, deciding)
 
 

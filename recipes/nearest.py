@@ -8,13 +8,14 @@ of the model, then both with all layers recomputed; and only then more GPUs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from recipes.fit import fits
 from recipes.mapping_rules import OFF, Rule, excluded
 from recipes.memory import layers_by_chunk
 from recipes.overlap import overlaps_tp, reopened
 from recipes.plan import Mapping, Plan
+from recipes.schedule import own_batch, takes_own_batch
 
 DOUBLINGS = tuple(2**i for i in range(7))
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -22,13 +23,21 @@ RESOLVED = {"source", "tp_overlap"}  # what a layout does not hold, or holds onl
 Others = Sequence[Plan]
 
 
-def nearest(plan: Plan, rules: Sequence[Rule], others: Others = (), times: Sequence[int] = (1,)) -> Plan | None:
+def nearest(
+    plan: Plan,
+    rules: Sequence[Rule],
+    others: Others = (),
+    times: Sequence[int] = (1,),
+    kept: Collection[str] = (),
+) -> Plan | None:
     """Return the plan in the nearest layout that the rules take and that fits; None where none does.
 
     `others` are plans that share the layout and decide in place of the plan.  `times`: how many times
-    the GPUs.
+    the GPUs.  `kept`: fields of the layout that stay as they are.
     """
     for candidate in itertools.chain.from_iterable(_layouts(plan, factor) for factor in times):
+        if any(getattr(candidate.mapping, key) != getattr(plan.mapping, key) for key in kept):
+            continue
         sharing = [_in_layout_of(candidate, other) for other in others or (plan,)]
         possible = not any(rule(each) for each in sharing for rule in rules)
         if possible and all(map(fits, sharing)):
@@ -37,8 +46,12 @@ def nearest(plan: Plan, rules: Sequence[Rule], others: Others = (), times: Seque
 
 
 def overrides(plan: Plan, changed: Plan) -> str:
-    """Return the overrides that make one plan the other, which differ in layout and GPUs alone."""
-    found = [f"mapping.{key}={_text(new)}" for key, (_, new) in differing(plan, changed).items()]
+    """Return the overrides that make one plan the other, which differ in layout and GPUs alone.
+
+    A batch that nobody named follows the layout and is not among them.
+    """
+    follows = {"global_batch"} if takes_own_batch(plan) and takes_own_batch(changed) else set[str]()
+    found = [f"mapping.{key}={_text(new)}" for key, (_, new) in differing(plan, changed).items() if key not in follows]
     more = [f"num_gpus={changed.num_gpus}"] if changed.num_gpus != plan.num_gpus else []
     return " ".join([*more, *found])
 
@@ -119,8 +132,8 @@ def _changed(plan: Plan, factor: int, **layout: int) -> Iterator[Plan]:
     if (same and factor == 1) or (uneven and mapping.pp > 1):
         return
     gpus = plan.num_gpus * factor
-    batches = dict.fromkeys((m.global_batch, m.global_batch * factor))
-    for batch in batches:
+    own = own_batch(plan.model_copy(update={"mapping": mapping, "num_gpus": gpus})) if takes_own_batch(plan) else None
+    for batch in [own] if own else dict.fromkeys((m.global_batch, m.global_batch * factor)):
         replicas = max(1, gpus // (mapping.tp * mapping.cp * mapping.pp))
         if batch % (mapping.micro_batch * replicas) == 0:
             final = mapping.model_copy(update={"global_batch": batch})

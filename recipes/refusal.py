@@ -11,6 +11,7 @@ from typing import Any
 
 from recipes.overlap import reopened, resolved
 from recipes.plan import Plan
+from recipes.schedule import own_batch, takes_own_batch
 
 Change = dict[str, Any]  # keys of the plan, as on a command line, and their new values
 
@@ -53,9 +54,13 @@ def changed(plan: Plan, change: Change) -> Plan:
 
 
 def with_batches(plan: Plan, change: Change) -> Iterator[tuple[Change, Plan]]:
-    """Yield the changed plan, and with the next global batch that its layout divides."""
+    """Yield the changed plan, and with the next global batch that its layout divides.
+
+    A batch that nobody named follows the layout, so that the change alone is enough.
+    """
     candidate = changed(plan, change)
-    yield change, candidate
+    batch = own_batch(candidate) if takes_own_batch(plan) and "mapping.global_batch" not in change else None
+    yield change, changed(plan, {**change, "mapping.global_batch": batch}) if batch else candidate
     m, replicas = candidate.mapping, candidate.data_parallel
     of = m.micro_batch * max(1, replicas) * (m.pp if m.vp > 1 else 1)
     if m.global_batch % of:

@@ -66,6 +66,23 @@ def fill_batch(tree: Tree, asked: Any) -> None:
     mapping["global_batch"] = own
 
 
+def own_batch(plan: Plan) -> int | None:
+    """Return the global batch that a plan of this layout takes where none is named.
+
+    None where that is the layout's, as in `fill_batch`.
+    """
+    m, own = plan.mapping, plan.model.convergence
+    published = own.batch_tokens if own else None
+    if published is None or plan.settings.batch == "layout" or plan.on_cpu:
+        return None
+    return nearest(published, plan.seq_length, batch_multiple(max(1, plan.data_parallel), m.micro_batch, m.pp, m.vp))
+
+
+def takes_own_batch(plan: Plan) -> bool:
+    """Whether the plan has the global batch that it would take where none is named."""
+    return plan.mapping.global_batch == own_batch(plan)
+
+
 def batch_multiple(data_parallel: int, micro_batch: int, pp: int, vp: int) -> int:
     """Return what a global batch must be a multiple of, in sequences; virtual stages need whole rounds of pp micro-batches."""
     return data_parallel * micro_batch * (pp if vp > 1 else 1)
@@ -109,6 +126,5 @@ def _batch_notes(plan: Plan, own: Convergence) -> list[str]:
     if published is None or plan.settings.batch == "layout" or plan.tokens_per_step == published:
         return []
     multiple = batch_multiple(plan.data_parallel, m.micro_batch, m.pp, m.vp)
-    fits = m.global_batch == nearest(published, plan.seq_length, multiple)
-    why = f" (the nearest multiple of {multiple} sequences)" if fits else ""
+    why = f" (the nearest multiple of {multiple} sequences)" if takes_own_batch(plan) else ""
     return [f"{plan.tokens_per_step:,} tokens per step{why}, published {published:,}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -84,11 +85,35 @@ def test_an_override_of_one_precision_leaves_the_shared_layout_alone() -> None:
 
 
 def test_a_layout_that_is_asked_for_is_not_changed() -> None:
-    plan = compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2"])
-    assert plan.mapping.recompute_layers == 0 and state(plan) == "tight"
+    asked = ["model=llama3_8b", "gpu=h100", "mapping.recompute_layers=1"]
+    plan = compose_plan(asked)
+    assert plan.mapping.recompute_layers == 1 and state(plan) == "tight"
     remedy = summary(plan, check_data(plan))["memory_gb_per_gpu"]["remedy"].removeprefix("use ").split(" (about")[0].split()
     assert " ".join(remedy) in " ".join(table(plan, check_data(plan)).split())
-    assert state(compose_plan(["model=llama3_8b", "gpu=h100", "mapping.cp=2", *remedy])) == "fits"
+    assert state(compose_plan([*asked, *remedy])) == "fits"
+
+
+def test_a_field_given_as_the_row_has_it_stays_and_the_others_still_fit() -> None:
+    """Under the default settings the row of this cell leaves no margin, and recomputation gives it one."""
+    cell = ["model=llama3_8b", "gpu=h100", "precision=fp8_current"]
+    usual, row = compose_plan(cell), compose_plan([*cell, "settings.layout=recommended"]).mapping
+    assert state(usual) == "fits" and usual.mapping.recompute_layers > row.recompute_layers == 0
+    for key in ("tp", "cp", "micro_batch"):
+        assert compose_plan([*cell, f"mapping.{key}={getattr(row, key)}"]) == usual
+    kept = compose_plan([*cell, "mapping.recompute_layers=0"])
+    assert state(kept) == "fits" and kept.mapping.recompute_layers == 0
+    assert state(compose_plan([*cell, "mapping.recompute_layers=0", "settings.layout=recommended"])) == "tight"
+
+
+@pytest.mark.parametrize("asked", [["model=llama3_70b", "gpu=h100", "mapping.pp=3"], ["model=llama3_8b", "gpu=h100", "num_gpus=20"]], ids=str)
+def test_a_remedy_names_no_batch_that_nobody_named(asked: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_plan(asked)
+    remedy = re.findall(r"[a-z_.]+=[\w.]+", str(caught.value).rpartition("; ")[2])
+    assert remedy and "global_batch" not in " ".join(remedy)
+    assert compose_plan([*asked, *remedy])
+    with pytest.raises(InputError, match=r"; use .*mapping\.global_batch="):
+        compose_plan([*asked, "settings.batch=layout", "mapping.global_batch=7"])
 
 
 @pytest.mark.parametrize(
