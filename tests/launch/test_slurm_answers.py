@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from launch import cancel, resume, status
 from launch.__main__ import main
 from launch.slurm import user
+from recipes.code import PROJECT
 from recipes.run_folder import append_line, set_status
 from tests.faults.mutations import fresh
 from tests.faults.run_folders import DEMO
@@ -334,8 +337,8 @@ def test_no_control_code_of_a_run_reaches_the_terminal(tmp_path: Path, capsys: p
     assert not [c for c in told.out + told.err if not c.isprintable() and c != "\n"]
 
 
-def test_status_is_linear_in_runs_and_reads_the_ends_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Counted in bytes and folders, not in seconds: a busy machine changes neither."""
+def test_status_reads_the_ends_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted in bytes, not in seconds: a busy machine changes neither."""
     run = demo(tmp_path / "runs/long")
     line = json.loads((run / "metrics.jsonl").read_text().partition("\n")[0])
     with (run / "metrics.jsonl").open("w") as file:
@@ -345,11 +348,34 @@ def test_status_is_linear_in_runs_and_reads_the_ends_of_files(tmp_path: Path, ca
     read = _read_bytes() - before
     (row,) = json.loads(capsys.readouterr().out)
     assert row["step"] == 20_000 and read < 1_000_000 < (run / "metrics.jsonl").stat().st_size
-    run_plan = (run / "plan.json").read_text()
-    for n in range(300):
-        (tmp_path / f"many/{n}").mkdir(parents=True)
-        (tmp_path / f"many/{n}/plan.json").write_text(run_plan)
-    assert status.main([str(tmp_path / "many"), "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 300
+
+
+COUNT = """
+import sys
+from launch import status
+seen, counted = [], ("open", "os.listdir", "os.scandir")
+sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event in counted else None)
+for folder in sys.argv[1:]:
+    seen.clear()
+    code = status.main([folder, "--json"])
+    print(code, sum(path.startswith(folder + "/") for path in seen), file=sys.stderr)
+"""
+
+
+def test_status_of_twice_the_runs_opens_twice_the_files_and_asks_slurm_as_often(slurm: Standins, tmp_path: Path) -> None:
+    text = (demo(tmp_path / "one") / "plan.json").read_text()
+    for n in range(90):
+        run = tmp_path / ("some" if n < 30 else "twice") / str(n)
+        (run / "job").mkdir(parents=True)
+        (run / "plan.json").write_text(text)
+        append_line(run / "job/submitted.jsonl", {"job_id": 1001 + n})
+        slurm.put(1001 + n, "RUNNING", f"{run}/job/job.sbatch")
+    folders = [str(tmp_path / "some"), str(tmp_path / "twice")]
+    done = subprocess.run([sys.executable, "-c", COUNT, *folders], capture_output=True, text=True, cwd=PROJECT)
+    (some, files), (twice, more_files) = (map(int, line.split()) for line in done.stderr.splitlines())
+    assert (some, twice) == (0, 0) and more_files == 2 * files > 60
+    assert done.stdout.count('"job_id": 10') == 90
+    assert len(slurm.calls) == 2  # of every command: once for each status
 
 
 def _read_bytes() -> int:
