@@ -42,4 +42,5 @@ bench: install
 	$(PY) -m recipes.training.bench
 
 faults: install-dev
+	STARTS=200 $(PY) -m pytest tests/launch/test_start.py -k every_start
 	$(PY) -m tests.faults

@@ -8,9 +8,11 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -20,7 +22,7 @@ from recipes.code import PROJECT
 from recipes.compose import compose_plan
 from recipes.run_folder import PORT_TAKEN, SESSION
 
-STARTS = int(os.environ.get("STARTS", "40"))  # of each size; STARTS=200 shows failures of a few percent
+STARTS = int(os.environ.get("STARTS", "40"))  # of each size; `make faults` has 200, which show failures of 1 %
 HELD_PORTS = 500
 # As the real one: beyond a pipe's buffer of names it writes again, when a reader of the first line has gone.
 SCONTROL = '[ "$1 $2" = "show hostnames" ] && exec seq -f "gpu-node-%05.0f" 1 "$NODES"'
@@ -50,14 +52,16 @@ def start(
     times: int = 1,
     scontrol: str = SCONTROL,
     srun: str = SRUN,
+    getent: str = "exit 0",
     name: str = "run",
+    env: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[int], str]:
     """Run the script of a job on so many nodes, so often; return the exit codes and all output."""
     size = [f"run_name={name}", f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
     script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size, *more]))
     tools = folder / "tools"
-    tools.mkdir(exist_ok=True)
-    for name, does in (("scontrol", scontrol), ("srun", srun)):
+    tools.mkdir(parents=True, exist_ok=True)
+    for name, does in (("scontrol", scontrol), ("srun", srun), ("getent", getent)):
         (tools / name).write_text(f"#!/bin/sh\n{does}\n")
         (tools / name).chmod(0o755)
     job = {
@@ -67,7 +71,7 @@ def start(
         "NODES": str(nodes),
         "SLURM_NNODES": str(nodes),
     }
-    env = {**os.environ, **job, "PATH": f"{tools}:{os.environ['PATH']}"}
+    env = {**os.environ, **job, **env, "PATH": f"{tools}:{os.environ['PATH']}"}
     loop = 'for _ in $(seq "$2"); do bash "$1"; echo "code $?"; done'
     done = subprocess.run(["bash", "-c", loop, "-", str(script), str(times)], env=env, capture_output=True, text=True)
     return [int(code) for code in re.findall(r"^code (\d+)$", done.stdout, re.MULTILINE)], done.stdout + done.stderr
@@ -89,6 +93,85 @@ def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(scontrol: str, tm
     codes, log = start(tmp_path, 2, scontrol=scontrol)
     assert codes == [1] and "error: scontrol does not list the nodes of this job (gpu-node-[00001-00002])" in log
     assert "met at" not in log
+
+
+NODE = f'{SCONTROL}; [ "$1 $2 $3" = "show node gpu-node-00001" ] && echo "NodeName=gpu-node-00001 NodeAddr=10.0.0.7 Port=6818"'
+
+
+@pytest.mark.parametrize(
+    ("nodes", "scontrol", "known", "meet_at"),
+    [
+        (2, NODE, "gpu-node-00001", "gpu-node-00001"),
+        (2, NODE, "10.0.0.7", "10.0.0.7"),
+        (1, NODE, "nothing", "127.0.0.1"),
+        (1, SCONTROL, "nothing", "127.0.0.1"),
+        (2, NODE, "nothing", None),
+        (2, SCONTROL, "nothing", None),
+    ],
+)
+def test_a_first_node_whose_name_does_not_resolve(nodes: int, scontrol: str, known: str, meet_at: str | None, tmp_path: Path) -> None:
+    codes, log = start(tmp_path, nodes, scontrol=scontrol, getent=f'[ "$2" = {known} ]')
+    met = re.findall(r"^met at (.+):\d+$", log, re.MULTILINE)
+    assert codes == [0 if meet_at else 1] and met == [meet_at] * bool(meet_at)
+    assert ("error: the first node's name gpu-node-00001 does not resolve" in log) == (meet_at is None)
+    assert ("note: the node name gpu-node-00001" in log) == (meet_at not in (None, "gpu-node-00001"))
+
+
+# Rank 0 as a stand-in: it binds the port or leaves the file, and holds it until both jobs have met.
+RANK_0 = """
+import os, pathlib, socket, sys, time
+run, jobs = pathlib.Path(os.environ["RUN"]), pathlib.Path(os.environ["JOBS"])
+(run / "drawn").touch()
+while os.environ["WAITS_FOR"] and not (jobs / os.environ["WAITS_FOR"]).exists():
+    time.sleep(0.02)
+port = socket.socket()
+try:
+    port.bind(("", int(os.environ["MASTER_PORT"])))
+    port.listen()
+except OSError:
+    (run / os.environ["TAKEN"]).touch()
+    sys.exit(1)
+(jobs / run.name).touch()
+while len(list(jobs.iterdir())) < 2:
+    time.sleep(0.02)
+print("met at node:" + os.environ["MASTER_PORT"])
+"""
+
+
+def seeded(folder: Path) -> Mapping[str, str]:
+    """Return the environment in which every script draws the same ports."""
+    (folder / "seed").write_text("RANDOM=18\n")
+    (folder / "jobs").mkdir(exist_ok=True)
+    return {"BASH_ENV": str(folder / "seed"), "JOBS": str(folder / "jobs"), "TAKEN": PORT_TAKEN, "WAITS_FOR": ""}
+
+
+def test_two_jobs_of_one_node_that_draw_the_same_port_both_train(tmp_path: Path) -> None:
+    """The second draws it before the first has it, and finds it taken."""
+    same, srun = seeded(tmp_path), f"exec {sys.executable} - <<'END'\n{RANK_0}\nEND"
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(start, tmp_path / "b", 1, srun=srun, name="late", env={**same, "WAITS_FOR": "early"})
+        last = {"WAITS_FOR": "../b/runs/late/drawn"}
+        early = pool.submit(start, tmp_path / "a", 1, srun=srun, name="early", env={**same, **last})
+    (early_codes, early_log), (late_codes, late_log) = early.result(), late.result()
+    assert early_codes == late_codes == [0]
+    ports = [re.findall(r"met at node:(\d+)", log) for log in (early_log, late_log)]
+    assert len(ports[0]) == len(ports[1]) == 1 and ports[0] != ports[1]
+    assert late_log.count("the step starts again with another port") == 1
+
+
+def test_a_requeued_job_leaves_a_port_that_its_old_processes_hold(tmp_path: Path) -> None:
+    same = seeded(tmp_path)
+    draws = ["bash", "-c", "echo $((20000 + RANDOM % 10000))"]
+    drawn = int(subprocess.run(draws, env={**os.environ, **same}, capture_output=True, text=True).stdout)
+    start(tmp_path, 1, times=0)
+    (tmp_path / "runs/run" / PORT_TAKEN).touch()  # left by the step that was killed
+    with socket.socket() as old:
+        with suppress(OSError):  # somebody else has it
+            old.bind(("", drawn))
+            old.listen()
+        codes, log = start(tmp_path, 1, env={**same, "SLURM_RESTART_COUNT": "1"})
+    (port,) = re.findall(r"met at gpu-node-00001:(\d+)", log)
+    assert codes == [0] and int(port) != drawn
 
 
 BEFORE = "before the time limit of job 76\n"
