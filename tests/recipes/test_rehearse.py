@@ -68,7 +68,7 @@ def test_what_megatron_core_refuses_is_one_line(outcome: subprocess.CompletedPro
     [
         (["model=llama3_8b", "gpu=h100", "--rank", "8"], "--rank 8: the plan has ranks 0 to 7"),
         ([], "gpu=cpu trains on this machine"),
-        (["model=llama3_8b", "gpu=h100", "mapping.tp=3"], "mapping.tp=3"),
+        (["model=llama3_8b", "gpu=h100", "mapping.tp=3"], "is no multiple of tp*pp*cp"),
     ],
 )
 def test_wrong_input_is_one_line_before_nemo_is_imported(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
