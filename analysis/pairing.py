@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis.effects import MANIFEST_FIELDS, Effect, entry_effect, plan_effect
 from analysis.runs import Run
-from recipes.data_files import blend
+from recipes.data_files import SPLITS, blend
 from recipes.errors import InputError
 from recipes.gpu_record import UNKNOWN
 from recipes.manifest_record import ENVIRONMENT, ENVIRONMENT_BEFORE, is_looked_at
@@ -27,6 +27,7 @@ from recipes.run_folder import differences, flatten
 LAYOUT = ("num_gpus", "mapping.")
 PLATFORM = ("stack", "gpu")
 UNSET = "unset"
+TRAIN, HELDOUT = SPLITS
 PRINTED = 2e-3  # by how much two printed learning rates may differ for their digits alone (four significant ones, each rounded)
 # What a manifest should record of a run, by where it matters: everywhere, on a GPU, on several, with tokens that are not hashed whole.
 EVERYWHERE = ("code", "device", "environment", "versions.nemo-toolkit", "versions.megatron-core", "versions.torch", "versions.numpy")
@@ -119,17 +120,26 @@ def continued_otherwise(run: Run) -> list[str]:
 
 def not_recorded(run: Run, beside: Iterable[Run] = ()) -> list[str]:
     """Return what a run's manifest does not record though a number may move for it, or though that of a run beside it does."""
-    own, wanted = _facts(run, run.manifest), [*EVERYWHERE]
-    wanted += [] if run.plan.on_cpu else ON_A_GPU
-    wanted += ON_SEVERAL if not run.plan.on_cpu and run.plan.num_gpus > 1 else ()
-    wanted += OF_INDEXED if run.plan.data.kind == "indexed" else ()
-    wanted += [key for other in beside for key in _facts(other, other.manifest) if not key.startswith("environment") and key not in wanted]
-    lacking = [key for key in dict.fromkeys(wanted) if key not in own and not (key in OF_INDEXED and run.plan.data.kind != "indexed")]
-    if "environment" not in lacking and not {*ENVIRONMENT} <= {*(seen := _patterns(run.manifest))}:
+    own = _facts(run, run.manifest)
+    wanted = [*EVERYWHERE, *_wanted_here(run), *(key for other in beside for key in _facts(other, other.manifest) if _is_compared(key))]
+    lacking = [key for key in dict.fromkeys(wanted) if key not in own]
+    lacking += [f"data.sha256 of {name}" for name in _unhashed_files(run, HELDOUT)]
+    if "environment" in own and not {*ENVIRONMENT} <= {*(seen := _patterns(run.manifest))}:
         lacking.append(f"environment beyond {', '.join(each for each in seen if not each.startswith('SLURM_'))}")
     if _has_unknown_changes(run):
         lacking.append("code (its uncommitted changes)")
     return lacking
+
+
+def _wanted_here(run: Run) -> list[str]:
+    on_gpus = [] if run.plan.on_cpu else [*ON_A_GPU, *(ON_SEVERAL if run.plan.num_gpus > 1 else ())]
+    return [*on_gpus, *(OF_INDEXED if run.plan.data.kind == "indexed" else ())]
+
+
+def _is_compared(key: str) -> bool:
+    """Whether a fact that one run records should be recorded of another: not single variables, nor what moves no number."""
+    whole = not key.startswith("environment.") and key not in OF_INDEXED
+    return whole and (key in ("code", "environment") or (MANIFEST_FIELDS.get(key) or entry_effect(key)) is not Effect.NONE)
 
 
 def check_pair(base: Run, candidate: Run) -> None:
@@ -169,15 +179,24 @@ def _check_batches(base: Run, candidate: Run) -> None:
 
 
 def _unhashed(run: Run) -> str | None:
-    """Return which hash of a run's batches its manifest lacks; random tokens have none, and an imported log is vouched for."""
+    """Return which hash of a run's batches its manifest lacks; an imported log is vouched for."""
     if run.imported or run.plan.data.kind == "mock":
         return None
-    hashes = _hashes(run)
-    wanted = ["train.bin"] if run.plan.data.kind == "text" else [f"{prefix}.idx" for _, prefix in blend(run.plan.data.train)]
-    lacking = [name for name in wanted if not hashes.get(name)]
     if not _order(run):
         return "the order of its batches (order_sha256)"
+    lacking = _unhashed_files(run, TRAIN)
     return f"its data (data.sha256 of {lacking[0]})" if lacking else None
+
+
+def _unhashed_files(run: Run, split: str) -> list[str]:
+    """Return which files of a split have no hash in a run's manifest; random tokens have no files."""
+    data, hashes = run.plan.data, _hashes(run)
+    try:
+        indexed = blend(data.train if split == TRAIN else data.heldout) if data.kind == "indexed" else []
+    except ValueError as error:
+        raise InputError(f"{run.folder / 'plan.json'}: data.{split} {error}") from None
+    files = [f"{split}.bin"] if data.kind == "text" else [f"{prefix}.idx" for _, prefix in indexed]
+    return [name for name in files if not hashes.get(name)]
 
 
 def _order(run: Run) -> str | None:
@@ -279,8 +298,9 @@ def _code_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
 
 
 def _is_same_commit(a: str, b: str) -> bool:
-    """Whether two commits are one; earlier manifests hold the first digits alone."""
-    return a.startswith(b) or b.startswith(a)
+    """Whether two commits are one; earlier manifests hold the first digits alone, seven at least."""
+    short, whole = sorted((a, b), key=len)
+    return short == whole or (len(short) >= 7 and len(whole) == 40 and whole.startswith(short))
 
 
 def _named_code(code: Mapping[str, Any]) -> str:

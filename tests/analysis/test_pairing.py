@@ -147,6 +147,11 @@ def test_a_manifest_without_any_hash_proves_nothing(copies: Callable[..., list[s
     assert code == 2 and "data.sha256 of train.bin" in printed
 
 
+def test_a_held_out_set_without_a_hash_is_not_proved_to_be_the_same(copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = said(compare.main, copies(DEMO, at("data/sha256/heldout.bin", None), which=(0, 1)), capsys)
+    assert code in (0, 1, 3) and "so not proved to be the same: data.sha256 of heldout.bin" in printed
+
+
 @pytest.mark.parametrize("key", ["bar/relative", "bar/tail_fraction", "bar/absolute"])
 def test_a_candidate_with_another_tolerance_is_refused(key: str, copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     for command in (compare.main, lambda folders: report.main([*folders, "--out", "/dev/null"])):
