@@ -208,6 +208,17 @@ def _hashes(run: Run, key: str = "sha256") -> dict[str, str]:
     return dict((run.manifest.get("data") or {}).get(key) or {})
 
 
+def _check_averages(base: Run, candidate: Run) -> None:
+    """A mean over ten steps and the tenth step's own loss differ by the noise between batches."""
+    means = {run.imported.get("averaged"): run.folder for run in (base, candidate)}
+    intervals = {every for run in (base, candidate) for _, _, every in run.imported.get("stretches") or []}
+    if {True, False} <= means.keys() and max(intervals, default=1) > 1:
+        raise InputError(
+            f"{means[True]} holds means over its logging interval, {means[False]} single steps' losses: they are not comparable; "
+            "import both from one kind of source"
+        )
+
+
 def _check_imported(base: Run, candidate: Run) -> None:
     """An imported log proves neither the batches nor the schedule: the first must be vouched for, the second must not be refuted."""
     for run in (base, candidate):
@@ -218,6 +229,7 @@ def _check_imported(base: Run, candidate: Run) -> None:
                 f"{run.folder}: nothing in the imported log shows which batches it saw; "
                 "if both runs saw the same, import them again with one --same-data NAME"
             )
+    _check_averages(base, candidate)
     if not np.array_equal(base.steps["step"], candidate.steps["step"]):
         raise InputError(
             f"{candidate.folder} and {base.folder} were logged at different steps; their losses are no pairs; import logs of one interval"

@@ -140,6 +140,7 @@ def imported(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": one_line(str(said.get("format", "log"))),
         "loss_digits": digits if isinstance(digits, int) and 0 < digits < 20 else None,
+        "averaged": averaged if isinstance(averaged := said.get("averaged"), bool) else None,
         "log_interval": interval if isinstance(interval, int) and interval > 0 else 1,
         "stretches": stretches if _are_stretches(stretches) else None,
         "asserted": [one_line(str(what)) for what in asserted] if isinstance(asserted, list) else [],

@@ -167,7 +167,7 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     if "loss" not in columns:
         _refuse_other_loss(scanner, columns)
         columns["loss"] = np.full(who.size, np.nan)  # every step was NaN: Megatron prints no loss then
-    log.loss_digits = _loss_digits(scanner, columns["loss"])
+    log.loss_digits, log.averaged = _loss_digits(scanner, columns["loss"]), scanner.dialect.averages
     validated = np.zeros(who.size, dtype=bool)
     validated[list(scanner.validated)] = True
     kept = one_stream(names, who, columns["step"], columns["loss"], log.said)

@@ -42,6 +42,7 @@ class Dialect:
     line that was cut.
     `digits`: significant digits of the loss, or, where `decimals` is given, those follow from its size.
     `total_counts`: whether the printed total is the number of steps, also where iterations count from 0.
+    `averages`: whether a line's loss is the mean of the steps since the line before.
     `note`: what a reader of these losses should know.
     `heldout`: an evaluation's line, with the groups step, loss and test.
     """
@@ -66,6 +67,7 @@ class Dialect:
     decimals: int | None = None
     heldout: re.Pattern[str] | None = None
     total_counts: bool = False
+    averages: bool = False
     note: str = ""
 
     def with_loss(self, name: str | None) -> Dialect:
@@ -104,6 +106,7 @@ NEMO = Dialect(
     other=r"[^|\n]*",
     end=r"[ \t]*$",
     digits=4,
+    averages=True,
     heldout=re.compile(
         r"Validation: iteration \d{1,9}/\d{1,9} \| global_step: (?P<step>\d{1,15}) "
         r"\| val_loss: (?P<loss>\d{1,15}(?:\.\d{1,15})?(?:e[-+]\d{1,2})?)[ \t]*$(?P<test>)?",
@@ -136,6 +139,7 @@ MEGATRON = Dialect(
     other=r"[^|\n]*",
     end=r"\|",
     closed=True,
+    averages=True,
     heldout=re.compile(
         r"validation loss at (?:iteration (?P<step>\d{1,15})(?: on (?P<set>validation|test) set)?|the end of training for (?P<data>val|test) data)"
         r" \| lm loss value: (?P<loss>\d\.\d+E[-+]\d+) \|"
@@ -255,6 +259,7 @@ NANOCHAT = Dialect(
     unit="(?:ms)?",
     decimals=6,
     total_counts=True,
+    averages=True,
     note="its losses are an exponential mean over steps (0.9); compare it with a run of the same harness",
 )
 NANOGPT = Dialect(
@@ -288,7 +293,7 @@ DEEPSPEED = Dialect(
     after="",
     decimals=4,
 )
-JOINED = replace(MEGATRON, end=r"[ \t]*$", closed=False, heldout=None)  # fields as multiline.py puts them on a line
+JOINED = replace(MEGATRON, end=r"[ \t]*$", closed=False, averages=False, heldout=None)  # fields as multiline.py puts them on a line
 OLMO = replace(
     JOINED,
     name="OLMo-core console log",
@@ -334,6 +339,7 @@ HUGGING_FACE = Dialect(
     end=r"\}",
     counts_garbled=False,  # summaries
     digits=4,
+    averages=True,
 )
 DIALECTS = {
     "nemo": NEMO,

@@ -142,6 +142,7 @@ def manifest_of(log: Log, planned: Planned, metrics: dict[str, Array], files: Se
             "memory_gb": log.memory_gb,
             "reserved_gb": log.reserved_gb,
             "loss_digits": log.loss_digits,
+            "averaged": log.averaged,
             "stretches": [[s.first, s.last, s.every] for s in log.stretches],
             "test_loss": [list(pair) for pair in zip(*(log.test[key].tolist() for key in log.test), strict=True)],
             "planned_steps": log.total,

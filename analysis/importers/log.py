@@ -29,6 +29,7 @@ class Log:
     "memory_gb", "tokens_per_s" and "tflops" (both per GPU), and "fp8_gemms" and "tokens" of our own loggers.  `heldout`: "step", "heldout_loss";
     `test`: the same of a test set.  `stretches`: the steps, once the log is settled.
     `loss_digits`: significant digits that the loss was printed with, None where it was stored whole.
+    `averaged`: whether a line's loss is the mean of the steps since the line before; None where that is not known.
     `total`: the steps planned.  `facts`: what the log states about its own run.  `memory_gb`, `reserved_gb`: the peak of
     memory allocated, and of what the allocator held, in 1e9 bytes.  `said`: what a reader should know.
     """
@@ -38,6 +39,7 @@ class Log:
     heldout: dict[str, Array] = field(default_factory=dict)
     test: dict[str, Array] = field(default_factory=dict)
     loss_digits: int | None = None
+    averaged: bool | None = None
     total: int | None = None
     stretches: list[Stretch] = field(default_factory=list)
     facts: Facts = field(default_factory=Facts)
@@ -147,9 +149,12 @@ def why_unsound(log: Log, planned: int) -> str:
         counted = np.nan_to_num(log.steps.get(key, np.zeros(0)))
         if counted.any():
             return f"{int(counted.sum())} iteration(s) {what}, first reported at step {int(steps[counted > 0][0])}"
-    bad = steps[~np.isfinite(log.steps["loss"])] if "loss" in log.steps else steps[:0]
+    losses = log.steps.get("loss", np.ones(steps.size))
+    bad = steps[~np.isfinite(losses)]
     if bad.size:
         return f"the loss is no finite number in {bad.size} step(s), first at step {int(bad[0])}"
+    if not (losses > 0).all():
+        return f"the loss is not above 0 in {int((losses <= 0).sum())} step(s), first at step {int(steps[losses <= 0][0])}"
     for key, is_bad, what in (("grad_norm", _not_finite, "is no finite number"), ("step_time_s", _not_above_0, "is not above 0")):
         bad = steps[is_bad(log.steps[key])] if key in log.steps else steps[:0]
         if bad.size:
@@ -170,6 +175,7 @@ def join(logs: Sequence[Log]) -> Log:
             for key, values in theirs.items():
                 ours[key] = np.concatenate([ours.get(key, np.zeros(0)), values])
         first.total = log.total or first.total
+        first.averaged = first.averaged if first.averaged == log.averaged else None
         first.facts.merge(log.facts)
         first.memory_gb, first.reserved_gb = (
             max((value for value in pair if value is not None), default=None)

@@ -271,6 +271,7 @@ def log_of(records: Iterable[Record], what: str, vocabulary: Vocabulary, *, coun
     training = [record for record in placed if any(name in record for name in family.loss)]
     training = training or [r for r in placed if any(family.columns.get(name) in TIMES for name in r)]
     log = Log(f"{what} ({family.name} names)", _columns(training, family))
+    log.averaged = False if is_known else None  # frameworks log a step's own loss
     for name, found, key in (("heldout", family.heldout, "heldout_loss"), ("test", family.test, "test_loss")):
         setattr(log, name, _evaluations(placed, found, key))
     for count in np.unique(log.steps.pop("num_gpus", np.zeros(0))):

@@ -103,6 +103,7 @@ def read_tables(paths: Sequence[Path], vocabulary: Vocabulary, run: str | None =
     log = log_of(records, what, vocabulary, counts_calls=counted)
     log.loss_digits = digits if digits < FULL_DIGITS else None
     if averaged:
+        log.averaged = True
         log.said.append(
             "losses are means of several steps, for the table's __MIN and __MAX differ; "
             "export all points, or compare it with a run that was thinned out alike"

@@ -116,6 +116,22 @@ def test_losses_without_step_times_are_compared_and_tables_say_why_they_leave_th
     assert throughput(runs) == 2 and "its log holds no step time" in capsys.readouterr().err
 
 
+def test_means_over_an_interval_are_not_compared_with_single_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron-LM's console prints the mean of ten steps, its TensorBoard the tenth step's loss."""
+    log = write(tmp_path / "log", megatron(64, 0.84, steps=300, every=10))
+    tags = {"lm loss": losses(300)[9::10], "iteration-time": [0.84] * 30, "batch-size": [64.0] * 30}
+    events = tensorboard(tmp_path / "events", tags, 10, 10)
+    fp8 = ["model=llama3_tiny", "precision=fp8_current", "gpu=cpu"]
+    for source, name, sets in ((log, "console", TINY), (events, "board", fp8), (log, "again", fp8)):
+        vouched = ["--same-data", "a", *(["--assert-fp8"] if sets is fp8 else [])]
+        assert main(command(source, tmp_path / name, sets, *vouched)) == 0
+    runs = [str(tmp_path / name) for name in ("console", "board", "again")]
+    capsys.readouterr()
+    assert compare(runs[:2]) == 2
+    assert "holds means over its logging interval" in capsys.readouterr().err
+    assert compare(runs[::2]) in (0, 1, 3), capsys.readouterr().err
+
+
 def test_step_times_without_losses_are_tabulated_and_comparing_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     times = np.random.default_rng(0).normal(7.4, 0.01, 40)
     path = tmp_path / "times.csv"
