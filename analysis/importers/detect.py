@@ -94,7 +94,8 @@ def _kind(file: Path) -> str:
     beginning = "".join(text[:100].split())
     if beginning.startswith("[["):
         return "tensorboard-json"
-    if beginning.startswith(('{"', '[{"')) and '":' in beginning:
+    is_printed = any(mark in text for mark in console.MARKS)  # below a configuration that is JSON
+    if beginning.startswith(('{"', '[{"')) and '":' in beginning and not is_printed:
         return "json-rows"
     first = next(tables.beginning(text.splitlines()), "").strip()
     return "table" if ".csv" in file.suffixes or ".tsv" in file.suffixes or (len(first) < 4000 and _is_header(first)) else CONSOLE

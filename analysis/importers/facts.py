@@ -8,7 +8,8 @@ Sources, each named where it is read:
   (nemo/lightning/megatron_init.py:443-536, v2.3.2).
 - Lightning prints "Starting with N processes" and "MEMBER: 1/N"
   (lightning/fabric/utilities/distributed.py:296 and :307, 2.4.0).
-- torchrun's own line and command line give nodes and processes a node.
+- torchrun's own line and command line give nodes and processes a node; DeepSpeed's launcher prints dist_world_size
+  (deepspeed/launcher/launch.py), Accelerate "Num processes" (AcceleratorState.__repr__).
 - torchtitan prints its device mesh, and "Training starts at step 1, with ..."
   (torchtitan/distributed/parallel_dims.py and train.py, v0.2.0).
 
@@ -17,6 +18,7 @@ Only whole names and plain values are taken, never the text around them: a log m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +139,12 @@ WORD = r"[A-Za-z0-9][\w-]{1,40}"
 NAMED = re.compile(rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}(?![\w:])")
 UNKNOWN = "?"  # a value that a log names and does not print: --nnodes=$NODES
 PRESET = re.compile(rf"\b({'|'.join(PRESETS)})\b")
-WORLD = re.compile(r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b")
+WORLD = re.compile(
+    r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b"
+    r"|\bdist_world_size=(\d{1,7})\b|^\s*Num processes: (\d{1,7})\s*$|\bNamespace\(.{0,20000}?\bworld_size=(\d{1,7})\b"
+)
+TRAINER = re.compile(r"(?<![\w.])(devices|num_nodes)=(\d{1,5})(?![\w.])")
+ALONE = re.compile(r"\s*(?:devices|num_nodes)=\d{1,5},?\s*")
 USING = re.compile(r"\b([a-z-]{5,30}) size: (\d{1,7})")
 GROUPS = re.compile(r"All (tensor model|pipeline model|context) parallel group ranks: \[\[([\d, ]*)\]")
 LAST_RANK = re.compile(r"(\d{1,7})\]\]\s*$")
@@ -145,8 +152,8 @@ MESH = re.compile(r"device mesh with \[([\w', ]{0,80})\], \[([\d, ]{1,60})\]")
 TITAN = re.compile(r"global batch size (\d{1,9}), sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup (\d{1,12})\))?")
 WORDS = (  # a text without any of them states nothing
     *(" ..", "\t..", "fp8", "parallel_size", "micro_batch_size", "seq_length", "sequence_length", "num_layers", "hidden_size"),
-    *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "_nodes", "devices:"),
-    *("device mesh", "sequence length", "recompute", "activations_checkpoint", "_mixed"),
+    *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "_nodes", "devices:", "devices="),
+    *("device mesh", "Num processes", "Trainer(", "sequence length", "recompute", "activations_checkpoint", "_mixed"),
 )
 GROUP_KEYS = {"tensor model": "mapping.tp", "pipeline model": "mapping.pp", "context": "mapping.cp"}
 USING_NAMES = {
@@ -182,7 +189,9 @@ class Facts:
             self.add(argument["name"], argument["value"])
             return
         self._sentence(line)
-        if entry := YAML.match(line):
+        if (printed := line.strip()).startswith("{") and isinstance(tree := _json(printed), dict):
+            self.configuration(tree)
+        elif entry := YAML.match(line):
             self._entry(len(entry["indent"]), entry["name"], entry["value"])
         elif any(word in line for word in ("_", "-", "fp8")):
             for found in NAMED.finditer(line):
@@ -236,6 +245,9 @@ class Facts:
         self._preset(line)
         if world := WORLD.search(line):
             self.add("world_size", next(filter(None, world.groups())))
+        if "Trainer(" in line or ALONE.fullmatch(line):  # as Python prints it, in one line or several
+            for name, count in TRAINER.findall(line):
+                self.add(name, count)
         if "using world size" in line:
             for name, size in USING.findall(line):
                 if name in USING_NAMES:
@@ -308,6 +320,14 @@ class Facts:
         """Return the whole number under a name; None where there is none or several."""
         found = {each.value for each in self._read(name, int)}
         return int(found.pop()) if len(found) == 1 else None
+
+
+def _json(text: str) -> Any:
+    """Return a configuration that is printed as JSON; None for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_of_the_run(name: str, sections: Sequence[str]) -> bool:
