@@ -46,6 +46,8 @@ ALIASES = {
     "activations_checkpoint_method": "recompute_method",
     "activations_checkpoint_num_layers": "recompute_num_layers",
     "virtual_pipeline_parallel_size": "virtual_pipeline_model_parallel_size",
+    "max_target_length": "seq_length",  # MaxText
+    "global_batch_size_to_train_on": "global_batch_size",
     "use_custom_fsdp": "fsdp",
     "use_megatron_fsdp": "fsdp",
     "external_cuda_graph": "enable_cuda_graph",
@@ -141,9 +143,12 @@ UNKNOWN = "?"  # a value that a log names and does not print: --nnodes=$NODES
 PRESET = re.compile(rf"\b({'|'.join(PRESETS)})\b")
 WORLD = re.compile(
     r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b"
-    r"|\bdist_world_size=(\d{1,7})\b|^\s*Num processes: (\d{1,7})\s*$|\bNamespace\(.{0,20000}?\bworld_size=(\d{1,7})\b"
+    r"|\bNum_devices: (\d{1,7}), shape|\bdist_world_size=(\d{1,7})\b|^\s*Num processes: (\d{1,7})\s*$"
+    r"|\bNamespace\(.{0,20000}?\bworld_size=(\d{1,7})\b"
 )
 TRAINER = re.compile(r"(?<![\w.])(devices|num_nodes)=(\d{1,5})(?![\w.])")
+FP8_ON = re.compile(r"\b(?:Float8|MXFP8|FP8|MX)(?: \w+){0,3} training (?:active|enabled)")  # torchtitan; nanochat
+HUGGING_FACE = re.compile(r"\bTotal train batch size \(w\. parallel, distributed & accumulation\) = ([\d,]{1,12})\s*$")
 ALONE = re.compile(r"\s*(?:devices|num_nodes)=\d{1,5},?\s*")
 USING = re.compile(r"\b([a-z-]{5,30}) size: (\d{1,7})")
 GROUPS = re.compile(r"All (tensor model|pipeline model|context) parallel group ranks: \[\[([\d, ]*)\]")
@@ -153,7 +158,21 @@ TITAN = re.compile(r"global batch size (\d{1,9}), sequence length (\d{1,9}), tot
 WORDS = (  # a text without any of them states nothing
     *(" ..", "\t..", "fp8", "parallel_size", "micro_batch_size", "seq_length", "sequence_length", "num_layers", "hidden_size"),
     *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "_nodes", "devices:", "devices="),
-    *("device mesh", "Num processes", "Trainer(", "sequence length", "recompute", "activations_checkpoint", "_mixed"),
+    *(
+        "Num_devices",
+        "Total train batch size",
+        "global_batch_size_to",
+        "device mesh",
+        "Num processes",
+        "Trainer(",
+        "training active",
+        "training enabled",
+        "max_target_length",
+        "sequence length",
+        "recompute",
+        "activations_checkpoint",
+        "_mixed",
+    ),
 )
 GROUP_KEYS = {"tensor model": "mapping.tp", "pipeline model": "mapping.pp", "context": "mapping.cp"}
 USING_NAMES = {
@@ -245,6 +264,10 @@ class Facts:
         self._preset(line)
         if world := WORLD.search(line):
             self.add("world_size", next(filter(None, world.groups())))
+        if FP8_ON.search(line):
+            self.add("fp8", "active")
+        if batch := HUGGING_FACE.search(line):
+            self.key("mapping.global_batch", batch[1].replace(",", ""), f"Total train batch size {batch[1]}")
         if "Trainer(" in line or ALONE.fullmatch(line):  # as Python prints it, in one line or several
             for name, count in TRAINER.findall(line):
                 self.add(name, count)
