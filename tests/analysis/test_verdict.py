@@ -217,9 +217,10 @@ def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:
 def test_another_stack_is_named_and_is_no_other_layout(make: Maker) -> None:
     one = ("gpu=h200", "mapping=single", "num_gpus=1", "cluster.container_runtime=none")
     base = load_run(make("bf16", curve(), "bf16", (*one, "stack=nemo_25_04_te_2_11")))
-    verdict = judge(base, load_run(make("mxfp8", curve(), "mxfp8", (*one, "stack=emulated"))))
+    found = compare([base, load_run(make("mxfp8", curve(), "mxfp8", (*one, "stack=emulated")))])
     named = "stack nemo_25_04_te_2_11 → emulated"
-    assert verdict.layout == "iso-mapping" and verdict.platform == [named] and any(named in note for note in notes(verdict))
+    (verdict,) = found.verdicts
+    assert verdict.layout == "iso-mapping" and verdict.platform == [named] and any(named in note for note in all_notes(found))
     assert row(verdict)["differs"][-1] == named and "on h200, iso-mapping: " in headline([row(verdict)])
     wider = judge(base, load_run(make("wider", curve(), "fp8_current", (*one, "num_gpus=2", "stack=nemo_25_04_te_2_11"))))
     assert wider.layout == "best-mapping (num_gpus 1 → 2)" and not wider.platform
