@@ -24,7 +24,7 @@ import numpy as np
 
 from analysis import devices
 from analysis.figures import COLOURS, Figure, axes
-from analysis.pairing import flat, not_recorded, plan_differences, recorded_differences
+from analysis.pairing import flat, plan_differences, recorded_differences, unproved_of
 from analysis.published import layout_of
 from analysis.runs import Run
 from analysis.speed import RESAMPLES, Interval, step_time, timed
@@ -236,7 +236,7 @@ def _row(line: Depth, base: Depth | None) -> dict[str, Any]:
         "speedup_per_layer_high": round(faster.high, 3) if faster else None,
         "pair_gpu": devices.together(*base.runs, *line.runs) if base and base is not line else None,
         "differs": _differing(base or line, line),
-        "not_recorded": list(dict.fromkeys(what for each in runs for what in not_recorded(each, runs))),
+        "not_recorded": unproved_of(runs),
         "gpu_shared": any(gpu.shared for each in runs for gpu in devices.records(each)),
         "label": run.label("step_time"),
     }

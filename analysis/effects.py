@@ -45,7 +45,10 @@ PLAN: Mapping[Effect, Mapping[str, str]] = {
         " gradient_accumulation_fusion adam_kernel swiglu_backward",
     },
     Effect.TOLERANCE: {"bar": "decides relative perplexity absolute tail_fraction"},
-    Effect.LAYOUT: {"": "num_gpus", "mapping": "tp pp cp vp micro_batch cuda_graphs fsdp recompute_layers offload_layers tp_overlap"},
+    Effect.LAYOUT: {
+        "": "num_gpus",
+        "mapping": "tp pp cp vp micro_batch cuda_graphs fsdp recompute_layers offload_layers tp_overlap",
+    },
     Effect.PLATFORM: {
         "gpu": "name compute_capability memory_gb devices_per_node gpus_per_numa_node nvlink_domain mapped_like bf16_dense_tflops fp8_dense_tflops",
         "stack": "name container versions.* recommended fp8_parameters_with_fsdp emulates_fp8 fsdp_drops_gradients",
@@ -98,16 +101,46 @@ MANIFEST: Mapping[Effect, Mapping[str, str]] = {
 
 # Entries of the manifest's dictionaries that have another effect than the rest; the first pattern that fits.
 ENTRIES: Mapping[str, Effect] = {
-    **dict.fromkeys(("versions.python", "versions.wandb", "versions.nemo-run", "versions.hydra-core"), Effect.NONE),
+    **dict.fromkeys(
+        ("versions.python", "versions.wandb", "versions.nemo-run", "versions.hydra-core"),
+        Effect.NONE,
+    ),
     **dict.fromkeys(("versions.transformers", "versions.tokenizers", "versions.sentencepiece"), Effect.NONE),
     "cudnn.torch_built_with": Effect.NONE,
-    **dict.fromkeys(("environment.SLURM_*", "environment.CUDA_VISIBLE_DEVICES", "environment.CUDA_DEVICE_ORDER"), Effect.NONE),
+    **dict.fromkeys(
+        (
+            "environment.SLURM_*",
+            "environment.CUDA_VISIBLE_DEVICES",
+            "environment.CUDA_DEVICE_ORDER",
+        ),
+        Effect.NONE,
+    ),
     **dict.fromkeys(("environment.CUDA_HOME", "environment.CUDA_PATH", "environment.TORCH_HOME"), Effect.NONE),
     **dict.fromkeys(("environment.*_CACHE_*", "environment.TORCH_EXTENSIONS_DIR"), Effect.NONE),
-    **dict.fromkeys(("environment.PYTORCH_NVML_BASED_CUDA_CHECK", "environment.TORCH_SHOW_*", "environment.TORCH_LOGS*"), Effect.NONE),
-    **dict.fromkeys(("environment.NCCL_DEBUG*", "environment.NVTE_DEBUG*", "environment.NVTE_NVTX_ENABLED"), Effect.NONE),
-    **dict.fromkeys(("environment.CUDA_DEVICE_MAX_CONNECTIONS", "environment.CUDA_LAUNCH_BLOCKING"), Effect.SPEED),
-    **dict.fromkeys(("environment.TORCH_NCCL_*", "environment.PYTORCH_*ALLOC_CONF", "environment.NCCL_P2P_NET_CHUNKSIZE"), Effect.SPEED),
+    **dict.fromkeys(
+        (
+            "environment.PYTORCH_NVML_BASED_CUDA_CHECK",
+            "environment.TORCH_SHOW_*",
+            "environment.TORCH_LOGS*",
+        ),
+        Effect.NONE,
+    ),
+    **dict.fromkeys(
+        ("environment.NCCL_DEBUG*", "environment.NVTE_DEBUG*", "environment.NVTE_NVTX_ENABLED"),
+        Effect.NONE,
+    ),
+    **dict.fromkeys(
+        ("environment.CUDA_DEVICE_MAX_CONNECTIONS", "environment.CUDA_LAUNCH_BLOCKING"),
+        Effect.SPEED,
+    ),
+    **dict.fromkeys(
+        (
+            "environment.TORCH_NCCL_*",
+            "environment.PYTORCH_*ALLOC_CONF",
+            "environment.NCCL_P2P_NET_CHUNKSIZE",
+        ),
+        Effect.SPEED,
+    ),
 }
 
 

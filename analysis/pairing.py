@@ -30,7 +30,15 @@ UNSET = "unset"
 TRAIN, HELDOUT = SPLITS
 PRINTED = 2e-3  # by how much two printed learning rates may differ for their digits alone (four significant ones, each rounded)
 # What a manifest should record of a run, by where it matters: everywhere, on a GPU, on several, with tokens that are not hashed whole.
-EVERYWHERE = ("code", "device", "environment", "versions.nemo-toolkit", "versions.megatron-core", "versions.torch", "versions.numpy")
+EVERYWHERE = (
+    "code",
+    "device",
+    "environment",
+    "versions.nemo-toolkit",
+    "versions.megatron-core",
+    "versions.torch",
+    "versions.numpy",
+)
 ON_A_GPU = (
     *("attention", "cudnn.torch", "cudnn.transformer_engine"),
     *(f"versions.{name}" for name in ("transformer-engine", "cuda", "cublaslt", "flash-attn", "triton")),
@@ -118,10 +126,18 @@ def continued_otherwise(run: Run) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def not_recorded(run: Run, beside: Iterable[Run] = ()) -> list[str]:
-    """Return what a run's manifest does not record though a number may move for it, or though that of a run beside it does."""
+def recorded(runs: Iterable[Run]) -> list[str]:
+    """Return what the manifest of one of the runs at least records."""
+    return list(dict.fromkeys(key for run in runs for key in _facts(run, run.manifest)))
+
+
+def not_recorded(run: Run, beside: Iterable[str] = ()) -> list[str]:
+    """Return what a run's manifest does not record though a number may move for it.
+
+    `beside`: what those of runs beside it record (`recorded`).
+    """
     own = _facts(run, run.manifest)
-    wanted = [*EVERYWHERE, *_wanted_here(run), *(key for other in beside for key in _facts(other, other.manifest) if _is_compared(key))]
+    wanted = [*EVERYWHERE, *_wanted_here(run), *filter(_is_compared, beside)]
     lacking = [key for key in dict.fromkeys(wanted) if key not in own]
     lacking += [f"data.sha256 of {name}" for name in _unhashed_files(run, HELDOUT)]
     if "environment" in own and not {*ENVIRONMENT} <= {*(seen := _patterns(run.manifest))}:
@@ -129,6 +145,12 @@ def not_recorded(run: Run, beside: Iterable[Run] = ()) -> list[str]:
     if _has_unknown_changes(run):
         lacking.append("code (its uncommitted changes)")
     return lacking
+
+
+def unproved_of(runs: Sequence[Run]) -> list[str]:
+    """Return what the manifest of one of the runs at least does not record."""
+    known = recorded(runs)
+    return list(dict.fromkeys(what for run in runs for what in not_recorded(run, known)))
 
 
 def _wanted_here(run: Run) -> list[str]:
@@ -264,7 +286,10 @@ def _facts(run: Run, session: Mapping[str, Any], variables: Iterable[str] = ()) 
     facts |= {key: data[field] for key in OF_INDEXED if data.get(field := key.partition(".")[2])}
     looked_at, planned = _patterns(session), run.plan.cluster.environment
     unseen = [name for name in variables if not is_looked_at(name, looked_at)]
-    values = {**{name: planned[name] for name in unseen if name in planned}, **(session.get("environment") or {})}
+    values = {
+        **{name: planned[name] for name in unseen if name in planned},
+        **(session.get("environment") or {}),
+    }
     facts |= {"environment": [*looked_at, *unseen]} if looked_at or unseen else {}
     return facts | {f"environment.{name}": value for name, value in values.items()}
 
@@ -279,7 +304,11 @@ def _session_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple
     if "code" in a and "code" in b and (text := _code_difference(a["code"], b["code"])):
         yield MANIFEST_FIELDS["code.commit"], text
     for key in sorted({*a, *b} - {"code", "environment", "data.sampled_sha256"}):
-        ours, theirs, effect = _value(key, a), _value(key, b), MANIFEST_FIELDS.get(key) or entry_effect(key)
+        ours, theirs, effect = (
+            _value(key, a),
+            _value(key, b),
+            MANIFEST_FIELDS.get(key) or entry_effect(key),
+        )
         if ours is not None and theirs is not None and ours != theirs and effect is not Effect.NONE:
             yield effect, f"{key} {_short(key, ours)} → {_short(key, theirs)}"
 
@@ -364,7 +393,9 @@ def records_notes(runs: Sequence[Run]) -> list[str]:
     """Return which runs were continued with something else, and what the manifests of several leave unproved."""
     continued = by_what((run.name, continued_otherwise(run)) for run in runs)
     found = [f"{names}: was continued after a session with other {', '.join(what)}" for what, names in continued]
-    return [*found, *(unproved([(run.name, not_recorded(run, runs)) for run in runs]) if len(runs) > 1 else [])]
+    known = recorded(runs)
+    lacking = [(run.name, not_recorded(run, known)) for run in runs]
+    return [*found, *(unproved(lacking) if len(runs) > 1 else [])]
 
 
 def unproved(lacking: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

@@ -220,6 +220,10 @@ def _is_what_it_says(run: Run) -> None:
         raise InputError(f"{run.folder}: nothing in the imported log shows that FP8 ran; import it again with --assert-fp8 if you know that it did")
     if gemms is None:
         raise InputError(f"{run.folder}: no fp8_gemms in metrics.jsonl: nothing shows in which precision it ran")
+    if not run.plan.data_parallel:
+        m, gpus = run.plan.mapping, run.plan.num_gpus
+        why = f"tp {m.tp} x pp {m.pp} x cp {m.cp} are more than num_gpus={gpus}"
+        raise InputError(f"{run.folder / 'plan.json'}: {why}; the file was changed, run it again")
     for counted in np.unique(gemms):
         if wrong := refusal(run.plan, float(counted)):
             steps = run.steps["step"][(gemms == counted) | np.isnan(gemms) & np.isnan(counted)]

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from analysis import devices
-from analysis.pairing import asserted, base_of, by_what, not_recorded, platform_differences, records_notes, run_differences, split_runs
+from analysis.pairing import asserted, base_of, by_what, platform_differences, records_notes, run_differences, split_runs, unproved_of
 from analysis.runs import Run
 from analysis.speed import Interval, loss_matched, speedup, step_time, unsteady
 from analysis.statistics import Mean
@@ -115,7 +115,7 @@ def row(verdict: Verdict, together: SeedsVerdict | None = None) -> dict[str, Any
         "layout": verdict.layout,
         "differs": [*verdict.asked, *verdict.platform, *verdict.differs.named],
         "differs_for_speed": list(verdict.differs.speed),
-        "not_recorded": list(dict.fromkeys([*not_recorded(base, (candidate,)), *not_recorded(candidate, (base,))])),
+        "not_recorded": unproved_of((base, candidate)),
         "step_time_s": seconds,
         "tokens_per_s_per_gpu": _rate(candidate, seconds),
         "speedup_over_bf16": faster and _interval(faster),

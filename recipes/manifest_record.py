@@ -24,11 +24,30 @@ ENVIRONMENT = (
     *("NVTE_*", "UB_*", "FLASH_ATTENTION_*", "NVIDIA_TF32_OVERRIDE", "NVIDIA_PYTORCH_VERSION"),
     *("CUDA_*", "CUBLAS*", "CUDNN_*", "NCCL_*", "UCC_*", "UCX_*", "NVSHMEM_*"),
     *("TORCH_*", "TORCHINDUCTOR_*", "TORCHDYNAMO_*", "PYTORCH_*", "ATEN_*", "TRITON_*"),
-    *("OMP_*", "KMP_*", "GOMP_*", "MKL_*", "OPENBLAS_*", "DNNL_*", "ONEDNN_*", "LD_PRELOAD", "PYTHONHASHSEED"),
+    *(
+        "OMP_*",
+        "KMP_*",
+        "GOMP_*",
+        "MKL_*",
+        "OPENBLAS_*",
+        "DNNL_*",
+        "ONEDNN_*",
+        "LD_PRELOAD",
+        "PYTHONHASHSEED",
+    ),
     *("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT"),
 )
 # What earlier versions of this project looked at, whose manifests do not say so.
-ENVIRONMENT_BEFORE = ("NCCL_*", "NVTE_*", "CUDA_*", "TORCH_NCCL_*", "OMP_*", "SLURM_JOB_ID", "SLURM_NNODES", "SLURM_RESTART_COUNT")
+ENVIRONMENT_BEFORE = (
+    "NCCL_*",
+    "NVTE_*",
+    "CUDA_*",
+    "TORCH_NCCL_*",
+    "OMP_*",
+    "SLURM_JOB_ID",
+    "SLURM_NNODES",
+    "SLURM_RESTART_COUNT",
+)
 
 
 def is_looked_at(variable: str, patterns: Iterable[str]) -> bool:

@@ -51,7 +51,11 @@ def declared(model: type[BaseModel]) -> set[str]:
     return {next((part.rstrip(".") for part in whole if key.startswith(part)), key) for key in leaves(model)}
 
 
-@pytest.mark.parametrize(("model", "fields"), [(Plan, PLAN_FIELDS), (Manifest, MANIFEST_FIELDS)], ids=["plan", "manifest"])
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [(Plan, PLAN_FIELDS), (Manifest, MANIFEST_FIELDS)],
+    ids=["plan", "manifest"],
+)
 def test_every_field_of_plan_and_manifest_has_a_declared_effect(model: type[BaseModel], fields: dict[str, Any]) -> None:
     assert declared(model) == set(fields), "declare its effect in analysis/effects.py, and remove what is gone"
 
@@ -63,7 +67,12 @@ def test_every_field_of_plan_and_manifest_has_a_declared_effect(model: type[Base
 def copies(tmp_path: Path) -> Callable[..., list[str]]:
     """Return a maker of copies of shipped runs, the second of which (or those that `which` names) an edit changes."""
 
-    def make(runs: tuple[str, ...], edit: Edit | None = None, which: tuple[int, ...] = (1,), file: str = "manifest.json") -> list[str]:
+    def make(
+        runs: tuple[str, ...],
+        edit: Edit | None = None,
+        which: tuple[int, ...] = (1,),
+        file: str = "manifest.json",
+    ) -> list[str]:
         folders = []
         for n, run in enumerate(runs):
             folder = tmp_path / f"{n}"
@@ -92,7 +101,12 @@ def at(path: str, value: Any) -> Edit:
     return edit
 
 
-def said(main: Callable[[list[str]], int], folders: list[str], capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+def said(
+    main: Callable[[list[str]], int],
+    folders: list[str],
+    capsys: pytest.CaptureFixture[str],
+    *options: str,
+) -> tuple[int, str]:
     """Return a command's exit code, and what it printed with line ends folded."""
     code = main([*folders, *options])
     printed = capsys.readouterr()
@@ -103,10 +117,16 @@ def said(main: Callable[[list[str]], int], folders: list[str], capsys: pytest.Ca
 NAMED = {
     "environment/NVTE_FUSED_ATTN": ("0", "environment.NVTE_FUSED_ATTN 1 → 0"),
     "environment/NCCL_ALGO": ("Ring", "environment.NCCL_ALGO unset → Ring"),
-    "environment/CUBLAS_WORKSPACE_CONFIG": (":4096:8", "environment.CUBLAS_WORKSPACE_CONFIG not recorded → :4096:8"),  # nobody looked
+    "environment/CUBLAS_WORKSPACE_CONFIG": (
+        ":4096:8",
+        "environment.CUBLAS_WORKSPACE_CONFIG not recorded → :4096:8",
+    ),  # nobody looked
     "versions/torch": ("2.0.0", "versions.torch 2.13.0+cpu → 2.0.0"),
     "versions/megatron-core": ("0.13.0", "versions.megatron-core 0.12.3 → 0.13.0"),
-    "device": ("AMD EPYC, 8 threads a process", "device AMD EPYC, 1 threads a process → AMD EPYC, 8 threads a process"),
+    "device": (
+        "AMD EPYC, 8 threads a process",
+        "device AMD EPYC, 1 threads a process → AMD EPYC, 8 threads a process",
+    ),
     "attention": ("flash-attn 2.7", None),
     "code/commit": ("0" * 40, "→ 0000000"),
     "code/dirty": (True, "with changes"),
@@ -166,7 +186,20 @@ def test_a_plan_that_trains_otherwise_is_refused(key: str, copies: Callable[...,
     assert code == 2 and key.replace("/", ".") in printed
 
 
-WRONG = {"environment": [], "environment/NVTE_FUSED_ATTN": 1, "versions": "new", "attention": 3, "before": {}, "code/sha256": 1, "device": {}}
+def test_a_layout_of_more_gpus_than_there_are_is_one_line(copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = said(compare.main, copies(DEMO, at("mapping/tp", 2), file="plan.json"), capsys)
+    assert code == 2 and "tp 2 x pp 1 x cp 1 are more than num_gpus=1" in printed
+
+
+WRONG = {
+    "environment": [],
+    "environment/NVTE_FUSED_ATTN": 1,
+    "versions": "new",
+    "attention": 3,
+    "before": {},
+    "code/sha256": 1,
+    "device": {},
+}
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -218,7 +251,10 @@ def test_the_base_is_the_one_that_differs_least(copies: Callable[..., list[str]]
 # Where speed is compared
 
 SPEED = {
-    "environment/CUDA_DEVICE_MAX_CONNECTIONS": ("8", "environment.CUDA_DEVICE_MAX_CONNECTIONS unset → 8"),
+    "environment/CUDA_DEVICE_MAX_CONNECTIONS": (
+        "8",
+        "environment.CUDA_DEVICE_MAX_CONNECTIONS unset → 8",
+    ),
     "environment/NVTE_FUSED_ATTN": ("0", "environment.NVTE_FUSED_ATTN 1 → 0"),
     "gpus/0/driver": ("1.0", "→ 1.0"),
     "gpus/0/power_limit_w": (500.0, "gpus.power_limit_w 700.0 → 500.0"),
@@ -248,10 +284,17 @@ def test_a_variable_that_the_shell_set_is_a_change_of_settings(copies: Callable[
 
 @pytest.mark.parametrize("command", [throughput.main, tuning.main, compare.main])
 def test_a_run_that_shared_its_gpu_is_named_without_a_pair_too(
-    command: Callable[[list[str]], int], copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    command: Callable[[list[str]], int],
+    copies: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     runs = {throughput.main: H200[:1], tuning.main: (H200[0], H200[0]), compare.main: FIG2}[command]
-    folders = copies(runs, at("gpus", [{"rank": 0, "others_during": {"processes": 2, "memory_gb": 3.0}}]), which=(0,))
+    folders = copies(
+        runs,
+        at("gpus", [{"rank": 0, "others_during": {"processes": 2, "memory_gb": 3.0}}]),
+        which=(0,),
+    )
     out = tmp_path / "table.md"
     code, printed = said(command, folders, capsys, *([] if command is compare.main else ["--out", str(out)]))
     assert code in (0, 3) and "at most 2 on a GPU, 3.0 GB" in printed
