@@ -1,11 +1,15 @@
-# `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test;
-# `make check` the linters and the type checker; `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (an hour)
-# and writes what was lost into docs/reliability.md.  Each installs what is missing.
+# `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test, and
+# `make fast` those that take no NeMo, Slurm or GPU, and not seconds each; `make check` the linters and the type checker;
+# `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (an hour) and writes what was lost into
+# docs/reliability.md.  Each installs what is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench faults install install-dev
+# As many workers as cores.  Each takes whole files and groups, for their tests share runs; the longest first.
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test fast check bench faults install install-dev
 
 # Interrupted, it continues where it stopped.  The second BF16 seed is the noise floor.
 demo: install
@@ -29,7 +33,10 @@ install-dev: .venv/.dev
 	touch $@
 
 test: install-dev
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
+
+fast: install-dev
+	$(PY) -m pytest $(PARALLEL) -m "not nemo and not slurm and not gpu and not slow"
 
 check: install-dev
 	$(PY) -m ruff check .

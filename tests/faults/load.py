@@ -117,7 +117,7 @@ def many_jobs(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "a sweep of so many jobs, submitted to a real Slurm of four nodes that runs them at once", small=4, full=200)
+@fault(AREA, "a sweep of so many jobs, submitted to a real Slurm of four nodes that runs them at once", small=4, full=200, slurm=True)
 def many_jobs_on_slurm(count: int, folder: Path) -> Outcome:
     """The jobs end as soon as they start, for their interpreter is `true`; accounting knows each of them once."""
     if reason := install.missing():
@@ -162,13 +162,15 @@ def two_launches(count: int, folder: Path) -> Outcome:
 
 @fault(AREA, "two launches of one experiment at the same moment, on this machine", small=1, full=10)
 def two_local_launches(count: int, folder: Path) -> Outcome:
-    """One runs, the other is refused with one line.  The run is a stand-in that writes a line and waits: what counts is who starts."""
+    """One runs, the other is refused with one line.  The run is a stand-in that writes a line and waits until one has ended."""
     outcome = Outcome()
     for n in range(count):
-        env = {**os.environ, **stub_python(folder / f"stub{n}", 'echo started >> "$STARTS"; sleep 3'), "STARTS": str(folder / f"starts{n}")}
+        stub = stub_python(folder / f"stub{n}", 'echo started >> "$STARTS"; until [ -e "$GO" ]; do sleep 0.1; done')
+        go = folder / f"go{n}"
+        env = {**os.environ, **stub, "STARTS": str(folder / f"starts{n}"), "GO": str(go)}
         code = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"
         command = [sys.executable, "-c", code, env["STUB"], f"runs_dir={folder}/runs{n}", "run_name=one"]
-        ends = _together([command] * 2, env)
+        ends = _together([command] * 2, env, go)
         starts = (folder / f"starts{n}").read_text().count("started")
         refused = [err for status, err in ends if status == 2 and err.startswith("error: ") and err.count("\n") == 1]
         right = len(refused) == 1 and starts == 2 and whole(folder / f"runs{n}" / "one")  # preflight and training, once each
@@ -185,7 +187,13 @@ def stub_python(folder: Path, does: str) -> dict[str, str]:
     return {"STUB": str(stub)}
 
 
-def _together(commands: Sequence[list[str]], env: dict[str, str]) -> list[tuple[int, str]]:
+def _together(commands: Sequence[list[str]], env: dict[str, str], go: Path | None = None) -> list[tuple[int, str]]:
+    """Return exit code and errors of commands that run at once; `go` appears when one has ended, or none does for minutes."""
     started = [subprocess.Popen(c, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+    deadline = time.monotonic() + 300
+    while go and all(process.poll() is None for process in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if go:
+        go.touch()
     ends = [process.communicate()[1] for process in started]
     return [(process.returncode, err) for process, err in zip(started, ends, strict=True)]

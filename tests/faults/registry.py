@@ -51,7 +51,7 @@ Injection = Callable[[int, Path], Outcome]
 
 @dataclass(frozen=True)
 class Fault:
-    """An injection with its place in the table; `nemo`: it trains, so the tests of it are marked as slow."""
+    """An injection with its place in the table; `nemo`: it trains; `slurm`: on a real Slurm.  Its test is marked so."""
 
     area: str
     what: str
@@ -59,6 +59,7 @@ class Fault:
     full: int
     inject: Injection
     nemo: bool = False
+    slurm: bool = False
 
     @property
     def name(self) -> str:
@@ -69,11 +70,11 @@ class Fault:
 FAULTS: list[Fault] = []
 
 
-def fault(area: str, what: str, small: int, full: int, nemo: bool = False) -> Callable[[Injection], Injection]:
+def fault(area: str, what: str, small: int, full: int, nemo: bool = False, slurm: bool = False) -> Callable[[Injection], Injection]:
     """Put the decorated function on the list."""
 
     def register(inject: Injection) -> Injection:
-        FAULTS.append(Fault(area, what, small, full, inject, nemo))
+        FAULTS.append(Fault(area, what, small, full, inject, nemo, slurm))
         return inject
 
     return register

@@ -15,7 +15,14 @@ from tests.faults.run_folders import DEMO
 FAULTS = load()
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=[pytest.mark.nemo] if f.nemo else []) for f in FAULTS])
+def marks(fault: Fault) -> list[pytest.MarkDecorator]:
+    """Those that train share processes that have imported NeMo, and runs that nothing interrupted; the others share nothing."""
+    if fault.slurm:
+        return [pytest.mark.slurm, *([pytest.mark.nemo] if fault.nemo else [])]
+    return [pytest.mark.nemo, pytest.mark.xdist_group("training faults")] if fault.nemo else [pytest.mark.xdist_group(fault.name)]
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=marks(f)) for f in FAULTS])
 def test_nothing_is_lost(fault: Fault, tmp_path: Path) -> None:
     try:
         outcome = fault.inject(fault.small, tmp_path)

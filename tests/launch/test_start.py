@@ -22,6 +22,7 @@ from recipes.code import PROJECT
 from recipes.compose import compose_plan
 from recipes.run_folder import PORT_TAKEN, SESSION
 
+pytestmark = pytest.mark.xdist_group("slurm")  # holds ports that a Slurm may be about to take
 STARTS = int(os.environ.get("STARTS", "40"))  # of each size; `make faults` has 200, which show failures of 1 %
 HELD_PORTS = 500
 # As the real one: beyond a pipe's buffer of names it writes again, when a reader of the first line has gone.

@@ -21,6 +21,7 @@ from recipes.training import stop
 from recipes.training.ahead import Moment, Number, _to_tensor, log_without_waiting
 from recipes.training.callback import RunFolderCallback
 
+pytestmark = pytest.mark.nemo
 PLAN = compose_plan(["gpu=cpu", "model=llama3_tiny", "data=text", "settings=convergence", "train.diagnostics_interval=1000"])
 
 

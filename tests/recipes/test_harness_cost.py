@@ -16,6 +16,7 @@ from recipes.training.interleaved import HookClock, Times, unwatched
 from recipes.training.te_layers import Watched
 from tests.recipes.test_evaluate import write_corpus
 
+pytestmark = pytest.mark.nemo
 ROUNDS, BLOCKS = 2, 3
 ORDER = "hbbbh"  # a block's steps: harness, bare
 SMALL = [
@@ -163,7 +164,6 @@ def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "name a folder that can be written" in capsys.readouterr().err
 
 
-@pytest.mark.nemo
 def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
     """Losses of harness and bare steps, in turn, equal those of a run without bare steps: same data, FP8 state, clipping, schedule."""
     data = [f"data.sources=[{write_corpus(tmp_path / 'corpus')}]", f"data.root={tmp_path}/data", "data=text"]

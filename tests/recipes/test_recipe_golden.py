@@ -29,7 +29,7 @@ CELLS = [
     for gpu in GPUS
     if cell(stack, model, precision, gpu, ["experiment=throughput"])["runs"]
 ]
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("on_cpu")]
 
 
 @pytest.fixture(scope="module")

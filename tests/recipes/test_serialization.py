@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from recipes.training.serialization import adapt_writer
 
+pytestmark = pytest.mark.nemo
 Writer = filesystem_async.FileSystemWriterAsync
 
 

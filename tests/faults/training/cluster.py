@@ -34,6 +34,7 @@ ENDS = ("kill -9 of a rank", "USR1", "kill -9 of all ranks")
     small=1,
     full=3,
     nemo=True,
+    slurm=True,
 )
 def ranks_on_slurm(count: int, folder: Path) -> Outcome:
     """The numbers are those of four processes on this machine that nothing interrupts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -115,8 +116,8 @@ def test_the_batch_script_is_warned_before_its_time_limit(slurm: Slurm, warned: 
     assert "warned\n" in slurm.output(warned)
 
 
-def test_a_second_cluster_of_another_gpu(slurm: Slurm, tmp_path: Path) -> None:
-    with Slurm(tmp_path / "slurm", gpu="gb200", gpus_per_node=4) as other:
+def test_a_second_cluster_of_another_gpu(slurm: Slurm) -> None:
+    with tempfile.TemporaryDirectory(prefix="slurm") as root, Slurm(Path(root) / "slurm", gpu="gb200", gpus_per_node=4) as other:
         job = other.submit(BASH + "echo $CUDA_VISIBLE_DEVICES; sleep 300\n", "--gres=gpu:gb200:4")
         other.until(lambda: other.output(job) == "0,1,2,3\n", "the job's GPUs")
         pids = other.pids()
