@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +21,20 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.environ.setdefault(f"{library}_NUM_THREADS", str(cores))
 
-from tests import leftovers
+from tests import leftovers, warm
 
 HEAVY = {"nemo", "megatron", "lightning", "transformer_engine"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing with them")
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """The path of a Python that has imported NeMo already (tests/warm.py)."""
+    with warm.interpreter() as path:
+        yield path
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,15 @@ pytestmark = pytest.mark.nemo
 
 
 @pytest.fixture(scope="module", autouse=True)
-def taken_port() -> Iterator[None]:
-    """A variable of the shell that names a port of another process's: no run of this machine may end for it."""
+def environment(warm_python: str) -> Iterator[None]:
+    """A Python that need not import NeMo, and a variable of the shell that names a port of another process's.
+
+    No run of this machine may end for that port.
+    """
     with socket.socket() as other, pytest.MonkeyPatch.context() as patch:
         other.bind(("", 0))
         other.listen()
+        patch.setattr(sys, "executable", warm_python)
         patch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         yield
 

@@ -85,15 +85,20 @@ def run(*args: object) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout))
 
 
+LAUNCH = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; sys.exit(main(sys.argv[2:]))"
+
+
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
     """BF16 and an FP8 recipe trained, BF16 stopped after two steps; all three evaluated on held-out text and on questions."""
     root = tmp_path_factory.mktemp("evaluated")
     corpus = write_corpus(root / "corpus")
     data = [f"data.sources=[{corpus}]", f"data.root={root}/data"]
     untrained = [*SHORT, *data, "train.stop_after=2", f"runs_dir={root}/untrained"]
-    beside = subprocess.Popen([sys.executable, "-m", "launch", *untrained], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert launch(["-m", *SHORT, *data, "precision=bf16,fp8_delayed", f"runs_dir={root}/runs"]) == 0
+    beside = subprocess.Popen([sys.executable, "-c", LAUNCH, warm_python, *untrained], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        assert launch(["-m", *SHORT, *data, "precision=bf16,fp8_delayed", f"runs_dir={root}/runs"]) == 0
     assert beside.wait(timeout=300) == 0
     write_task(root / "tasks", corpus, QUESTIONS)
     (root / "notes.txt").write_text("import os\n\n\ndef main() -> None:\n    print(os.getcwd())\n" * 20)

@@ -164,7 +164,7 @@ def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "name a folder that can be written" in capsys.readouterr().err
 
 
-def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
+def test_a_bare_step_is_the_same_step(tmp_path: Path, warm_python: str) -> None:
     """Losses of harness and bare steps, in turn, equal those of a run without bare steps: same data, FP8 state, clipping, schedule."""
     data = [f"data.sources=[{write_corpus(tmp_path / 'corpus')}]", f"data.root={tmp_path}/data", "data=text"]
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -180,7 +180,7 @@ def test_a_bare_step_is_the_same_step(tmp_path: Path) -> None:
     plan["train"]["stop_after"] = None
     whole.mkdir()
     (whole / "plan.json").write_text(json.dumps(plan))
-    subprocess.run([sys.executable, "-m", "recipes.training.run", str(whole)], capture_output=True, check=True, timeout=300)
+    subprocess.run([warm_python, "-m", "recipes.training.run", str(whole)], capture_output=True, check=True, timeout=300)
     harness, expected = ([row["loss"] for row in rows_of(folder / "metrics.jsonl") if "loss" in row] for folder in (out, whole))
     bare = json.loads((out / "cost.json").read_text())["bare_losses"]
     taken = {"h": iter(harness), "b": iter(bare)}

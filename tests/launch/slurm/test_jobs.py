@@ -10,7 +10,7 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,18 @@ pytestmark = pytest.mark.nemo
 
 TRAIN = ["train.warmup_steps=1", "train.eval_interval=100", "train.eval_batches=1", "train.diagnostics_interval=100", "mapping=single"]
 TRAIN += ["mapping.micro_batch=1", "mapping.global_batch=4", "logger=none"]
-SITE = ["executor=slurm", "executor.threads=1", f"cluster.python={sys.executable}", "cluster.mpi=null", "cluster.account=research"]
+SITE = ["executor=slurm", "executor.threads=1", "cluster.python=", "cluster.mpi=null", "cluster.account=research"]
 SITE += ["cluster.partition=batch", "executor.time_limit='10'", "executor.stop_before_limit_s=60", "gpu.devices_per_node=2"]
 SECRET = "hf_" + secrets.token_hex(16)  # not in any file, not even this one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def python(warm_python: str) -> Iterator[None]:
+    """The runs need not import NeMo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        patch.setitem(SITE, SITE.index("cluster.python="), f"cluster.python={warm_python}")  # type: ignore[call-overload]
+        yield
 
 
 @pytest.fixture
