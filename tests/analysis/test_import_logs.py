@@ -574,9 +574,9 @@ HOSTILE = [
 @pytest.mark.parametrize("hostile", HOSTILE, ids=["digits", "code", "shapes", "escapes", "bars", "markup"])
 def test_hostile_text_is_left_out(hostile: bytes, bring: Run) -> None:
     lines = "".join(f"{line}\n" for line in nemo_log(curve(N))).encode()
-    started = time.monotonic()
+    started = time.process_time()
     run = load_run(bring("run", hostile + lines, *FP8))
-    assert run.steps["loss"] == pytest.approx(curve(N), abs=6e-4) and time.monotonic() - started < 20
+    assert run.steps["loss"] == pytest.approx(curve(N), abs=6e-4) and time.process_time() - started < 20
     assert "script" not in (run.folder / "manifest.json").read_text()
 
 

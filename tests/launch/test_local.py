@@ -20,16 +20,16 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import SESSION, open_folder, set_status, status_of
 
-# What a script of the test does: it writes when it began, with which GPUs, and when it ended.
+# What a script of the test does: it writes when it began, with which GPUs, and when it ended: not before another began, too.
 SCRIPT = """
 echo "$(date +%s.%N) begins ${CUDA_VISIBLE_DEVICES-none}" >> $FOLDER/said
-sleep 0.7
+for _ in {1..600}; do begun=($FOLDER/../*/said); (( ${#begun[@]} > 1 )) && break; sleep 0.1; done
 echo "$(date +%s.%N) ends" >> $FOLDER/said
-echo '{"status": "done", "reason": "", "step": 1}' > $FOLDER/status.json
 """
+DONE = """echo '{"status": "done", "reason": "", "step": 1}' > $FOLDER/status.json\n"""
 
 
-def job(root: Path, name: str, num_gpus: int, *overrides: str, script: str = SCRIPT) -> Job:
+def job(root: Path, name: str, num_gpus: int, *overrides: str, script: str = SCRIPT + DONE) -> Job:
     """Return a job whose script is the test's own."""
     device = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping.global_batch=8"] if num_gpus else []
     plan = compose_plan([*device, f"num_gpus={num_gpus or 1}", *overrides, f"runs_dir={root}", f"run_name={name}", "executor.max_parallel=4"])
@@ -211,8 +211,7 @@ def interrupt_when_there(jobs: Sequence[Job], times: int) -> threading.Thread:
     """Interrupt this process, as Ctrl-C does, once each job's script runs, and again after a second."""
 
     def interrupt() -> None:
-        while not all((one.folder / "pid").exists() for one in jobs):
-            time.sleep(0.05)
+        until(lambda: all((one.folder / "pid").exists() for one in jobs))
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -243,7 +242,7 @@ def test_a_run_that_does_not_stop_is_killed(interrupts: int, patience_s: int, tm
     with pytest.raises(KeyboardInterrupt):
         run_all(jobs)
     thread.join()
-    assert not is_there(jobs[0]) and time.monotonic() - start < 30
+    assert not is_there(jobs[0]) and time.monotonic() - start < 200  # of the 300 s that a second interrupt cuts short
 
 
 HOLDER = "import sys, time; from pathlib import Path; from recipes.run_folder import only_writer\n"
@@ -251,7 +250,7 @@ HOLDER += "with only_writer(Path(sys.argv[1])):\n    print('held', flush=True); 
 
 
 def test_a_folder_that_a_process_still_writes_is_left_alone(tmp_path: Path) -> None:
-    one = job(tmp_path, "run", 0)
+    one = job(tmp_path, "run", 0, script=f"echo began > $FOLDER/said\n{DONE}")
     set_status(one.folder, "running")
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(one.folder)], stdout=subprocess.PIPE, cwd=PROJECT)
     assert holder.stdout and holder.stdout.readline() == b"held\n"
