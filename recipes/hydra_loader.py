@@ -26,8 +26,9 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import setup_globals
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from omegaconf import DictConfig, flag_override, open_dict
+from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
+State = tuple[int, int, int, int, int]
 MOST_STATES = 8  # of folders: tests compose from folders of their own
 MOST_CHOICES = 1024  # merged choices of groups in one state of a folder, 35 kB each
 
@@ -48,8 +49,18 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return config
 
 
+def values_of(path: Path) -> Any:
+    """Return the values of one YAML file, the caller's own.  Raises as `OmegaConf.load`, or OSError."""
+    return pickle.loads(_values(str(path), _state(path.stat())))
+
+
+@functools.lru_cache(MOST_CHOICES)
+def _values(path: str, state: State) -> bytes:
+    return pickle.dumps(OmegaConf.to_container(OmegaConf.load(path)))
+
+
 @functools.lru_cache(MOST_STATES)
-def _loader(conf: str, states: tuple[tuple[Any, ...], ...]) -> _Loader:
+def _loader(conf: str, states: tuple[tuple[str, State], ...]) -> _Loader:
     """Return the loader of a folder whose files are in these states."""
     version.setbase("1.3")
     setup_globals()
@@ -57,8 +68,8 @@ def _loader(conf: str, states: tuple[tuple[Any, ...], ...]) -> _Loader:
     return _Loader(create_config_search_path(conf))
 
 
-def _states(folder: str) -> Iterator[tuple[Any, ...]]:
-    """Yield path and state of each file below a folder: what changes with its text, its name or its permissions."""
+def _states(folder: str) -> Iterator[tuple[str, State]]:
+    """Yield path and state of each file below a folder."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir():
@@ -68,14 +79,12 @@ def _states(folder: str) -> Iterator[tuple[Any, ...]]:
                 found = entry.stat()
             except OSError:  # a link to nothing
                 found = entry.stat(follow_symlinks=False)
-            yield (
-                entry.path,
-                found.st_ino,
-                found.st_mode,
-                found.st_size,
-                found.st_mtime_ns,
-                found.st_ctime_ns,
-            )
+            yield entry.path, _state(found)
+
+
+def _state(found: os.stat_result) -> State:
+    """Return what changes with a file's text, its name or its permissions."""
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class _Loader(ConfigLoaderImpl):

@@ -12,12 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from recipes.defaults import FLAGS, FOR_BF16, LOOKED_UP, SIZES, fill, recommended_layout
 from recipes.fit import fits, margin
+from recipes.hydra_loader import values_of
 from recipes.memory import estimate, usable_gb
 from recipes.nearest import differing, nearest
 from recipes.plan import Plan
@@ -89,7 +89,7 @@ def _sharing(plan: Plan, tree: Tree, conf: Path) -> list[Plan]:
     found = []
     for path in sorted((conf / "precision").glob("*.yaml")):
         try:
-            precision = OmegaConf.to_container(OmegaConf.load(path))
+            precision = values_of(path)
             other = Plan.model_validate(fill({**tree, "precision": precision}))
         except (OmegaConfBaseException, ValidationError, OSError, ValueError):
             continue  # a file that makes no plan is refused where it is asked for
