@@ -16,10 +16,13 @@ FAULTS = load()
 
 
 def marks(fault: Fault) -> list[pytest.MarkDecorator]:
-    """Those that train share processes that have imported NeMo, and runs that nothing interrupted; the others share nothing."""
+    """Those that train share processes that have imported NeMo, and runs that nothing interrupted; the rest share nothing."""
     if fault.slurm:
         return [pytest.mark.slurm, *([pytest.mark.nemo] if fault.nemo else [])]
-    return [pytest.mark.nemo, pytest.mark.xdist_group("training faults")] if fault.nemo else [pytest.mark.xdist_group(fault.name)]
+    if fault.nemo:
+        return [pytest.mark.nemo, pytest.mark.xdist_group("training faults")]
+    prepares_data = fault.inject.__module__.endswith(".data_files")  # with Megatron-Core
+    return [pytest.mark.xdist_group(fault.name), *([pytest.mark.nemo] if prepares_data else [])]
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=marks(f)) for f in FAULTS])

@@ -11,6 +11,7 @@ from recipes.plan import Data
 from recipes.training import data
 from recipes.training.text import documents, source_files, split_of
 
+pytestmark = pytest.mark.nemo  # Megatron-Core reads and writes data sets
 VOCAB = 400
 
 

@@ -18,6 +18,7 @@ from recipes.preflight import main as preflight
 from recipes.run_folder import open_folder, status_of
 from recipes.training.data import main as prepare
 
+pytestmark = pytest.mark.nemo  # Megatron-Core reads and writes data sets
 VOCAB = 1024  # of model=llama3_tiny
 DOCUMENTS, LENGTH = 200, 40
 

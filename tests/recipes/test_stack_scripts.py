@@ -121,6 +121,7 @@ def built(*overrides: str) -> dict[str, object]:
     return dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line and "[unset" not in line)
 
 
+@pytest.mark.nemo
 def test_the_recipe_has_what_the_scripts_of_25_07_set() -> None:
     """Buffers of 405B on H100, and FSDP's averaging, which v2.3.2 turns off always and v2.4.0 for FP32 gradients alone."""
     cell = ["model=llama31_405b", "precision=bf16", "gpu=h100"]
