@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PROJECT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = PROJECT / "requirements-light.txt"
 RUNS = PROJECT / "analysis/results/demo"

@@ -350,6 +350,7 @@ def test_a_damaged_event_file_ends_where_it_is_damaged_and_that_is_said(tmp_path
         assert 0 < len(rows_of(tmp_path / name / "metrics.jsonl")) <= N
 
 
+@pytest.mark.slow
 def test_a_real_offline_run_of_wandb_is_read_without_a_server(tmp_path: Path) -> None:
     code = (
         "import sys, wandb; loss = [float(x) for x in sys.argv[2:]]\n"
@@ -544,6 +545,7 @@ def test_encodings_and_compression(encoding: str, tmp_path: Path) -> None:
     assert load_run(tmp_path / "run").steps["loss"] == pytest.approx(curve(N), abs=6e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.one_of(st.binary(max_size=80), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))), place=st.integers(0, 10**6))
 def test_junk_in_a_log_gives_an_error_an_unsound_run_or_the_same_losses(junk: bytes, place: int, tmp_path: Path) -> None:
@@ -580,6 +582,7 @@ def test_hostile_text_is_left_out(hostile: bytes, bring: Run) -> None:
     assert "script" not in (run.folder / "manifest.json").read_text()
 
 
+@pytest.mark.nemo
 @pytest.mark.skipif(importlib.util.find_spec("nemo") is None, reason="needs NeMo")
 def test_the_lines_above_are_those_of_nemos_own_printer() -> None:
     code = (

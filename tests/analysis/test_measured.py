@@ -50,6 +50,7 @@ def test_the_demos_runs_are_six_and_comparable() -> None:
     assert len(runs) == 6 and not left_out and len({run.manifest["order_sha256"] for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_the_report_on_the_shipped_runs_shows_what_the_notebooks_show(tmp_path: Path) -> None:
     assert report([*map(str, sorted((RESULTS / "demo").iterdir())), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path)]) == 0
     names = {"loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation"}

@@ -17,6 +17,7 @@ def test_the_notebooks_are_there() -> None:
     assert {path.stem for path in NOTEBOOKS} >= {"loss_convergence", "step_time", "gemm_granularity", "recipe_numerics", "throughput_tables"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_its_figures_with_captions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ANALYSIS.parent))

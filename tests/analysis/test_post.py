@@ -31,6 +31,7 @@ def values_of(found: Any) -> list[dict[str, Any]]:
     return list(found.tables[0].rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure", ["fig1", "fig2", "fig3", "fig4", "fig5"])
 def test_a_page_is_made_of_what_is_shipped_and_is_self_contained(figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"experiment={figure}", "--out", str(tmp_path)]) == 0

@@ -48,6 +48,7 @@ def test_our_own_measured_steps(run: Path) -> None:
     assert predict(measured.plan.model_copy(update={"gpu": h100}), constants()).step_time_s == pytest.approx(step_time_of(measured).value, rel=0.05)
 
 
+@pytest.mark.slow
 def test_steps_that_were_measured_afterwards_meet_the_goals_and_are_counted_apart(found: Validation) -> None:
     own = next(row for row in (dict(row) for row in tables(found)[2].rows) if row["set"] == "own")
     assert own["rows"] == len(own_rows()) == 46 and own["pairs"] == 34
@@ -103,6 +104,7 @@ def test_a_fit_finds_the_constants_that_made_the_rows() -> None:
     assert sum(abs(step_time(row, PRIOR) / row.step_time_s - 1) for row in synthetic) / len(errors) > 0.05
 
 
+@pytest.mark.slow
 def test_left_out_rows_do_not_reach_their_own_prediction(found: Validation) -> None:
     """Every 15B step four times as long: its predictions without its model do not move, the others' do."""
     slow = [replace(row, step_time_s=row.step_time_s * (4 if row.model == "nemotron4_15b" else 1)) for row in fitted()]
@@ -142,6 +144,7 @@ def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_pat
     assert shipped["choices"][0] == pytest.approx({"choice": shipped["choices"][0]["choice"], **{name: last[name] for name in ALL_ERRORS}}, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_other_choices_are_fitted_anew_and_leave_the_chosen_ones_as_they_were() -> None:
     some = [row for row in rows() if (row.held == "fit" and row.model == "llama3_8b") or (row.gpu == "gb200" and row.held == "fit")]
     before = price.POWER, dict(price.KNOWN)

@@ -21,6 +21,7 @@ RESULTS = readme.ROOT / "analysis" / "results"
 GEMM = "<!-- table: gemm gemm_h100 -->\n<!-- end -->"
 
 
+@pytest.mark.slow
 def test_the_committed_documents_are_what_the_results_make() -> None:
     differing = [str(path.relative_to(readme.ROOT)) for path in readme.make().differing()]
     assert not differing, "python -m analysis.readme makes them again"

@@ -25,6 +25,7 @@ def marks(fault: Fault) -> list[pytest.MarkDecorator]:
     return [pytest.mark.xdist_group(fault.name), *([pytest.mark.nemo] if prepares_data else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=marks(f)) for f in FAULTS])
 def test_nothing_is_lost(fault: Fault, tmp_path: Path) -> None:
     try:

@@ -224,6 +224,7 @@ def test_a_step_that_ends_otherwise_or_never_finds_a_port_ends_the_job(ends: str
     assert codes == [code] and log.count("met at") == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_rank_0_leaves_a_port_that_is_taken(alone: bool, tmp_path: Path) -> None:
     """Before anything else: the folder is no run folder.  A process alone needs no certain port."""

@@ -29,12 +29,14 @@ def rows() -> Rows:
     return list(matrix(STACKS))
 
 
+@pytest.mark.slow
 def test_no_recommended_cell_is_refused_for_memory_or_tight(rows: Rows) -> None:
     refused = [row["why"] for row in rows if not row["runs"]]
     assert refused and not [why for why in refused if "GB" in why]
     assert {row["memory"] for row in rows if row["runs"]} == {"fits"}
 
 
+@pytest.mark.slow
 def test_a_cell_that_gives_up_its_layout_says_what_changed_and_why(rows: Rows) -> None:
     found = {(row["model"], row["precision"], row["gpu"]): row["changed"] for row in rows if row["stack"] == STACKS[0]}
     for_memory = {key: notes for key, notes in found.items() if any(note.startswith("for memory") for note in notes)}

@@ -39,6 +39,7 @@ def tree(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_todays_plans_are_nvidias_but_for_what_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
     """Every cell of both versions of the scripts; without NeMo."""
     assert main([]) == 0, capsys.readouterr().err

@@ -72,6 +72,7 @@ def _possible(plan: Plan) -> bool:
     return fp8 is None or fp8.scaling != "mxfp8" or m.micro_batch * plan.seq_length // m.cp // m.tp % MXFP8_ROWS == 0
 
 
+@pytest.mark.slow
 def test_no_legal_combination_asks_for_what_its_stack_cannot_do() -> None:
     seen: Counter[tuple[str, bool]] = Counter()
     for plan in _combinations():

@@ -33,6 +33,7 @@ def shown(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str,
     return dict(json.loads(capsys.readouterr().out)[0]["summary"]["schedule"])
 
 
+@pytest.mark.slow
 def test_every_large_model_trains_with_its_published_schedule_under_convergence_settings() -> None:
     for model in MODELS:
         for gpu in GPUS:
