@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.runs import load_run, once
+from analysis.runs import load_runs
 from analysis.table import all_notes, compare, terminal_table
 from analysis.verdict import FAIL, UNDECIDED
 from recipes.cli import ArgumentParser, command
@@ -32,7 +32,7 @@ def exit_code(verdicts: Sequence[str]) -> int:
 
 def run(folders: Sequence[Path], as_json: bool) -> int:
     """Compare the runs and print what was found; return the exit code."""
-    comparison = compare([load_run(folder) for folder in once(folders)])
+    comparison = compare(load_runs(folders))
     rows = comparison.rows
     if as_json:
         print(json.dumps(rows, indent=1))

@@ -21,19 +21,17 @@ from recipes.files import open_file
 
 Array = NDArray[np.float64]
 BLOCK = 1 << 20  # bytes read at a time
-# What a training line has, and one of an evaluation; an imported log may lack its losses or its step times.
-KINDS = (("loss", "step_time_s"), ("heldout_loss",))
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the columns of the training lines of a run folder, and those of its evaluations."""
-    parts: tuple[list[dict[str, Array]], list[dict[str, Array]]] = ([], [])
+    train: list[dict[str, Array]] = []
+    heldout: list[dict[str, Array]] = []
     with collector_at_rest():
-        for rows in _rows(folder / "metrics.jsonl"):
-            for keys, part in zip(KINDS, parts, strict=True):
-                part.append(_columns([row for row in rows if any(key in row for key in keys)], folder))
-    train, heldout = (_joined([part for part in found if part], folder) for found in parts)
-    return train, heldout
+        for rows in _rows(folder / "metrics.jsonl"):  # an imported log may lack its losses or its step times
+            train.append(_columns([row for row in rows if "loss" in row or "step_time_s" in row], folder))
+            heldout.append(_columns([row for row in rows if "heldout_loss" in row], folder))
+    return _joined([part for part in train if part], folder), _joined([part for part in heldout if part], folder)
 
 
 @contextmanager
@@ -76,7 +74,7 @@ def _block(path: Path, number: int, lines: list[bytes]) -> list[dict[str, Any]]:
             raise ValueError("lines that hold more than one object, or part of one")
     except ValueError:
         rows = [_row(path, number + i, line) for i, line in enumerate(lines, 1)]
-    if not all(isinstance(row, dict) for row in rows):
+    if not {dict}.issuperset(map(type, rows)):
         raise InputError(f"{path}: a line is no JSON object; the file was changed, run it again")
     return list(rows)
 

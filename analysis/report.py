@@ -71,7 +71,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
     runs, left_out = load_all(folders)
     if not runs:
         raise InputError(f"none of the runs can be used: {'; '.join(left_out)}")
-    found = compare(runs)
+    found = _compared(runs, left_out)
     drawn = [*figures(found), *numerics_figures.figures(found.runs)]
     write_file(out, page(found, drawn, left_out))
     if png:
@@ -82,6 +82,14 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
     for line in [*left_out, *all_notes(found)]:
         console.print(line, markup=False, highlight=False)
     print(one_line(f"report: {out}"))
+
+
+def _compared(runs: Sequence[Run], left_out: Sequence[str]) -> Comparison:
+    """Return the comparison; where none can be made of the sound runs, InputError that names those left out too."""
+    try:
+        return compare(runs)
+    except InputError as error:
+        raise InputError("; left out: ".join([str(error), *left_out])) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,12 +18,14 @@ from pydantic import ValidationError
 from analysis.metrics import Array as Array
 from analysis.metrics import read_metrics
 from recipes.errors import InputError, one_line
-from recipes.fp8_gemms import refusal
+from recipes.fp8_gemms import fp8_gemms
 from recipes.manifest_record import Manifest
 from recipes.plan import Plan
+from recipes.possible import refuse_impossible, refuse_impossible_import
 from recipes.run_folder import read_json, read_plan, status_of
 
 REQUIRED = ("step", "loss", "tokens", "step_time_s")
+FEW, FEW_PRINTED = 2, 10  # values that agree by chance: losses of full precision, and such as a log prints
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,42 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             runs.append(load_run(folder))
         except InputError as error:
             left_out.append(str(error))
-    return runs, left_out
+    doubtful = twins(runs)
+    return [run for run in runs if run.folder not in doubtful], [*left_out, *doubtful.values()]
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs in `folders`, each once; InputError where one is not sound, or two cannot both be."""
+    runs = [load_run(folder) for folder in once(folders)]
+    for reason in twins(runs).values():
+        raise InputError(reason)
+    return runs
+
+
+def twins(runs: Sequence[Run]) -> dict[Path, str]:
+    """Return, by folder, why a run cannot be used beside another one: they have one loss and are not one experiment."""
+    found: dict[Path, str] = {}
+    for key in ("loss", "heldout_loss", "grad_norm"):
+        first: dict[bytes, Run] = {}
+        for run in runs:
+            column = (run.heldout if key == "heldout_loss" else run.steps).get(key, np.zeros(0))
+            if np.unique(column).size < (FEW_PRINTED if run.imported else FEW):
+                continue
+            other = first.setdefault(column.tobytes(), run)
+            if _decides_loss(other.plan) == _decides_loss(run.plan):
+                continue
+            for one, two in ((other, run), (run, other)):
+                what = f"the {column.size} values of {key} are those of {two.folder}, to the last bit"
+                found.setdefault(one.folder, f"{one.folder}/metrics.jsonl: {what}, whose plan trains otherwise; one is the other's file")
+    return found
+
+
+def _decides_loss(plan: Plan) -> tuple[object, ...]:
+    """Return what no two runs can differ in and have one loss; layouts and kernels may add up alike."""
+    fp8, train = plan.precision.fp8 if fp8_gemms(plan) else None, plan.train
+    recipe = (fp8.scaling, fp8.format, fp8.first_layers_bf16, fp8.last_layers_bf16) if fp8 else None
+    model = plan.model.model_copy(update={"convergence": None})
+    return (model, recipe, plan.seed, plan.seq_length, plan.mapping.global_batch, train.max_lr)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -212,20 +249,21 @@ def _is_finite(run: Run) -> None:
 
 
 def _is_what_it_says(run: Run) -> None:
-    """Every step shows the FP8 GEMMs that the plan implies: a number in FP8, none in BF16."""
-    gemms = run.steps.get("fp8_gemms")
-    if gemms is None and run.imported and (run.is_base or "fp8" in run.imported["asserted"]):
-        return  # the user vouches for it, and what is said of the comparison says so
-    if gemms is None and run.imported:
-        raise InputError(f"{run.folder}: nothing in the imported log shows that FP8 ran; import it again with --assert-fp8 if you know that it did")
-    if gemms is None:
-        raise InputError(f"{run.folder}: no fp8_gemms in metrics.jsonl: nothing shows in which precision it ran")
+    """Raise InputError where nothing shows in which precision it ran, or a number in it cannot be true."""
     if not run.plan.data_parallel:
         m, gpus = run.plan.mapping, run.plan.num_gpus
         why = f"tp {m.tp} x pp {m.pp} x cp {m.cp} are more than num_gpus={gpus}"
         raise InputError(f"{run.folder / 'plan.json'}: {why}; the file was changed, run it again")
-    for counted in np.unique(gemms):
-        if wrong := refusal(run.plan, float(counted)):
-            steps = run.steps["step"][(gemms == counted) | np.isnan(gemms) & np.isnan(counted)]
-            where = f"{steps.size} step(s), first in step {int(steps[0])}"
-            raise InputError(f"{run.folder}: {where}: {wrong}; the run is not what its plan says")
+    if run.imported:
+        _is_shown(run)
+        refuse_impossible_import(run.folder, run.plan, run.steps, run.has_rate)
+        return
+    if "fp8_gemms" not in run.steps:
+        raise InputError(f"{run.folder}: no fp8_gemms in metrics.jsonl: nothing shows in which precision it ran")
+    refuse_impossible(run.folder, run.plan, run.manifest, run.steps, run.heldout)
+
+
+def _is_shown(run: Run) -> None:
+    """Raise InputError where neither an imported log nor its user says that FP8 ran; what is said of a comparison tells which."""
+    if "fp8_gemms" not in run.steps and not run.is_base and "fp8" not in run.imported["asserted"]:
+        raise InputError(f"{run.folder}: nothing in the imported log shows that FP8 ran; import it again with --assert-fp8 if you know that it did")

@@ -57,8 +57,7 @@ def _tokens_a_gpu(run: Run) -> float:
 def published_of(run: Run) -> Published | None:
     """Return the published row of a run's cell: model at full depth, GPU, precision, GPUs, sequence, layout and batch; the nearest NeMo."""
     plan, whole = run.plan, reference_of(run.plan)
-    other_gpu = device(run).startswith("NVIDIA") and plan.gpu.name not in device(run).lower()
-    if whole is None or not whole.model.is_built_as(plan.model) or other_gpu:
+    if whole is None or not whole.model.is_built_as(plan.model):
         return None
     cell, layout = (plan.model.name, plan.gpu.name, plan.precision.name, plan.seq_length), layout_of(plan)
     same = (layout.num_gpus, layout.global_batch)

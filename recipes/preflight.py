@@ -22,6 +22,7 @@ from recipes.data_files import check_data
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
+from recipes.possible import names_device
 from recipes.rules import capability, min_cuda
 from recipes.run_folder import event, read_plan, set_status
 
@@ -54,15 +55,9 @@ def wrong_devices(plan: Plan) -> Iterator[str]:
     other = sorted({c for c, _ in found if c != plan.gpu.compute_capability})
     if other:
         yield f"the GPUs have compute capability {', '.join(other)}, {plan.gpu.name} has {plan.gpu.compute_capability}"
-    names = sorted({name for _, name in found if name and not _is_named(name, plan)})
+    names = sorted({name for _, name in found if name and not names_device(plan.gpu, name)})
     if names:
         yield f"the GPUs are {', '.join(names)}, the plan is for {plan.gpu.name} ({plan.gpu.device_name})"
-
-
-def _is_named(name: str, plan: Plan) -> bool:
-    """Whether nvidia-smi's name is one of the plan's GPU: an H200 is no H20."""
-    wanted = plan.gpu.device_name
-    return wanted is None or re.search(rf"\b{re.escape(wanted)}\b", name) is not None
 
 
 def wrong_cuda(plan: Plan) -> Iterator[str]:

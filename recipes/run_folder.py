@@ -4,7 +4,7 @@ plan.json        the plan, as composed
 manifest.json    what ran: code commit, versions seen inside the job, device, data, environment without secrets
 metrics.jsonl    a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
 fp8.jsonl        what FP8 did to each layer's operands, at intervals: largest |x|, saturation, underflow, noise
-events.jsonl     start, resume, pause, NaN, skipped updates, a checkpoint passed over, failure, end
+events.jsonl     start, resume, pause, NaN, skipped updates, a checkpoint passed over, failure, end with the digest of metrics.jsonl
 status.json      running, paused, done, failed (and why)
 lock             held by the process that writes all this, as long as it lives
 checkpoints/     NeMo's distributed checkpoints, the newest two, each with the checksums of its files
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -226,6 +227,12 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file's bytes."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:

@@ -7,9 +7,13 @@ composed plan where it follows the published schedule and where not.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from recipes.plan import Convergence, Plan
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes.plan import Convergence, Plan, Train
 
 Tree = dict[str, Any]
 # For a model whose file has no schedule: the project's own, for the small models that it trains on one machine.
@@ -91,6 +95,19 @@ def batch_multiple(data_parallel: int, micro_batch: int, pp: int, vp: int) -> in
 def nearest(tokens: int, seq_length: int, multiple: int) -> int:
     """Return the multiple (of sequences) that is nearest to `tokens`, and at least one."""
     return multiple * max(1, round(tokens / (seq_length * multiple)))
+
+
+def rates(train: Train, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the learning rate of each step, counted from 1, as a run's lr column has it.
+
+    NeMo v2.3.2, core/optim/lr_scheduler.py: WarmupAnnealHoldPolicy and CosineAnnealing without constant steps, whose first
+    step is number 0, and whose warm-up takes one step more than it is told.
+    """
+    past, warmup = steps - 1, train.warmup_steps
+    rising = train.max_lr * (past + 1) / (warmup + 1)
+    done = np.clip((past - warmup) / max(train.max_steps - warmup, 1), 0.0, 1.0)
+    falling = train.min_lr + (train.max_lr - train.min_lr) * 0.5 * (1 + np.cos(math.pi * done))
+    return np.asarray(np.where((past <= warmup) & (warmup > 0), rising, falling))
 
 
 def described(plan: Plan) -> Tree:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,10 +24,10 @@ from recipes.compose import compose_plan
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.fit import ESTIMATE_ERROR
-from recipes.fp8_gemms import refusal
 from recipes.memory import OUTSIDE_PYTORCH, estimate
 from recipes.plan import Plan
-from recipes.run_folder import read_plan, rows_of
+from recipes.possible import refuse_impossible
+from recipes.run_folder import read_json, read_plan, rows_of
 
 PEAKS = Path(__file__).resolve().parent / "reference" / "peak_memory.csv"
 WIDTH = 180  # columns
@@ -35,13 +36,14 @@ Row = dict[str, str | float]
 
 def validation(runs: Sequence[Path] = ()) -> list[Row]:
     """Return the rows of peak_memory.csv and of run folders, with `predicted_gb` and `error` (predicted over peak, minus one)."""
+    own = [_of_run(folder) for folder in runs]
     with PEAKS.open(newline="") as file:
         rows: list[Row] = [dict(row) for row in csv.DictReader(file)]
     for row in rows:
         with_step = row["kind"] != "measured without step"  # some runs stopped before the optimizer's step
         peak, predicted = float(row["peak_gb"]), estimate(compose_plan(_overrides(row)), with_step).total_gb
         row.update(_compared(peak, predicted))
-    return [*rows, *map(_of_run, runs)]
+    return [*rows, *own]
 
 
 def _compared(peak_gb: float, predicted_gb: float) -> Row:
@@ -55,7 +57,7 @@ def _of_run(folder: Path) -> Row:
     held = [row["memory_gb"] for row in rows if "memory_gb" in row]
     if plan.on_cpu or not held:
         raise InputError(f"{folder} has no peak of a GPU's memory in metrics.jsonl; name runs that trained on GPUs")
-    _is_what_it_says(folder, plan, rows)
+    _refuse_impossible(folder, plan, rows)
     layout = {key: str(getattr(plan.mapping, key)) for key in ("tp", "pp", "cp", "vp", "fsdp", "micro_batch", "recompute_layers")}
     axes = {"model": plan.model.name, "gpu": plan.gpu.name, "precision": plan.precision.name, "num_gpus": str(plan.num_gpus)}
     # PyTorch counts a block of a graph's private pool as free as soon as its capture ends, and a
@@ -73,13 +75,15 @@ def _of_run(folder: Path) -> Row:
     }
 
 
-def _is_what_it_says(folder: Path, plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
-    """Raise InputError where a step ran other FP8 GEMMs than the plan implies."""
-    for row in rows:
-        wrong = refusal(plan, row["fp8_gemms"]) if "fp8_gemms" in row else None
-        if wrong:
-            step = f"{folder}: step {row['step']}"
-            raise InputError(f"{step} ran {wrong}; the run is not what its plan says")
+def _refuse_impossible(folder: Path, plan: Plan, rows: Sequence[dict[str, Any]]) -> None:
+    """Raise InputError where the run folder's numbers cannot be true."""
+    trained = [row for row in rows if "loss" in row]
+    try:
+        steps = {key: np.array([row[key] for row in trained], dtype=np.float64) for key in trained[0]}
+        manifest = read_json(folder / "manifest.json")
+    except (OSError, IndexError, KeyError, TypeError, ValueError):
+        raise InputError(f"{folder}: its manifest.json or metrics.jsonl is not what a run writes; run it again") from None
+    refuse_impossible(folder, plan, manifest, steps, {})
 
 
 def _overrides(row: Row) -> list[str]:

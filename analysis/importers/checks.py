@@ -11,12 +11,12 @@ import numpy as np
 from analysis.importers.log import Log
 from analysis.importers.planning import SCALE, Planned
 from recipes.errors import InputError
-from recipes.flops import flops_per_token, mfu, peak_tflops
+from recipes.flops import flops_per_token, peak_tflops
+from recipes.possible import most_memory_gb, utilisation
 
 FAR = 1.25  # by how much a printed rate may differ from ours: rounding, evaluations in the time, another count of FLOPs
 COUNTS = {"step_time_s": "step time", "tokens_per_s": "tokens/s per GPU", "tflops": "TFLOP/s per GPU"}
 LOW_MFU = 0.002  # a share of the peak; a thousandth of what is usual is a step time in another unit
-MOST_MEMORY = 1.05  # of what the GPU's data sheet says: GB and GiB
 
 
 def refuse_impossible(log: Log, planned: Planned) -> None:
@@ -63,10 +63,9 @@ def _refuse_rates(log: Log, planned: Planned, rate: float, printed: dict[str, fl
     if theirs is not None and not low / FAR <= theirs <= high * FAR:
         share = theirs / (high if log.format.startswith("NeMo") else low)  # NeMo counts full attention
         raise InputError(f"the log prints {theirs:,.0f} TFLOP/s per GPU, and its step time gives {low:,.0f} to {high:,.0f}: {_cause(planned, share)}")
-    peak = peak_tflops(plan.gpu, plan.precision)
-    share = mfu(rate, plan.model, plan.seq_length, True, peak) if peak else 0.0
+    share = utilisation(plan, plan.tokens_per_step / plan.num_gpus / rate)
     if share > 1:
-        above = f"an MFU of {share:.0%} of {plan.gpu.name}'s {peak:g} TFLOP/s"
+        above = f"an MFU of {share:.0%} of {plan.gpu.name}'s {peak_tflops(plan.gpu, plan.precision):g} TFLOP/s"
         raise InputError(f"the step time gives {above}, which is impossible: {_cause(planned, 1 / share, 'at least')}")
 
 
@@ -74,7 +73,7 @@ def _note_unit(log: Log, planned: Planned, rate: float, seconds: float) -> None:
     """Say where a step time would be a usual one in milliseconds and is none in seconds."""
     plan = planned.plan
     peak = peak_tflops(plan.gpu, plan.precision)
-    share = mfu(rate, plan.model, plan.seq_length, True, peak) if peak else 1.0
+    share = utilisation(plan, plan.tokens_per_step / plan.num_gpus / rate) if peak else 1.0
     if share < LOW_MFU and LOW_MFU < 1000 * share < 1:
         log.said.append(
             f"step times of {seconds:,.0f} s give an MFU of {share:.2g} of {plan.gpu.name}'s peak, milliseconds {1000 * share:.0%}; "
@@ -100,8 +99,8 @@ def _cause(planned: Planned, share: float, about: str = "about") -> str:
 
 
 def _refuse_memory(log: Log, planned: Planned) -> None:
-    have = planned.plan.gpu.memory_gb
+    most = most_memory_gb(planned.plan.gpu)
     peak = max((value for value in (log.memory_gb, log.reserved_gb) if value is not None), default=0.0)
-    if have and peak > MOST_MEMORY * have:
-        gpu = planned.plan.gpu.name
-        raise InputError(f"the log's memory peaks at {peak:,.0f} GB, and {gpu} has {have:g}; name the GPU that ran")
+    if most and peak > most:
+        gpu = planned.plan.gpu
+        raise InputError(f"the log's memory peaks at {peak:,.0f} GB, and {gpu.name} has {gpu.memory_gb:g}; name the GPU that ran")

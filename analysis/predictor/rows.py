@@ -20,6 +20,7 @@ from analysis.soundness import sound
 from analysis.speed import step_time
 from recipes.compose import compose_plan
 from recipes.defaults import recommended
+from recipes.errors import InputError
 from recipes.plan import Plan
 
 Raw = dict[str, str]
@@ -76,9 +77,14 @@ def rows() -> tuple[Row, ...]:
 
 @functools.cache
 def own_rows() -> tuple[Row, ...]:
-    """Return the steps that this project measured on one GPU, whole models and such cut in depth: they only test."""
-    folders = [folder for name in MEASURED for folder in sorted((RESULTS / name).iterdir())]
-    return tuple(Row(_known_gpu(run.plan), step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in sound(folders)[0])
+    """Return the steps that this project measured on one GPU, whole models and such cut in depth: they only test.
+
+    InputError where one of them cannot be used.
+    """
+    runs, left_out = sound([folder for name in MEASURED for folder in sorted((RESULTS / name).iterdir())])
+    if left_out:
+        raise InputError(f"a shipped run cannot be used: {left_out[0]}")
+    return tuple(Row(_known_gpu(run.plan), step_time(run).value, run.plan.stack.name, run.folder.parent.name, "own") for run in runs)
 
 
 def _known_gpu(plan: Plan) -> Plan:

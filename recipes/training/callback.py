@@ -24,7 +24,7 @@ from recipes.errors import InputError, one_line
 from recipes.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
 from recipes.plan import Fp8, plan_from_json
-from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, write_json
+from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, sha256, write_json
 from recipes.training import devices, stop, watchdog
 from recipes.training.ahead import Moment, Number
 from recipes.training.console import training_line, validation_line
@@ -262,7 +262,9 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not trainer.is_global_zero:
             return
         done = trainer.global_step >= self.plan.train.max_steps
-        event(self.folder, "end" if done else "pause", step=trainer.global_step, **({"why": "asked to stop"} if stop.asked() else {}))
+        facts = {"metrics_sha256": sha256(self.folder / "metrics.jsonl")} if done else {}
+        facts |= {"why": "asked to stop"} if stop.asked() else {}
+        event(self.folder, "end" if done else "pause", step=trainer.global_step, **facts)
         set_status(self.folder, "done" if done else "paused", step=trainer.global_step)
 
     def _write(self, trainer: Any, row: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ def test_the_page_names_gpus_and_what_recipes_save_in_energy(make: Maker, tmp_pa
     folders = []
     for name, joules, loss in runs:
         folder = make(name, loss, name, ON_H100, device="NVIDIA H100 80GB HBM3", **measured, **({} if joules is None else KNOWN))
+        edit(folder, lambda i: {"step_time_s": 10 + i % 5 / 100})
         folders.append(folder if joules is None else with_power(folder, joules))
     page = tmp_path / "page.html"
     assert report([*map(str, folders), "--out", str(page)]) == 0
