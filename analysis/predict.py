@@ -30,6 +30,7 @@ from analysis.predictor.rows import rows
 from analysis.predictor.search import search
 from analysis.predictor.step import TERMS
 from analysis.predictor.stored import borrowed, write
+from analysis.predictor.unseen import unseen_rows
 from analysis.predictor.unseen_tables import tables as unseen_tables
 from analysis.predictor.validation import validate
 from analysis.predictor.validation_tables import percent, tables
@@ -96,7 +97,7 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
             return list(unseen_tables(args.unseen)), None
         found = validate()
         if args.refit:
-            write(found, choices=otherwise(rows()))
+            write(found, choices=otherwise(rows(), unseen_rows()))
         return list(tables(found)), None
     several = next((o for o in args.overrides if len(sweep([o])) > 1), None)
     if several:

@@ -1,7 +1,7 @@
 """What other choices would have given: the errors of the predictor with a number set by hand, or a prior, taken otherwise.
 
-A validation says how far off a model is, not how much of that was luck in making it.  The choices that rows with a GPU left out
-depend on most are taken otherwise here, one at a time, and everything is fitted and validated again.
+The choices that steps depend on most are taken otherwise here, one at a time, and what is fitted is fitted
+again.  All errors are of the half of the rows that chooses (`halves`): the other half is no judge of choices.
 """
 
 from __future__ import annotations
@@ -12,39 +12,80 @@ from dataclasses import replace
 from typing import Any
 
 from analysis.predictor import price
-from analysis.predictor.rows import Row
-from analysis.predictor.validation import summary, validate
+from analysis.predictor.fitting import fit, step_time
+from analysis.predictor.halves import CHOOSE, halves
+from analysis.predictor.price import Constants
+from analysis.predictor.rows import Row, pairs
+from analysis.predictor.validation import error, mean_size
 
-POWERS = {"no such term": 0.0, "the cube root": 1 / 3, "0.4": 0.4, "0.6": 0.6, "the share itself": 1.0}
-PRIORS: dict[str, tuple[str, dict[str, float]]] = {
-    "blackwell's prior 0.9": ("blackwell", {"value": 0.9}),  # which nothing fits where the GB200 is left out
-    "blackwell's prior 1.1": ("blackwell", {"value": 1.1}),
-    "gap's prior half as wide: factor 1.5": ("gap", {"factor": 1.5}),
-    "gap's prior as before: 2, factor 1.5, at most 10": ("gap", {"value": 2.0, "factor": 1.5, "high": 10.0}),
-    "gap's prior the idle gaps of a profile: 1.6, factor 1.5": ("gap", {"value": 1.6, "factor": 1.5}),
+OTHER_NUMBERS: dict[str, dict[str, float]] = {
+    "POWER": {"power to 0: no such term": 0.0, "power to 1/2": 0.5, "power to 2/3": 2 / 3},
+    "GRAPHED_GAP": {"CUDA graphs leave all of a gap": 1.0, "CUDA graphs leave 0.29 of a gap": 0.29},
+    "GRAPHED_FIXED": {"CUDA graphs leave all of the fixed part": 1.0},
+    "LATENCY": {"no latency of messages": 0.0},
+    "HIDDEN_EXPOSED": {"0.1 of a hidden message is waited for": 0.1, "half of a hidden message is waited for": 0.5},
 }
-ERRORS = ("step_time_error", "step_time_error_model_left_out", "step_time_error_gpu_left_out")
-ALL_ERRORS = (*ERRORS, *(name.replace("step_time", "speedup") for name in ERRORS))
+PRIORS: dict[str, tuple[str, dict[str, float]]] = {
+    "blackwell 1.0": ("blackwell", {"value": 1.0}),
+    "blackwell 1.25": ("blackwell", {"value": 1.25}),
+    "mxfp8 0.9": ("mxfp8", {"value": 0.9}),
+    "gap the idle gaps of a profile: 1.6": ("gap", {"value": 1.6}),
+    "gap 8": ("gap", {"value": 8.0}),
+    "fixed part twice as long": ("fixed", {"value": 0.06}),
+}
+ERRORS = ("step_time_error", "unseen_step_time_error", "speedup_error")
 
 
-def otherwise(found: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the errors over every row (ALL_ERRORS, fractions) as chosen and for each other choice; a minute."""
-    made = [_errors(f"as chosen: power to {price.POWER:g}", found, price.POWER)]
-    made += [_errors(f"power to {value:.2g}: {name}" if name[0].isalpha() else f"power to {name}", found, value) for name, value in POWERS.items()]
-    return [*made, *(_errors(what, found, price.POWER, prior) for what, prior in PRIORS.items())]
+def otherwise(reference: Sequence[Row], unseen: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the errors (ERRORS, fractions) of the rows that choose, as chosen and for each other choice."""
+    found, new = _choosing(reference), _choosing(unseen)
+    made = [_errors("as chosen", found, new)]
+    for number, values in OTHER_NUMBERS.items():
+        for what, value in values.items():
+            with _number(number, value):
+                made.append(_errors(what, found, new))
+    for what, (name, changed) in PRIORS.items():
+        with _prior(name, changed):
+            made.append(_errors(what, found, new))
+    return made
 
 
-def _errors(what: str, found: Sequence[Row], power: float, prior: tuple[str, dict[str, float]] | None = None) -> dict[str, Any]:
-    with _taken(power, *(prior or ("gap", {}))):
-        last = summary(validate(found))[-1]
-    return {"choice": what, **{name: round(last[name], 5) for name in ALL_ERRORS}}
+def _choosing(found: Sequence[Row]) -> list[Row]:
+    half = halves(found)
+    return [row for row in found if half[row] == CHOOSE]
+
+
+def _errors(what: str, found: Sequence[Row], unseen: Sequence[Row]) -> dict[str, Any]:
+    constants = fit([row for row in found if row.held == "fit"]).constants
+    ratios = [error(_speedup(*pair, constants), pair[0].step_time_s / pair[1].step_time_s) for pair in pairs(found)]
+    errors = (_sizes(found, constants), _sizes(unseen, constants), mean_size(ratios))
+    return {"choice": what, **{name: round(value or 0.0, 5) for name, value in zip(ERRORS, errors, strict=True)}}
+
+
+def _sizes(found: Sequence[Row], constants: Constants) -> float | None:
+    return mean_size(error(step_time(row, constants), row.step_time_s) for row in found)
+
+
+def _speedup(bf16: Row, fp8: Row, constants: Constants) -> float:
+    return step_time(bf16, constants) / step_time(fp8, constants)
 
 
 @contextmanager
-def _taken(power: float, name: str, changed: dict[str, float]) -> Iterator[None]:
-    before = price.POWER, price.KNOWN[name]
+def _number(name: str, value: float) -> Iterator[None]:
+    """Set a number of `price` that is taken by hand, for a while; `step` reads them there too."""
+    before = getattr(price, name)
     try:
-        price.POWER, price.KNOWN[name] = power, replace(before[1], **changed)  # type: ignore[arg-type]
+        setattr(price, name, value)
         yield
     finally:
-        price.POWER, price.KNOWN[name] = before
+        setattr(price, name, before)
+
+
+@contextmanager
+def _prior(name: str, changed: dict[str, float]) -> Iterator[None]:
+    before = price.KNOWN[name]
+    try:
+        price.KNOWN[name] = replace(before, **changed)  # type: ignore[arg-type]
+        yield
+    finally:
+        price.KNOWN[name] = before

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from analysis.predictor.price import KNOWN, NAMES, PRIOR, Constants
+from analysis.predictor.price import FITTED, KNOWN, Constants
 from analysis.predictor.rows import Row, pairs
 from analysis.predictor.step import Counted, count, price
 from analysis.statistics import Array
 
 ROW_ERROR, PAIR_ERROR = 0.05, 0.025  # how well a published step time, and a ratio of two, can be known: releases of one layout differ by as much
-LOG_SCALED = tuple(prior.low > 0 for prior in KNOWN.values())
+LOG_SCALED = tuple(KNOWN[name].low > 0 for name in FITTED)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted constants and the standard error of each, by name (of the value; what was known beforehand is in it)."""
+    """All constants, and the standard error of each fitted one (of the value; what was known beforehand is in it)."""
 
     constants: Constants
     errors: dict[str, float]
@@ -51,23 +51,29 @@ def fit(found: Sequence[Row]) -> Fit:
     place = {id(row): i for i, row in enumerate(found)}
 
     def residuals(x: Array) -> Array:
-        constants = Constants(**dict(zip(NAMES, map(float, x), strict=True)))
+        constants = _with(x)
         errors = np.array([math.log(step_time(row, constants) / row.step_time_s) for row in found])
         ratios = np.array([errors[place[id(base)]] - errors[place[id(fp8)]] for base, fp8 in both])
         share = np.array([weights[place[id(fp8)]] for _, fp8 in both])
         return np.concatenate([errors * weights / ROW_ERROR, ratios * share / PAIR_ERROR, from_prior(x)])
 
-    bounds = ([prior.low for prior in KNOWN.values()], [prior.high for prior in KNOWN.values()])
-    start = np.array([getattr(PRIOR, name) for name in NAMES])
+    bounds = ([KNOWN[name].low for name in FITTED], [KNOWN[name].high for name in FITTED])
+    start = np.array([KNOWN[name].value for name in FITTED])
     solution = least_squares(residuals, start, bounds=bounds, x_scale=start, diff_step=1e-4, loss="soft_l1")
     errors = np.sqrt(np.diag(np.linalg.pinv(solution.jac.T @ solution.jac)))
-    return Fit(Constants(**dict(zip(NAMES, map(float, solution.x), strict=True))), dict(zip(NAMES, map(float, errors), strict=True)))
+    return Fit(_with(solution.x), dict(zip(FITTED, map(float, errors), strict=True)))
+
+
+def _with(x: Array) -> Constants:
+    """Return the constants with the fitted ones at `x`, the held ones at what is known of them."""
+    held = {name: prior.value for name, prior in KNOWN.items()}
+    return Constants(**{**held, **dict(zip(FITTED, map(float, x), strict=True))})
 
 
 def from_prior(x: Array) -> Array:
-    """Return how far each constant is from what was known, in standard deviations (of its logarithm, or of its value where it may be 0)."""
+    """Return how far each fitted constant is from what was known, in standard deviations (of its logarithm, or of its value where it may be 0)."""
     away = []
-    for value, prior, logarithmic in zip(x, KNOWN.values(), LOG_SCALED, strict=True):
+    for value, prior, logarithmic in zip(x, (KNOWN[name] for name in FITTED), LOG_SCALED, strict=True):
         width = math.log(prior.factor)
         away.append(math.log(value / prior.value) / width if logarithmic else (value - prior.value) / (prior.value * (prior.factor - 1)))
     return np.array(away)

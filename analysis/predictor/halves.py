@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from analysis.predictor.rows import Row
+if TYPE_CHECKING:
+    from analysis.predictor.rows import Row
 
 CHOOSE, REPORT = "choose", "report"
 
@@ -21,15 +23,13 @@ def halves(found: Iterable[Row]) -> dict[Row, str]:
     """Return CHOOSE or REPORT for each row of one set: the reference files, or the unseen rows."""
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in found:
-        group = f"{row.model} {row.release} {row.submitter}"
-        groups.setdefault(row.gpu, {}).setdefault(group, []).append(row)
+        groups.setdefault(row.gpu, {}).setdefault(row.group, []).append(row)
     half = {}
-    for gpu, of_gpu in groups.items():
-        for place, group in enumerate(_dealt(gpu, of_gpu)):
+    for of_gpu in groups.values():
+        for place, group in enumerate(sorted(of_gpu, key=_digest)):
             half.update({row: REPORT if place % 2 else CHOOSE for row in of_gpu[group]})
     return half
 
 
-def _dealt(gpu: str, groups: Iterable[str]) -> list[str]:
-    """Return the groups of a GPU's rows in the order of their digests."""
-    return sorted(groups, key=lambda group: hashlib.sha256(f"{gpu} {group}".encode()).hexdigest())
+def _digest(group: str) -> str:
+    return hashlib.sha256(group.encode()).hexdigest()

@@ -8,6 +8,7 @@ from recipes.errors import InputError
 from recipes.plan import Gpu
 
 PEAKS = ("bf16_dense_tflops", "fp8_dense_tflops", "hbm_tb_s", "nvlink_gb_s", "nic_gbit_s", "tdp_w")  # fields of plan.Gpu
+ULTRA = "10.3"  # compute capability, https://developer.nvidia.com/cuda-gpus
 MEASURED = 700 / 989e12  # watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200, as the H100)
 
 
@@ -16,6 +17,7 @@ class Hardware:
     """FLOP/s of BF16 and FP8 (dense), bytes/s of memory, of NVLink and of the network a GPU (both one way), GPUs a NVLink domain.
 
     `power`: watts that the GPU may take for each FLOP/s of its peak, over those of the GPU on which GEMMs were measured.
+    `ultra`: whether it is a Blackwell Ultra (B300, GB300), whose exponentials run twice as fast.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Hardware:
     domain: int
     blackwell: bool
     power: float
+    ultra: bool = False
 
 
 def generation(gpu: Gpu) -> str:
@@ -55,6 +58,7 @@ def hardware(gpu: Gpu) -> Hardware:
         domain=domain,
         blackwell=generation(gpu) == "blackwell",
         power=watts / (bf16 * 1e12) / MEASURED,
+        ultra=gpu.compute_capability == ULTRA,
     )
 
 

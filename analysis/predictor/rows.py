@@ -1,10 +1,12 @@
 """Published steps as plans: what NVIDIA ran, by its own tables, in the form that the predictor takes.
 
-Traps of the tables, and what is done about them: models cut in depth are plans with fewer layers and are never fitted.  Where a table
-says FP8 and no more, the reference data note what the scripts that made it use by default ("delayed (inferred: …)", or cs); such rows are
-fitted, and so are most FP8 rows of the fit.  Rows with no such note ("not stated") are taken as delayed scaling and never fitted.  Rows
-that were withdrawn, rows without a micro-batch, and tables repeated from an earlier release are left out; CUDA graphs, recomputation and
-offloading, which the tables do not state, are those of NVIDIA's recommended layout where a row has it.
+Traps of the tables, and what is done about them: models cut in depth are plans with fewer layers and are never
+fitted.  Where a table says FP8 and no more, the reference data note what the scripts that made it use by default
+("delayed (inferred: …)", or cs).  Such rows are fitted, and so are most FP8 rows of the fit.  Rows with no such
+note ("not stated") are taken as delayed scaling and never fitted.  Of the rows that may be fitted only the half
+that chooses is (`halves`).  Rows that were withdrawn, rows without a micro-batch, and tables repeated from an
+earlier release are left out.  CUDA graphs, recomputation and offloading, which the tables do not state, are those
+of NVIDIA's recommended layout where a row has it.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from __future__ import annotations
 import csv
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.predictor.halves import REPORT, halves
 from analysis.published import RECIPES, REFERENCE, TABLES
 from analysis.soundness import sound
 from analysis.speed import step_time
@@ -53,6 +56,11 @@ class Row:
         return self.plan.gpu.name
 
     @property
+    def group(self) -> str:
+        """What rows share that err alike: the GPU, the model, the release and who ran them."""
+        return f"{self.gpu} {self.model} {self.release} {self.submitter}"
+
+    @property
     def cell(self) -> tuple[object, ...]:
         """What rows share that differ in nothing but the number of GPUs, the release and the source."""
         m = self.plan.mapping
@@ -72,7 +80,8 @@ def rows() -> tuple[Row, ...]:
     for table in (*TABLES, FURTHER):
         with (REFERENCE / table).open(newline="") as file:
             found += [row for raw in csv.DictReader(file) if (row := row_of(raw, further=table == FURTHER))]
-    return tuple(found)
+    half = halves(found)
+    return tuple(replace(row, held="other half") if row.held == "fit" and half[row] == REPORT else row for row in found)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from analysis.predictor import price as numbers
 from analysis.predictor.gemm import measured
 from analysis.predictor.hardware import Hardware, hardware
 from analysis.predictor.price import Constants, Seconds, seconds, waiting
@@ -133,12 +134,34 @@ def price(counted: Counted, c: Constants) -> dict[str, float]:
     stream = 1 / (counted.hw.memory * c.memory)
     terms["casts"] += once.cast_bytes * stream
     terms["pp_comm"] = counted.micro_batches * counted.pipeline * c.net_exposed
-    terms["dp_comm"] += (once.reduce + once.gather) * c.net_exposed * (1 + c.scale * math.log2(once.domains))
+    terms["dp_comm"] += _data_parallel(counted, counted.stages[slowest], once, c)
     terms["bubble"] = (counted.pp - 1) / counted.vp * mean
     terms["optimizer"] = once.optimizer_bytes * stream
-    terms["fixed"] = c.fixed
+    terms["fixed"] = c.fixed * (numbers.GRAPHED_FIXED if counted.graphs else 1.0)
     terms["stragglers"] = c.stragglers * counted.doublings * sum(terms.values())
     return {name: terms[name] for name in TERMS}
+
+
+def _data_parallel(counted: Counted, stage: Stage, once: Step, c: Constants) -> float:
+    """Return what is waited for of gathering parameters and reducing gradients, seconds a step.
+
+    Parameters arrive during the first forward passes, gradients leave during the last backward ones.  Those
+    are one micro-batch's, and with interleaved stages of each of the first, and last, pp micro-batches: they
+    pass through all chunks before the next ones start (Megatron-LM, arXiv 2104.04473, section 2.2).
+    """
+    beside = min(counted.pp, counted.micro_batches) if counted.vp > 1 else 1
+    forward, backward = (beside * each for each in _computing(counted, stage, c))
+    longer = (1 + c.scale * math.log2(once.domains)) / numbers.NCCL_BANDWIDTH
+    messages = ((once.gather * longer, forward), (once.reduce * longer, backward))
+    return sum(max(numbers.HIDDEN_EXPOSED * message, message - compute) for message, compute in messages)
+
+
+def _computing(counted: Counted, stage: Stage, c: Constants) -> tuple[float, float]:
+    """Return seconds of a stage's forward and backward pass over a micro-batch, its layers alone."""
+    numbers = ((counted.bf16, stage.layers - stage.in_fp8), (counted.fp8, stage.in_fp8))
+    passes = [(work.forward, work.backward, number) for work, number in numbers if work]
+    forward = sum(number * seconds(one, counted.hw, c).total for one, _, number in passes)
+    return forward, sum(number * seconds(one, counted.hw, c).total for _, one, number in passes)
 
 
 def _layer(counted: Counted, work: Layer, in_fp8: bool, c: Constants) -> dict[str, float]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections import Counter
@@ -18,8 +19,8 @@ import numpy as np
 
 from analysis.predictor.fitting import Fit
 from analysis.predictor.gemm import RESULTS
-from analysis.predictor.price import KNOWN, NAMES, Constants
-from analysis.predictor.validation import LEFT_OUT, Fits, Validation, families, residuals
+from analysis.predictor.price import FITTED, KNOWN, NAMES, Constants
+from analysis.predictor.validation import LEFT_OUT, SHORT, SHORT_STEP, Fits, Validation, choosing_pairs, families, residuals
 from analysis.statistics import Array
 from recipes.errors import InputError
 from recipes.plan import Gpu
@@ -61,7 +62,7 @@ def fitted_to() -> int:
 def fits() -> Fits:
     """Return the fits of the last refit, with which tables of the validation come out the same on every machine."""
     stored = _stored()
-    errors = {name: float(stored["constants"][name]["error"]) for name in NAMES}
+    errors = {name: float(stored["constants"][name]["error"]) for name in FITTED}
     left_out = ({name: Constants(**each) for name, each in stored[what].items()} for what in ("without_model", "without_gpu"))
     return Fits(Fit(constants(), errors), *left_out)
 
@@ -77,7 +78,7 @@ def write(found: Validation, path: Path = STORED, choices: Sequence[dict[str, An
     values = {
         name: {
             "value": round(fitted[name], 6),
-            "error": round(found.fit.errors[name], 6),
+            "error": round(found.fit.errors[name], 6) if name in FITTED else None,
             "unit": prior.unit,
             "before": prior.value,
             "why": prior.why,
@@ -91,7 +92,7 @@ def write(found: Validation, path: Path = STORED, choices: Sequence[dict[str, An
         "gemms": RESULTS.name,
         "overhead": round(max(line.overhead for line in found.lines), 4),
         "families": families(found),
-        "pairs": dict(Counter(f"{pair.fp8.row.plan.precision.name} {pair.fp8.row.gpu}" for pair in found.pairs)),
+        "pairs": dict(Counter(f"{pair.fp8.row.plan.precision.name} {pair.fp8.row.gpu}" for pair in choosing_pairs(found))),
         "residuals": residuals(found),
         "without_model": {name: _rounded(each) for name, each in found.fits.without_model.items()},
         "without_gpu": {name: _rounded(each) for name, each in found.fits.without_gpu.items()},
@@ -109,13 +110,19 @@ def step_time_interval(seconds: float, gpu: Gpu, overhead: float = 0.0) -> Inter
 
     `overhead`: the prediction's; beyond what any published row has, it is known within a factor of OVERHEAD_FACTOR alone.
     """
-    return _widened(_interval(seconds, _errors(gpu)), overhead)
+    short = [SHORT] if seconds < SHORT_STEP else []
+    return _widened(_interval(seconds, [_residuals(name) for name in (*_pools(gpu), *short)]), overhead)
 
 
-def _errors(gpu: Gpu) -> list[Array]:
-    """Return the residuals of all rows of the GPU's family; where it has none, those of each GPU by constants fitted without it."""
-    found, family = _stored()["residuals"], _stored()["families"].get(gpu.name)
-    return [np.asarray(errors) for name, errors in found.items() if (name == family if family else name.startswith(LEFT_OUT))]
+def _pools(gpu: Gpu) -> list[str]:
+    """Return the residuals of a GPU's steps: of its generation; of every GPU left out, where it has few rows."""
+    family = _stored()["families"].get(gpu.name)
+    return [family] if family else [name for name in _stored()["residuals"] if name.startswith(LEFT_OUT)]
+
+
+def _residuals(name: str) -> Array:
+    """Return residuals, the smallest first, with their weights beside them."""
+    return np.asarray(_stored()["residuals"][name], dtype=float)
 
 
 def basis(gpu: Gpu) -> str:
@@ -124,7 +131,8 @@ def basis(gpu: Gpu) -> str:
     share, family = f"{COVERAGE:.0%}", families.get(gpu.name)
     if family:
         members = ", ".join(name for name, each in families.items() if each == family)
-        return f"the range that held {share} of the {len(found[family])} published rows of {members}, by constants that did not know the row"
+        kept = f"{len(found[family])} published rows of its generation (with {members})"
+        return f"the range that held {share} of {kept}, by constants that did not know the row; wider below {SHORT_STEP:g} s"
     others = ", ".join(f"{name.removeprefix(LEFT_OUT)} ({len(errors)})" for name, errors in found.items() if name.startswith(LEFT_OUT))
     return (
         f"{gpu.name} is in no family of GPUs whose rows are held against the fit ({', '.join(families)}), so the range is the one that held "
@@ -148,7 +156,7 @@ def speedup_basis(precision: str) -> str:
 
 def speedup_interval(value: float, overhead: float = 0.0) -> Interval:
     """Return a predicted speedup with its interval; `overhead` the larger of the two steps'."""
-    return _widened(_interval(value, [np.asarray(_stored()["residuals"]["speedup"])]), overhead)
+    return _widened(_interval(value, [_residuals("speedup")]), overhead)
 
 
 def _widened(found: Interval, overhead: float) -> Interval:
@@ -158,12 +166,28 @@ def _widened(found: Interval, overhead: float) -> Interval:
 
 def ratio_interval(value: float, gpu: Gpu, base: Gpu) -> Interval:
     """Return the predicted ratio of two GPUs' speeds with its interval: the errors of both, taken as independent of each other."""
-    return _interval(value, [np.subtract.outer(ours, theirs).ravel() for ours in _errors(gpu) for theirs in _errors(base)])
+    pairs = itertools.product(map(_residuals, _pools(gpu)), map(_residuals, _pools(base)))
+    return _interval(value, [_differences(ours, theirs) for ours, theirs in pairs])
 
 
-def _interval(value: float, groups: list[Array]) -> Interval:
-    """Return a value with the ends that hold, of each group of residuals, no less than COVERAGE."""
-    tail = (1 - COVERAGE) / 2
-    low = min(0.0, *(float(np.quantile(errors, tail, method="lower")) for errors in groups))
-    high = max(0.0, *(float(np.quantile(errors, 1 - tail, method="higher")) for errors in groups))
+def _differences(ours: Array, theirs: Array) -> Array:
+    """Return each residual of one less each of the other, the smallest first, each with the product of their weights."""
+    both = np.stack([np.subtract.outer(ours[:, 0], theirs[:, 0]).ravel(), np.multiply.outer(ours[:, 1], theirs[:, 1]).ravel()], axis=1)
+    return np.asarray(both[np.argsort(both[:, 0])])
+
+
+def _interval(value: float, pools: list[Array]) -> Interval:
+    """Return a value with the ends that hold, of each pool of residuals, COVERAGE of one more group than it has.
+
+    A new row is one more of them (conformal prediction, Vovk et al. 2005), so that few groups make wide ends.
+    """
+    low = min(0.0, *(_end(pool) for pool in pools))
+    high = max(0.0, *(-_end(np.column_stack([-pool[::-1, 0], pool[::-1, 1]])) for pool in pools))
     return Interval(value, value * math.exp(-high), value * math.exp(-low))
+
+
+def _end(pool: Array) -> float:
+    """Return the residual up to which a tail of the pool's groups and one more lies, the smallest where that is less than one row."""
+    tail = (1 - COVERAGE) / 2 * (pool[:, 1].sum() + 1)
+    place = np.searchsorted(np.cumsum(pool[:, 1]), tail + 1e-9, side="right") - 1
+    return float(pool[max(0, place), 0])

@@ -9,20 +9,24 @@ Beside them stand steps that this project measured: no constant is fitted to the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from analysis.predictor.fitting import Fit, fit, step_time
+from analysis.predictor.halves import CHOOSE, halves
 from analysis.predictor.hardware import generation
 from analysis.predictor.price import Constants
 from analysis.predictor.rows import Row, own_rows, pairs, rows
 from analysis.predictor.step import predict
+from analysis.predictor.unseen import unseen_rows
 from analysis.published import post_speedups
 from recipes.compose import compose_plan
 
 SETS = {
     "fit": "fitted: NeMo 25.02 to 25.07, recipe stated, or inferred from the scripts' default",
+    "other half": "tested: the same releases, the half of the rows that only reports",
     "other release": "tested: NeMo 24.09, 24.12, 25.09 to 26.06",
     "further rows": "tested: further rows, a file that is not fitted",
     "fewer layers": "tested: the same model cut in depth",
@@ -32,10 +36,12 @@ SETS = {
 EVERYTHING = "all, out of sample"
 EVERY_ROW = "every row by constants that did not know it (out of sample: fitted rows without their model)"
 LEFT_OUT = "without "
+SHORT, SHORT_STEP = "short", 1.0  # seconds below which the gaps and the fixed part of a step decide
+ENOUGH = 5  # rows that choose, from which a GPU's interval is that of its generation
 GOALS = {"step time": 0.07, "speedup": 0.03}  # out of sample, mean of absolute errors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """A published row and its predicted seconds: by all constants, by those without its model, and by those without its GPU.
 
@@ -202,21 +208,48 @@ def _by_layout(errors: Iterable[tuple[Line, float]]) -> float | None:
 
 
 def families(found: Validation) -> dict[str, str]:
-    """Return the GPUs whose rows make an interval, each with its generation; GPUs of the set "other GPU" are not among them."""
-    return {line.row.gpu: generation(line.row.plan.gpu) for line in found.lines if line.row.held != "other GPU"}
+    """Return the GPUs with enough rows for an interval of their own family, each with its generation."""
+    counted = Counter(line.row.gpu for line in _choosing(found))
+    gpus = {line.row.gpu: generation(line.row.plan.gpu) for line in found.lines}
+    return {gpu: family for gpu, family in gpus.items() if counted[gpu] >= ENOUGH}
 
 
-def residuals(found: Validation) -> dict[str, list[float]]:
-    """Return what intervals are made of: logarithms of predicted over published, by constants that did not know the row, one a row.
+def residuals(found: Validation) -> dict[str, list[tuple[float, float]]]:
+    """Return what intervals are made of: logarithms of predicted over published, each with its weight.
 
-    By generation; for each GPU by constants fitted without it (LEFT_OUT and its name), those of other GPUs too; "speedup" for pairs.
+    By constants that did not know the row, of the half of the rows that chooses, the unseen ones too: by
+    generation of the GPU, SHORT for predicted steps below SHORT_STEP, "speedup" for pairs.  For each GPU by
+    constants fitted without it (LEFT_OUT and its name).  A group of rows that err alike weighs one.
     """
-    known = families(found)
-    made: dict[str, list[float]] = {}
-    for line in found.lines:
+    pools: dict[str, dict[Line, float]] = {}
+    for line in _choosing(found):
         published = line.row.step_time_s
-        if line.row.gpu in known:
-            made.setdefault(known[line.row.gpu], []).append(math.log(line.out_of_sample / published))
-        made.setdefault(f"{LEFT_OUT}{line.row.gpu}", []).append(math.log(line.without_gpu / published))
-    made["speedup"] = [math.log1p(speedup_error(pair)) for pair in found.pairs]
-    return {name: sorted(round(each, 4) for each in errors) for name, errors in sorted(made.items())}
+        pools.setdefault(generation(line.row.plan.gpu), {})[line] = math.log(line.out_of_sample / published)
+        pools.setdefault(f"{LEFT_OUT}{line.row.gpu}", {})[line] = math.log(line.without_gpu / published)
+        if line.out_of_sample < SHORT_STEP:
+            pools.setdefault(SHORT, {})[line] = math.log(line.out_of_sample / published)
+    pools["speedup"] = {pair.fp8: math.log1p(speedup_error(pair)) for pair in choosing_pairs(found)}
+    return {name: _weighted(pool) for name, pool in sorted(pools.items())}
+
+
+def choosing_pairs(found: Validation) -> list[Pair]:
+    """Return the pairs of the half that chooses."""
+    half = halves([line.row for line in found.lines])
+    return [pair for pair in found.pairs if half[pair.fp8.row] == CHOOSE]
+
+
+def _weighted(pool: Mapping[Line, float]) -> list[tuple[float, float]]:
+    sizes = Counter(line.row.group for line in pool)
+    return sorted((round(error, 4), round(1 / sizes[line.row.group], 4)) for line, error in pool.items())
+
+
+def _choosing(found: Validation) -> list[Line]:
+    """Return the lines of the half that chooses, of the reference rows and of the unseen ones."""
+    unseen = [_line_of(row, found.fits) for row in unseen_rows()]
+    every = [*zip(found.lines, _halves(found.lines), strict=True), *zip(unseen, _halves(unseen), strict=True)]
+    return [line for line, half in every if half == CHOOSE]
+
+
+def _halves(lines: Sequence[Line]) -> list[str]:
+    half = halves([line.row for line in lines])
+    return [half[line.row] for line in lines]

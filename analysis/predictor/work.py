@@ -20,6 +20,11 @@ BF16, FP32 = 2, 4  # bytes an element
 # Five products where forward has two (FlashAttention-2, arXiv 2307.08691, section 3.1), at a lower rate: 3.20 ms where forward takes 1.06
 # (cuDNN on an H200, analysis/results/layer_h200); FlashAttention-3's 600 and 500 TFLOP/s (arXiv 2407.08608) come to the same.
 BACKWARD_ATTENTION = 3.0
+# How much faster attention is on Blackwell Ultra, forward and backward: its exponentials run twice as fast.
+# Where half of a forward pass is exponentials, that is 2 / 1.5; NVIDIA measured 1.35 on one forward pass in
+# FP8 (published: "Making Softmax More Efficient with NVIDIA Blackwell Ultra").  Backward they are a smaller
+# part: five products instead of two, that is 3.5 / 3.  Physics, not measured here.
+ULTRA_ATTENTION = (4 / 3, 7 / 6)
 GEMM_KINDS = {  # by role: Transformer Engine accumulates fprop fast, the others precisely (module/base.py)
     "tensor": {"fprop": "tensor_fast", "dgrad": "tensor_precise", "wgrad": "tensor_precise"},
     "subchannel": {"fprop": "blocks", "dgrad": "blocks", "wgrad": "tiles"},
@@ -36,6 +41,7 @@ WRITTEN_FP8 = {"2.11": 197}
 # A layer's in BF16 and what current scaling adds are counted in a profile, fills and copies too (analysis/results/layer_h200), the others
 # estimated from what the modules do; `launch` and `gap` are fitted with these.
 KERNELS, KERNELS_TP, KERNELS_CP, KERNELS_VOCABULARY = (20, 36), (4, 6), (20, 36), (6, 6)
+COLLECTIVES = (4, 6)  # tensor-parallel messages of a layer, forward and backward (`_tensor_parallel`)
 KERNELS_FP8 = {"delayed": (4, 4), "current": (14, 16), "mxfp8": (12, 20), "subchannel": (6, 8)}
 # Values of width f that an activation function reads and writes: SwiGLU is one fused kernel each way (MCore fusions/fused_bias_swiglu.py),
 # GELU too (fused_bias_gelu.py); squared ReLU is torch.pow(relu(x), 2) as written (NeMo llm/fn/activation.py): two kernels forward, four
@@ -59,7 +65,7 @@ class Work:
     """One pass of something: seconds of GEMMs at the measured efficiency, by what multiplies; the rest as named.
 
     `mx_gemm` are the GEMMs of MXFP8, at the speed of per-tensor ones; `tp` and `cp` seconds of communication at the links' peak.
-    `tp_bare`: those of tensor-parallel communication with no GEMM beside it.
+    `tp_bare`: those of tensor-parallel communication with no GEMM beside it; `collectives`: how many messages.
     """
 
     gemm: float = 0.0
@@ -71,6 +77,7 @@ class Work:
     tp: float = 0.0
     tp_bare: float = 0.0
     cp: float = 0.0
+    collectives: float = 0.0
     kernels: float = 0.0
 
 
@@ -123,12 +130,13 @@ def _pass(plan: Plan, hw: Hardware, fp8: Fp8 | None, direction: int, multiply: f
         gemm=0.0 if mx else multiply,
         mx_gemm=multiply if mx else 0.0,
         gemm_bytes=write,
-        attention=attention / hw.bf16,
+        attention=attention / hw.bf16 / (ULTRA_ATTENTION[direction] if hw.ultra else 1.0),
         bytes=activation_bytes(plan, backward) + _scores(plan, direction) + (m.cp - 1) * MERGE[direction] * t * queries / m.tp,
         cast_bytes=_casts(plan, fp8, backward) if fp8 else 0.0,
         tp=tp,
         tp_bare=tp_bare,
         cp=_context_parallel(plan, hw, backward),
+        collectives=COLLECTIVES[direction] if m.tp > 1 else 0,
         kernels=KERNELS[direction]
         + (KERNELS_FP8[fp8.scaling][direction] if fp8 else 0)
         + (KERNELS_SCORES[direction] if model.attention_softcap else 0)
