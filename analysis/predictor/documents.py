@@ -12,13 +12,24 @@ from analysis.predictor import work
 from analysis.predictor.choices import ERRORS
 from analysis.predictor.fitting import PAIR_ERROR, ROW_ERROR, from_prior
 from analysis.predictor.gemm import measured
-from analysis.predictor.price import KNOWN, NAMES, POWER, SHARPNESS
-from analysis.predictor.stored import OVERHEAD_FACTOR, choices, fits, fitted_to, speedup_interval, step_time_interval
-from analysis.predictor.validation import GOALS, Fits, Line, validate
+from analysis.predictor.halves import REPORT, halves
+from analysis.predictor.price import (
+    FITTED,
+    GRAPHED_FIXED,
+    GRAPHED_GAP,
+    HIDDEN_EXPOSED,
+    KNOWN,
+    LATENCY,
+    NCCL_BANDWIDTH,
+    POWER,
+    SHARPNESS,
+)
+from analysis.predictor.stored import OVERHEAD_FACTOR, Interval, choices, fits, fitted_to, speedup_interval, step_time_interval
+from analysis.predictor.validation import GOALS, Fits, validate
 from analysis.tabular import Table
 
 PUBLISHED, BY_HAND, GEMMS, PROFILE = "fitted to published steps", "by hand", "fitted to measured GEMMs", "read off a profiled layer"
-WEIGHTS = (ROW_ERROR, PAIR_ERROR)
+WEIGHTS, GRAPHED = (ROW_ERROR, PAIR_ERROR), (GRAPHED_GAP, GRAPHED_FIXED)
 PROFILED = {"current": PROFILE}  # recipes whose kernels are counted in a profile
 BOUND = 1e-3  # relative distance at which a constant counts as at its bound
 
@@ -55,11 +66,15 @@ def _fitted(found: Fits) -> list[dict[str, Any]]:
     values, errors = found.everything.constants, found.everything.errors
     return [
         {
-            **_row(name, prior.meaning, [getattr(values, name)], prior.unit, PUBLISHED),
-            "error or prior": f"±{errors[name]:.2g}; prior {prior.value:g}, factor {prior.factor:g}",
+            **_row(name, prior.meaning, [getattr(values, name)], prior.unit, PUBLISHED if name in FITTED else BY_HAND),
+            "error or prior": f"{_error(errors.get(name))}prior {prior.value:g}, factor {prior.factor:g}",
         }
         for name, prior in KNOWN.items()
     ]
+
+
+def _error(error: float | None) -> str:
+    return "not fitted; " if error is None else f"±{error:.2g}; "
 
 
 def _gemms() -> list[dict[str, Any]]:
@@ -89,6 +104,11 @@ def _by_hand() -> list[dict[str, Any]]:
             for version, value in work.WRITTEN_FP8.items()
         ),
         _row("ROW_ERROR, PAIR_ERROR", "how well a published step time, and a ratio of two, can be known (weights of the fit)", WEIGHTS, "1", BY_HAND),
+        _row("GRAPHED_GAP, GRAPHED_FIXED", "share of a gap, and of the fixed part, that CUDA graphs leave", GRAPHED, "1", BY_HAND),
+        _row("LATENCY", "time until a small message inside a NVLink domain has arrived", [LATENCY], "s", BY_HAND),
+        _row("NCCL_BANDWIDTH", "share of a link's peak that data-parallel messages reach", [NCCL_BANDWIDTH], "1", BY_HAND),
+        _row("HIDDEN_EXPOSED", "share of a hidden data-parallel message that is waited for", [HIDDEN_EXPOSED], "1", BY_HAND),
+        _row("ULTRA_ATTENTION", "speed of attention on Blackwell Ultra, forward and backward", work.ULTRA_ATTENTION, "1", BY_HAND),
         _row("OVERHEAD_FACTOR", "by which launches may be off where no published row shows them (intervals)", [OVERHEAD_FACTOR], "1", BY_HAND),
     ]
     return [{**row, "error or prior": "Llama 3 8B on one H200" if row["where"] == PROFILE else _reason(row["constant"])} for row in rows]
@@ -99,6 +119,11 @@ def _reason(name: str) -> str:
         "KERNELS": "none: estimated from what the modules do, not profiled",
         "SHARPNESS": "none: chosen",
         "POWER": "1/3 to 1 for dynamic power alone; chosen, not fitted",
+        "GRAPHED": "0.29 where a profile's idle gaps are all that stays; chosen, not fitted",
+        "LATENCY": "none: a usual value of NCCL's tests, not measured here",
+        "NCCL_BANDWIDTH": "none: a usual value of NCCL's tests, not measured here",
+        "HIDDEN_EXPOSED": "0.1 to 0.5; chosen, not fitted",
+        "ULTRA_ATTENTION": "from twice the exponentials, and NVIDIA's 1.35 forward",
         "ROW_ERROR": "none: releases of one layout differ by as much",
         "OVERHEAD_FACTOR": "none: chosen",
         "SLOWER_CAST": "read off casts measured on one H200",
@@ -121,12 +146,12 @@ def _row(name: str, meaning: str, values: Any, unit: str, where: str) -> dict[st
 def _furthest(found: Fits) -> str:
     """Return the constant that published rows pulled furthest from what was known of it, and which reach a bound in any fit."""
     values = found.everything.constants
-    distances = dict(zip(NAMES, from_prior(np.array([getattr(values, name) for name in NAMES])), strict=True))
+    distances = dict(zip(FITTED, from_prior(np.array([getattr(values, name) for name in FITTED])), strict=True))
     name = max(distances, key=lambda name: abs(distances[name]))
     every = [values, *found.without_model.values(), *found.without_gpu.values()]
     at_bound = [
         name
-        for name, prior in KNOWN.items()
+        for name, prior in ((name, KNOWN[name]) for name in FITTED)
         if any(math.isclose(getattr(c, name), end, rel_tol=BOUND) for c in every for end in (prior.low, prior.high))
     ]
     return (
@@ -136,32 +161,31 @@ def _furthest(found: Fits) -> str:
 
 
 def intervals_table() -> Table:
-    """Return the ends of each interval and the share of rows that they hold, recounted: by GPU, by precision, and each layout once."""
+    """Return the ends of each interval and the share of rows that only report which they hold: by GPU, by precision."""
     found = validate(fits=fits())
+    half = halves([line.row for line in found.lines])
     held: dict[str, list[tuple[object, bool]]] = defaultdict(list)
     ends: dict[str, str] = {}
-    for line in found.lines:
-        interval = step_time_interval(_known(line), line.row.plan.gpu)
-        ends[f"step time, {line.row.gpu}"] = f"{interval.low / interval.value - 1:+.1%} to {interval.high / interval.value - 1:+.1%}"
+    for line in (line for line in found.lines if half[line.row] == REPORT):
+        interval = step_time_interval(line.seconds, line.row.plan.gpu, line.overhead, line.attention)
         inside = interval.low <= line.row.step_time_s <= interval.high
+        ends[f"step time, {line.row.gpu}"] = _ends(step_time_interval(1.0, line.row.plan.gpu))
         held[f"step time, {line.row.gpu}"].append((line.row.cell, inside))
         held[f"step time, {line.row.gpu} {line.row.plan.precision.name}"].append((line.row.cell, inside))
-    for pair in found.pairs:
-        interval = speedup_interval(pair.bf16.out_of_sample / pair.fp8.out_of_sample)
-        ends["speedup"] = f"{interval.low / interval.value - 1:+.1%} to {interval.high / interval.value - 1:+.1%}"
+    for pair in (pair for pair in found.pairs if half[pair.fp8.row] == REPORT):
+        interval = speedup_interval(pair.bf16.seconds / pair.fp8.seconds)
+        ends["speedup"] = _ends(interval)
         held["speedup"].append((pair.fp8.row.cell, interval.low <= pair.published <= interval.high))
     rows = [_held(what, each, ends.get(what, "")) for what, each in sorted(held.items())]
     notes = [
-        "Interval: published over predicted. Held: the share of published rows (pairs) in it, by constants that did not know the row.",
-        "Nine in ten are held of the rows of a family (h100; b200 and gb200 together) and of all pairs; of a single precision it may be fewer.",
+        "Interval: published over predicted, of the half of the rows that chooses. Held: the share of the other half's rows (pairs) in it.",
         "Each layout once: rows that differ in scale, batch or release alone are averaged first; they err alike, and over rows they weigh more.",
     ]
     return Table("", [{key: str(value) for key, value in row.items()} for row in rows], rows, notes, frozenset(["what"]))
 
 
-def _known(line: Line) -> float:
-    """Return a row's seconds by the constants that its interval is made with."""
-    return line.without_gpu if line.row.held == "other GPU" else line.out_of_sample
+def _ends(interval: Interval) -> str:
+    return f"{interval.low / interval.value - 1:+.1%} to {interval.high / interval.value - 1:+.1%}"
 
 
 def _held(what: str, each: list[tuple[object, bool]], ends: str) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def forecast(plan: Plan, overrides: Sequence[str] | None = None) -> Forecast:
 
 def _forecast(plan: Plan, iso: Forecast | None = None, best: Forecast | None = None) -> Forecast:
     prediction = predict(plan, constants())
-    return Forecast(plan, prediction, step_time_interval(prediction.step_time_s, plan.gpu, prediction.overhead), estimate(plan), iso, best)
+    interval = step_time_interval(prediction.step_time_s, plan.gpu, prediction.overhead, prediction.attention)
+    return Forecast(plan, prediction, interval, estimate(plan), iso, best)
 
 
 def bf16_twin(plan: Plan) -> Plan | None:

@@ -85,6 +85,11 @@ class Prediction:
         return (self.terms["launch"] + self.terms["fixed"]) / self.step_time_s
 
     @property
+    def attention(self) -> float:
+        """Share of the step that is attention: large in long sequences."""
+        return self.terms["attention"] / self.step_time_s
+
+    @property
     def tokens_per_s_per_gpu(self) -> float:
         """Tokens a second and GPU."""
         return self.tokens_per_step / self.num_gpus / self.step_time_s

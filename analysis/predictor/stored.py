@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +21,19 @@ import numpy as np
 from analysis.predictor.fitting import Fit
 from analysis.predictor.gemm import RESULTS
 from analysis.predictor.price import FITTED, KNOWN, NAMES, Constants
-from analysis.predictor.validation import LEFT_OUT, SHORT, SHORT_STEP, Fits, Validation, choosing_pairs, families, residuals
+from analysis.predictor.validation import LEFT_OUT, OTHER_MODEL, SHORT, SHORT_STEP, Fits, Validation, choosing_pairs, families, furthest, residuals
 from analysis.statistics import Array
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
 STORED = Path(__file__).resolve().parent / "constants.json"
+PAIR = re.compile(r"\[\s+(-?[\d.e-]+),\s+(-?[\d.e-]+)\s+\]")  # two numbers that JSON writes on four lines
 COVERAGE = 0.9  # share of the rows, or pairs, that an interval holds at least
 OVERHEAD_FACTOR = 2.0  # by which launching and the fixed part of a step may be off (price.KNOWN) where no published step shows them
+NINE_TENTHS = 1.645  # standard deviations that hold 90 % of a normal distribution, on both sides
+# By which a part of a step may be off where it is a larger share than in any row: attention within what was
+# known of it before any fit.
+BEYOND = {"overhead": OVERHEAD_FACTOR, "attention": KNOWN["attention"].factor ** NINE_TENTHS}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def write(found: Validation, path: Path = STORED, choices: Sequence[dict[str, An
         "constants": values,
         "fitted_to": {"rows": len(rows), "nemo": sorted({row.release for row in rows}), "gpus": sorted({row.gpu for row in rows})},
         "gemms": RESULTS.name,
-        "overhead": round(max(line.overhead for line in found.lines), 4),
+        "furthest": furthest(found),
         "families": families(found),
         "pairs": dict(Counter(f"{pair.fp8.row.plan.precision.name} {pair.fp8.row.gpu}" for pair in choosing_pairs(found))),
         "residuals": residuals(found),
@@ -98,20 +104,21 @@ def write(found: Validation, path: Path = STORED, choices: Sequence[dict[str, An
         "without_gpu": {name: _rounded(each) for name, each in found.fits.without_gpu.items()},
         "choices": list(choices),
     }
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    path.write_text(PAIR.sub(r"[\1, \2]", json.dumps(written, indent=1)) + "\n")
 
 
 def _rounded(found: Constants) -> dict[str, float]:
     return {name: round(value, 6) for name, value in asdict(found).items()}
 
 
-def step_time_interval(seconds: float, gpu: Gpu, overhead: float = 0.0) -> Interval:
+def step_time_interval(seconds: float, gpu: Gpu, overhead: float = 0.0, attention: float = 0.0) -> Interval:
     """Return a predicted step time with its interval (`basis` says of which rows).
 
-    `overhead`: the prediction's; beyond what any published row has, it is known within a factor of OVERHEAD_FACTOR alone.
+    `overhead`, `attention`: the prediction's shares; beyond what any row that chooses has, they are known within
+    a factor alone (`BEYOND`).
     """
     short = [SHORT] if seconds < SHORT_STEP else []
-    return _widened(_interval(seconds, [_residuals(name) for name in (*_pools(gpu), *short)]), overhead)
+    return _widened(_interval(seconds, [_residuals(name) for name in (*_pools(gpu), *short)]), overhead, attention)
 
 
 def _pools(gpu: Gpu) -> list[str]:
@@ -156,12 +163,16 @@ def speedup_basis(precision: str) -> str:
 
 def speedup_interval(value: float, overhead: float = 0.0) -> Interval:
     """Return a predicted speedup with its interval; `overhead` the larger of the two steps'."""
-    return _widened(_interval(value, [_residuals("speedup")]), overhead)
+    return _widened(_interval(value, [_residuals(name) for name in ("speedup", OTHER_MODEL)]), overhead)
 
 
-def _widened(found: Interval, overhead: float) -> Interval:
-    beyond = max(0.0, overhead - _stored()["overhead"])
-    return Interval(found.value, found.low * (1 - beyond * (1 - 1 / OVERHEAD_FACTOR)), found.high * (1 + beyond * (OVERHEAD_FACTOR - 1)))
+def _widened(found: Interval, *shares: float) -> Interval:
+    """Return the interval for a step whose shares, in the order of BEYOND, may be larger than those of the rows."""
+    for (name, factor), share in zip(BEYOND.items(), shares, strict=False):
+        beyond = max(0.0, share - _stored()["furthest"][name])
+        low, high = found.low * (1 - beyond * (1 - 1 / factor)), found.high * (1 + beyond * (factor - 1))
+        found = Interval(found.value, low, high)
+    return found
 
 
 def ratio_interval(value: float, gpu: Gpu, base: Gpu) -> Interval:
@@ -187,7 +198,7 @@ def _interval(value: float, pools: list[Array]) -> Interval:
 
 
 def _end(pool: Array) -> float:
-    """Return the residual up to which a tail of the pool's groups and one more lies, the smallest where that is less than one row."""
-    tail = (1 - COVERAGE) / 2 * (pool[:, 1].sum() + 1)
-    place = np.searchsorted(np.cumsum(pool[:, 1]), tail + 1e-9, side="right") - 1
-    return float(pool[max(0, place), 0])
+    """Return the residual below which lie a tail of the pool's groups and the new one, less the new one; else the smallest."""
+    tail = (1 - COVERAGE) / 2 * (pool[:, 1].sum() + 1) - 1
+    below = np.cumsum(pool[:, 1]) - pool[:, 1]
+    return float(pool[max(0, np.searchsorted(below, tail + 1e-9, side="right") - 1), 0])

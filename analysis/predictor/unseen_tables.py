@@ -53,7 +53,7 @@ def lines(found: Sequence[Row]) -> list[Line]:
     made = []
     for row in found:
         prediction = predict(row.plan, constants())
-        interval = step_time_interval(prediction.step_time_s, row.plan.gpu, prediction.overhead)
+        interval = step_time_interval(prediction.step_time_s, row.plan.gpu, prediction.overhead, prediction.attention)
         others = {name: seconds(row.plan) for name, seconds in rivals().items()}
         made.append(Line(row, half[row], interval.value, interval.low, interval.high, others))
     return made

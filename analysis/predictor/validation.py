@@ -12,7 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
+
+from scipy.special import stdtrit
 
 from analysis.predictor.fitting import Fit, fit, step_time
 from analysis.predictor.halves import CHOOSE, halves
@@ -37,6 +40,7 @@ EVERYTHING = "all, out of sample"
 EVERY_ROW = "every row by constants that did not know it (out of sample: fitted rows without their model)"
 LEFT_OUT = "without "
 SHORT, SHORT_STEP = "short", 1.0  # seconds below which the gaps and the fixed part of a step decide
+OTHER_MODEL = "speedup of another model"
 ENOUGH = 5  # rows that choose, from which a GPU's interval is that of its generation
 GOALS = {"step time": 0.07, "speedup": 0.03}  # out of sample, mean of absolute errors
 
@@ -45,7 +49,7 @@ GOALS = {"step time": 0.07, "speedup": 0.03}  # out of sample, mean of absolute 
 class Line:
     """A published row and its predicted seconds: by all constants, by those without its model, and by those without its GPU.
 
-    `overhead`: as of `step.Prediction`, by all constants.
+    `overhead`, `attention`: as of `step.Prediction`, by all constants.
     """
 
     row: Row
@@ -53,6 +57,7 @@ class Line:
     without_model: float
     without_gpu: float
     overhead: float
+    attention: float
 
     @property
     def out_of_sample(self) -> float:
@@ -133,7 +138,7 @@ def _line_of(row: Row, fits: Fits) -> Line:
     prediction = predict(row.plan, fits.everything.constants)
     without_model = step_time(row, fits.without_model.get(row.model, fits.everything.constants))
     without_gpu = step_time(row, fits.without_gpu.get(row.gpu, fits.everything.constants))
-    return Line(row, prediction.step_time_s, without_model, without_gpu, prediction.overhead)
+    return Line(row, prediction.step_time_s, without_model, without_gpu, prediction.overhead, prediction.attention)
 
 
 def error(predicted: float, published: float) -> float:
@@ -229,13 +234,34 @@ def residuals(found: Validation) -> dict[str, list[tuple[float, float]]]:
         if line.out_of_sample < SHORT_STEP:
             pools.setdefault(SHORT, {})[line] = math.log(line.out_of_sample / published)
     pools["speedup"] = {pair.fp8: math.log1p(speedup_error(pair)) for pair in choosing_pairs(found)}
-    return {name: _weighted(pool) for name, pool in sorted(pools.items())}
+    made = {name: _weighted(pool) for name, pool in sorted(pools.items())}
+    return {**made, OTHER_MODEL: _other_model(pools["speedup"])}
+
+
+def furthest(found: Validation) -> dict[str, float]:
+    """Return the largest shares of a step that launches and the fixed part, and attention, have in a row that chooses."""
+    lines = _choosing(found)
+    return {name: round(max(getattr(line, name) for line in lines), 4) for name in ("overhead", "attention")}
 
 
 def choosing_pairs(found: Validation) -> list[Pair]:
     """Return the pairs of the half that chooses."""
     half = halves([line.row for line in found.lines])
     return [pair for pair in found.pairs if half[pair.fp8.row] == CHOOSE]
+
+
+def _other_model(pool: Mapping[Line, float]) -> list[tuple[float, float]]:
+    """Return the ends that hold 90 % of the speedup errors of a model that is none of the pool's.
+
+    Speedups of one model err alike whatever the release.  Models are few, so that the ends are Student's, for
+    one more model with the mean and the spread of theirs.
+    """
+    by_model: dict[str, list[float]] = {}
+    for line, each in pool.items():
+        by_model.setdefault(line.row.model, []).append(each)
+    means = [mean(errors) for errors in by_model.values()]
+    width = float(stdtrit(len(means) - 1, 0.95)) * stdev(means) * math.sqrt(1 + 1 / len(means))
+    return [(round(mean(means) - width, 4), 1.0), (round(mean(means) + width, 4), 1.0)]
 
 
 def _weighted(pool: Mapping[Line, float]) -> list[tuple[float, float]]:

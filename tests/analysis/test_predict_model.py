@@ -11,7 +11,7 @@ from analysis.layer import load as layer_profile
 from analysis.predictor.forecast import compose, forecast
 from analysis.predictor.gemm import measured
 from analysis.predictor.hardware import Hardware, domains, hardware, ring_bandwidth
-from analysis.predictor.price import KNOWN, NAMES, PRIOR, Constants, seconds, waiting
+from analysis.predictor.price import GRAPHED_GAP, HIDDEN_EXPOSED, KNOWN, NAMES, PRIOR, Constants, seconds, waiting
 from analysis.predictor.rows import rows
 from analysis.predictor.step import TERMS, Stage, count, predict, price
 from analysis.predictor.work import BACKWARD_ATTENTION, KERNELS, KERNELS_FP8, layer, step, vocabulary
@@ -148,6 +148,51 @@ def test_fsdp_gathers_hide_behind_computation_until_they_do_not() -> None:
     assert fast["dp_comm"] < 0.15 * sum(fast.values()) and slow["dp_comm"] > 0.5 * sum(slow.values())
 
 
+def test_data_parallel_messages_hide_behind_the_micro_batches_beside_them() -> None:
+    """As long as they are shorter; interleaved stages have more of these micro-batches, and a longer message is waited for."""
+    counted = count(plan_of("llama31_405b", "fp8_current", "h100"))
+    once = next(iter(counted.once.values()))
+    assert counted.pp > 1 and counted.vp > 1
+
+    def waited(factor: float, vp: int) -> float:
+        longer = {stage: replace(step, reduce=step.reduce * factor, gather=step.gather * factor) for stage, step in counted.once.items()}
+        return price(replace(counted, once=longer, vp=vp), replace(PRIOR, scale=0.0))["dp_comm"]
+
+    short = waited(0.01, counted.vp)
+    assert short == pytest.approx(HIDDEN_EXPOSED * 0.01 * (once.reduce + once.gather) / 0.8, rel=0.1)
+    assert waited(20, counted.vp) > 20 * 100 * short and waited(20, 1) > waited(20, counted.vp)
+
+
+def test_blackwell_ultra_has_faster_attention_and_the_rest_as_before() -> None:
+    gb200, gb300 = (
+        layer(plan_of("llama3_8b", "bf16", gpu), hardware(plan_of("llama3_8b", "bf16", gpu).gpu), measured(), False) for gpu in ("gb200", "gb300")
+    )
+    assert gb200.forward.attention / gb300.forward.attention == pytest.approx(4 / 3)
+    assert gb200.backward.attention / gb300.backward.attention == pytest.approx(7 / 6)
+    assert gb200.forward.gemm == gb300.forward.gemm
+
+
+def test_long_sequences_have_wider_intervals() -> None:
+    """Attention is a larger share of such a step than of any row that chooses, and known less."""
+    widths = []
+    for seq_length in (8192, 131072):
+        found = forecast(
+            compose(
+                [
+                    "model=llama3_8b",
+                    "gpu=b200",
+                    f"seq_length={seq_length}",
+                    "num_gpus=64",
+                    "mapping.cp=8",
+                    "mapping.micro_batch=1",
+                    "mapping.global_batch=8",
+                ]
+            )
+        )
+        widths.append((found.prediction.attention, found.step_time.high / found.step_time.low))
+    assert widths[0] < (0.3, widths[1][1]) < widths[1] and widths[1][0] > 0.5
+
+
 def test_what_is_read_off_a_profiled_layer_is_what_the_profile_holds() -> None:
     kernels = layer_profile(RESULTS / "layer_h200")
     counts = kernels.groupby(["precision", "pass"]).size()
@@ -164,7 +209,7 @@ def test_power_lowers_the_speed_of_gemms_alone() -> None:
     plan = plan_of("llama3_8b", "bf16", "gb200")
     hw = hardware(plan.gpu)
     full, capped = (price(count(plan, replace(hw, power=power)), PRIOR) for power in (1.0, 0.64))
-    assert full["gemm"] * 1.1 < capped["gemm"] <= full["gemm"] * 1.25
+    assert full["gemm"] * 1.3 < capped["gemm"] <= full["gemm"] / 0.64  # writing a result takes no power into account
     gemms = {"gemm", "vocabulary", "recompute", "launch", "dp_comm", "bubble", "stragglers"}  # made of GEMMs, or hidden behind them
     assert {name: capped[name] for name in capped if name not in gemms} == {name: full[name] for name in full if name not in gemms}
     h100, h200 = (hardware(plan_of("llama3_8b", "bf16", gpu).gpu) for gpu in ("h100", "h200"))
@@ -175,7 +220,7 @@ def test_the_slower_of_host_and_gpu_decides() -> None:
     busy = waiting(gpu=10e-3, kernels=100, graphs=False, c=PRIOR)
     starved = waiting(gpu=0.1e-3, kernels=1000, graphs=False, c=PRIOR)
     assert busy - 100 * PRIOR.gap * 1e-6 < 0.001 * 10e-3 and starved + 0.1e-3 == pytest.approx(1000 * PRIOR.launch * 1e-6, rel=0.01)
-    assert waiting(0.1e-3, 1000, True, PRIOR) == pytest.approx(1000 * PRIOR.gap * 1e-6)
+    assert waiting(0.1e-3, 1000, True, PRIOR) == pytest.approx(1000 * GRAPHED_GAP * PRIOR.gap * 1e-6)
 
 
 def test_recomputation_adds_a_forward_pass() -> None:
@@ -234,6 +279,6 @@ def test_steps_like_none_that_was_published_have_wider_intervals() -> None:
     """A model of a million parameters is launch gaps and the fixed part; nobody published such a step."""
     tiny, usual = (forecast(compose([f"model={model}", "gpu=h100", "precision=fp8_current"])) for model in ("llama3_tiny", "llama3_70b"))
     assert tiny.prediction.overhead > 0.9 and usual.prediction.overhead < 0.1
-    assert tiny.step_time.high / tiny.step_time.low > 3 and usual.step_time.high / usual.step_time.low < 1.15
+    assert tiny.step_time.high / tiny.step_time.low > 2.5 and usual.step_time.high / usual.step_time.low < 1.2
     for found in (tiny, usual):
         assert found.step_time.low < found.step_time.value < found.step_time.high
