@@ -8,7 +8,7 @@
     python -m analysis.predict --unseen                                                 published rows that made no part of it
 
 Overrides are those of every other command.  Settings are those with which NVIDIA measures speed (experiment=throughput) unless you
-name others.  Nothing is run: work is counted from the plan, priced with constants that were fitted to published step times
+name others.  Nothing is run: work is counted from the plan, priced with constants that are known or fitted to published step times
 (analysis/predictor), and the interval is how far off rows were that the constants did not know.
 """
 

@@ -77,7 +77,7 @@ def test_text_names_error_memory_and_terms(capsys: pytest.CaptureFixture[str]) -
     assert main(CELL) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("predicted", "iso-mapping", "best-mapping", "GEMMs of the linear layers", "fits", "--validate"))
-    assert text.count("interval of fp8_delayed's pairs") == 2 and "90% of the 158 published rows of h100" in " ".join(text.split())
+    assert text.count("interval of fp8_delayed's pairs") == 2 and "90% of 102 published rows of its generation (with h100)" in " ".join(text.split())
 
 
 def test_a_sweep_has_a_row_for_each_point_and_reasons_for_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
