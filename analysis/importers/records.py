@@ -159,8 +159,13 @@ def spelled(name: str) -> str:
 @functools.cache
 def role_of(name: str) -> str | None:
     """Return what a script's own name means, as a column's name, "heldout" or "test"; None for what is not known."""
+    return ROLE_OF.get(_known_spelling(name))
+
+
+def _known_spelling(name: str) -> str:
+    """Return a name as ROLES writes it, without the section that it stands in unless ROLES has that too."""
     plain = spelled(name)
-    return ROLE_OF.get(plain) or ROLE_OF.get(SECTION.sub("", plain))
+    return plain if plain in ROLE_OF else SECTION.sub("", plain)
 
 
 def is_step(name: str) -> bool:
@@ -199,9 +204,10 @@ NAMES = frozenset(
 
 
 def _plain(names: Iterable[str]) -> Family:
-    """Return the family of names that are known by their spelling."""
+    """Return the family of names that are known by their spelling; of several for one thing, that which ROLES has first."""
     by_role: dict[str, list[str]] = {}
-    for name in sorted(names):
+    order = {name: place for place, name in enumerate(ROLE_OF)}
+    for name in sorted(names, key=lambda name: (order.get(_known_spelling(name), len(order)), name)):
         if role := role_of(name):
             by_role.setdefault(role, []).append(name)
     losses, heldout, test = (tuple(by_role.pop(role, ())) for role in ("loss", "heldout", "test"))
@@ -210,7 +216,7 @@ def _plain(names: Iterable[str]) -> Family:
 
 @dataclass
 class Vocabulary:
-    """Which names are read: those that families know, and the one that the user calls the loss; others are noted."""
+    """Which names are read: those that frameworks or ROLES have, and the one that the user calls the loss; others are noted."""
 
     loss_key: str | None = None
     others: dict[str, None] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from typing import Any
 
 from analysis.importers.facts import Facts
 from analysis.importers.lines import blocks_of, significant
-from analysis.importers.log import Log, join
+from analysis.importers.log import MOST_STEPS, Log, join
 from analysis.importers.records import (
     LOGGER_STEPS,
     NAMES,
@@ -240,7 +240,7 @@ def _rows_log(path: Path, vocabulary: Vocabulary) -> Log:
     if not records:
         raise InputError(f"{path} holds no row with a step ({', '.join(STEPS)}); write it with one, e.g. as W&B's scan_history gives it")
     log = log_of(records, ROWS, vocabulary, counts_calls=counted)
-    log.total = int(total) if total else None
+    log.total = int(total) if total and 1 <= total < MOST_STEPS else None
     if damaged:
         log.said.append(f"{damaged} row(s) without a step, or that are no JSON object, were left out")
     return log
@@ -254,7 +254,9 @@ def _objects(path: Path) -> Iterator[Any]:
             found = json.loads("\n".join([first, *lines]))
         except (ValueError, RecursionError):
             raise InputError(f"{path} is no list of JSON and no object; write an object a line") from None
-        yield from [found, *found.get(HISTORY, ())] if isinstance(found, dict) else found
+        rows = found.get(HISTORY) if isinstance(found, dict) else found
+        yield from [found] if isinstance(found, dict) else []
+        yield from rows if isinstance(rows, list) else []
         return
     for line in (first, *lines):
         if line:

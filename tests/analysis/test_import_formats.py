@@ -252,7 +252,7 @@ FAMILIES = [
     ({"loss_metrics/global_avg_loss": LOSS, "time_metrics/end_to_end(s)": 0.84, "memory/max_reserved(GiB)": 45.2}, 1),
     ({"lm loss": LOSS, "iteration-time": 0.84, "mem-max-allocated-bytes": 65e9, "world-size": 8.0}, 1),
     ({"reduced_train_loss": LOSS, "train_step_timing in s": 0.84, "max_memory_allocated": 65e9}, 0),
-    ({"learning/loss": LOSS, "perf/step_time_seconds": 0.84, "perf/per_device_tokens_per_sec": 4876.2}, 0),
+    ({"learning/loss": LOSS, "learning/lm_loss": 0.0, "perf/step_time_seconds": 0.84, "perf/per_device_tokens_per_sec": 4876.2}, 0),
     ({"train/CE loss": LOSS, "throughput/device/TPS": 8192 / 0.84}, 1),
 ]
 
@@ -375,6 +375,7 @@ def test_a_line_of_a_gigabyte_does_not_fill_the_memory(tmp_path: Path) -> None:
 
 UNREADABLE: list[tuple[str, Sequence[str], str]] = [
     ("rows.jsonl", ['{"loss": 1.0}', '{"loss": 2.0}'], "holds no row with a step"),
+    ("trainer_state.json", ["{", '"log_history": null, "max_steps": "NaN"', "}"], "holds no row with a step"),
     ("rows.json", ["[{", '"a": '], "is no list of JSON"),
     ("t.csv", ["time,value", "1,2"], "has no column of steps (trainer/global_step"),
     ("t.csv", ["step,accuracy", "1,2"], "it holds accuracy"),
