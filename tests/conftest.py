@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = defaultdict[str, list[pytest.Item]](list)
     for item in items:
         mark = item.get_closest_marker("xdist_group")
-        own = "slurm" if item.get_closest_marker("slurm") else str(item.path.relative_to(Path(__file__).parent))
+        own = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
         if mark is None:
             item.add_marker(pytest.mark.xdist_group(own))
         groups[mark.args[0] if mark else own].append(item)
