@@ -30,7 +30,7 @@ pytestmark = pytest.mark.nemo
 
 TRAIN = ["train.warmup_steps=1", "train.eval_interval=100", "train.eval_batches=1", "train.diagnostics_interval=100", "mapping=single"]
 TRAIN += ["mapping.micro_batch=1", "mapping.global_batch=4", "logger=none"]
-SITE = ["executor=slurm", "executor.threads=1", "cluster.python=", "cluster.mpi=null", "cluster.account=research"]
+SITE = ["executor=slurm", "executor.threads=1", "cluster.mpi=null", "cluster.account=research"]
 SITE += ["cluster.partition=batch", "executor.time_limit='10'", "executor.stop_before_limit_s=60", "gpu.devices_per_node=2"]
 SECRET = "hf_" + secrets.token_hex(16)  # not in any file, not even this one
 
@@ -40,7 +40,7 @@ def python(warm_python: str) -> Iterator[None]:
     """The runs need not import NeMo."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python)
-        patch.setitem(SITE, SITE.index("cluster.python="), f"cluster.python={warm_python}")  # type: ignore[call-overload]
+        patch.setattr(sys.modules[__name__], "SITE", [*SITE, f"cluster.python={warm_python}"])
         yield
 
 
