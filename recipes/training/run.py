@@ -76,11 +76,25 @@ def _train(plan: Plan, folder: Path, first: bool) -> int:
         train = task(plan, folder)
         watchdog.got_further(plan.train.step_timeout_s)
         train()
+    except InputError as error:
+        found = of_worker(error)
+        if first:
+            _record_failure(folder, str(found))
+        raise found from error
     except BaseException as error:
         if first:
-            _record_failure(folder, str(error) if isinstance(error, InputError) else repr(error))
+            _record_failure(folder, repr(error))
         raise
     return 0
+
+
+def of_worker(error: InputError) -> InputError:
+    """Return an error without what a process that loads data puts before it: words and a traceback.
+
+    torch/_utils.py, ExceptionWrapper.reraise (2.6).
+    """
+    name = f"{InputError.__module__}.{InputError.__qualname__}: "
+    return InputError(str(error).rpartition(name)[2])
 
 
 def _record_failure(folder: Path, why: str) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from analysis import import_logs
 from launch.__main__ import main
 from recipes.fp8_gemms import fp8_gemms
 from recipes.run_folder import read_plan, rows_of, status_of
+from recipes.training.data import main as prepare
 from tests.recipes.test_evaluate import write_corpus
 
 SHORT = [
@@ -158,10 +160,23 @@ def test_two_processes_give_the_loss_of_one(runs: Path, tmp_path: Path) -> None:
 
 
 def test_documents_are_masked_as_the_plan_says(tmp_path: Path) -> None:
-    """Same weights and batch of short documents: masking attention, and leaving their ends out of the loss, each change it."""
-    write_corpus(tmp_path / "corpus", words=10)
-    data = [f"data.sources=[{tmp_path}/corpus]", f"data.root={tmp_path}/data", f"runs_dir={tmp_path}", "train.stop_after=1"]
+    """Same weights and batch of short documents: masking attention, and leaving their ends out of the loss, each change it.
+
+    The documents are one prefix that `data.split` parts, made with a SentencePiece model.
+    """
+    corpus = write_corpus(tmp_path / "corpus", words=10)
+    model = sentencepiece_model(corpus, tmp_path)
+    assert prepare([f"data.sources=[{corpus}]", f"data.root={tmp_path}/data", f"data.tokenizer={model}"]) == 0
+    data = ["data=indexed", f"data.train=[{tmp_path}/data/vocab1024/train]", "data.split=[8,2,0]", f"data.tokenizer={model}"]
+    data += [f"runs_dir={tmp_path}/runs", "train.stop_after=1"]
     assert main(["-m", *SHORT, *data, "data.reset_attention_mask=true,false", "run_name=mask-${data.reset_attention_mask}"]) == 0
     assert main([*SHORT, *data, "data.eod_mask_loss=true", "run_name=loss"]) == 0
-    first = [rows_of(tmp_path / run / "metrics.jsonl")[0]["loss"] for run in ("mask-True", "mask-False", "loss")]
+    first = [rows_of(tmp_path / "runs" / run / "metrics.jsonl")[0]["loss"] for run in ("mask-True", "mask-False", "loss")]
     assert len(set(first)) == 3 and max(first) - min(first) < 0.1
+
+
+def sentencepiece_model(corpus: Path, folder: Path) -> Path:
+    texts = [json.loads(line)["text"] for line in (corpus / "walks.jsonl").read_text().splitlines()]
+    sizes = {"vocab_size": 200, "model_type": "bpe", "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=str(folder / "pieces"), **sizes)
+    return folder / "pieces.model"

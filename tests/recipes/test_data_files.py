@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from launch.__main__ import main as launch
 from recipes import indexed
 from recipes.compose import compose_plan
 from recipes.data_files import bounds, check_data
+from recipes.errors import InputError
 from recipes.preflight import main as preflight
 from recipes.run_folder import open_folder, status_of
 from recipes.training.data import main as prepare
@@ -284,3 +287,28 @@ def test_every_token_is_read_on_request(files: Path, capsys: pytest.CaptureFixtu
     assert "whole, {'train': 8000, 'heldout': 8000} tokens" in capsys.readouterr().out
     put("a.bin", 5000, struct.pack("<H", VOCAB))(files)
     assert "token 1024" in refusal(prepare, command, capsys)
+
+
+def test_an_id_that_no_check_read_is_named_when_it_is_trained_on(files: Path) -> None:
+    """As NeMo reads data on a GPU: a process loads them, and puts its traceback before an error."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+    from torch.utils.data import DataLoader
+
+    from recipes.training.run import of_worker
+    from recipes.training.samples import Samples
+
+    put("a.bin", 5000, struct.pack("<H", VOCAB))(files)
+    places = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+    tokenizer = SimpleNamespace(eod=0, unique_identifiers={})
+    config = GPTDatasetConfig(random_seed=1, sequence_length=100, split="1,0,0", path_to_cache=str(files), tokenizer=tokenizer, **places)
+    Samples.vocab_size = VOCAB
+    read = Samples(IndexedDataset(f"{files}/a"), f"{files}/a", np.arange(DOCUMENTS), 75, Split.train, config)
+    with pytest.raises(InputError) as caught:
+        for _ in DataLoader(read, num_workers=1):
+            pass
+    assert "Traceback" in str(caught.value)
+    line = str(of_worker(caught.value))
+    assert re.match(rf"{re.escape(str(files))}/a.bin, sample \d+, .*token {VOCAB}", line) and "Traceback" not in line
+    assert str(of_worker(InputError(line))) == line
