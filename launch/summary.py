@@ -85,8 +85,9 @@ def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
 def settings_differences(plan: Plan) -> dict[str, tuple[Any, Any]]:
     """Return what the plan sets otherwise than the convergence settings would for its cell: key -> (there, here)."""
     axes = {"model": plan.model.name, "precision": plan.precision.name, "gpu": plan.gpu.name, "stack": plan.stack.name}
+    nowhere = ["cluster.container_runtime=none", "cluster.python=python"]  # a container need not know the GPU
     try:
-        usual = compose_plan([f"{axis}={name}" for axis, name in axes.items()])
+        usual = compose_plan([*(f"{axis}={name}" for axis, name in axes.items()), *nowhere])
     except InputError:
         return {}  # a cell of the user's own, which the default mapping does not fit
     there, here = (flatten(p.model_dump()) for p in (usual, plan))

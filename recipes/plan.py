@@ -155,6 +155,7 @@ class Precision(Frozen):
 class Gpu(Frozen):
     """A device: compute capability (None: the CPU), memory in GB (1e9 bytes), dense peaks in TFLOP/s.
 
+    `min_cuda`: the first CUDA whose compiler knows the device; None: any that a stack has.
     `nvlink_domain`: devices joined by NVLink beyond a node (GB200: 72); None where the node is the domain.
     `device_name`: what nvidia-smi's name of it holds; None: the job does not ask.
     `nvlink_multicast`: whether an NVSwitch joins them, which multicast needs.
@@ -166,6 +167,7 @@ class Gpu(Frozen):
 
     name: Name
     compute_capability: Capability | None
+    min_cuda: Capability | None = None
     memory_gb: Rate | None
     devices_per_node: Positive
     gpus_per_numa_node: Positive | None = None

@@ -61,18 +61,18 @@ def wrong_devices(plan: Plan) -> Iterator[str]:
 
 
 def wrong_cuda(plan: Plan) -> Iterator[str]:
-    """Yield a sentence where PyTorch was built with an older CUDA than the plan's precision needs.
+    """Yield a sentence where PyTorch was built with an older CUDA than the plan's precision or GPU needs.
 
     Transformer Engine asks for the same one (pytorch/fp8.py, check_fp8_block_scaling_support: torch.version.cuda).
     """
     needed = None if plan.on_cpu else min_cuda(plan)
     if needed is None:
         return
-    found = _cuda()
+    found, what = _cuda(), plan.gpu.name if needed == plan.gpu.min_cuda else plan.precision.name
     if found is None:
-        yield f"torch was built without CUDA, {plan.precision.name} needs {needed} or newer"
+        yield f"torch was built without CUDA, {what} needs {needed} or newer"
     elif capability(found) < capability(needed):
-        yield f"torch was built with CUDA {found}, {plan.precision.name} needs {needed} or newer"
+        yield f"torch was built with CUDA {found}, {what} needs {needed} or newer"
 
 
 def _cuda() -> str | None:

@@ -56,9 +56,21 @@ def cell_is_supported(plan: Plan) -> str | None:
     return None
 
 
+def cuda_knows_the_gpu(plan: Plan) -> str | None:
+    """The CUDA of the stack's container must know the GPU; where the job runs in no such container, the job asks (recipes.preflight)."""
+    c, needed, have = plan.cluster, plan.gpu.min_cuda, plan.stack.cuda
+    in_own = plan.executor.kind == "slurm" and c.container_runtime == "pyxis" and c.container_image is None
+    if not in_own or needed is None or have is None or capability(have) >= capability(needed):
+        return None
+    where = f"conf/gpu/{plan.gpu.name}.yaml, min_cuda"
+    what = f"{plan.gpu.name} with {plan.stack.name}: needs CUDA {needed} or newer and not {have} ({where})"
+    advice = "use stack=nemo_25_07, or set cluster.container_image to one that has it"
+    return Refusal(what, advice, {"stack": "nemo_25_07"}, any_of=True)
+
+
 def cuda_is_new_enough(plan: Plan) -> str | None:
     """The stack's CUDA must have the GEMMs of the scaling; where the stack states none, the job asks (recipes.preflight)."""
-    needed, have = min_cuda(plan), plan.stack.cuda
+    needed, have = _cuda_of_scaling(plan), plan.stack.cuda
     if needed is None or have is None or capability(have) >= capability(needed):
         return None
     fp8 = plan.precision.fp8
@@ -68,12 +80,17 @@ def cuda_is_new_enough(plan: Plan) -> str | None:
     return f"{cell}: needs CUDA {needed} or newer and not {have} ({source}); choose a stack that has it, or precision=fp8_current"
 
 
-def min_cuda(plan: Plan) -> str | None:
-    """Return the CUDA that a plan's precision needs on its GPU; None where it needs none in particular."""
+def _cuda_of_scaling(plan: Plan) -> str | None:
     fp8 = plan.precision.fp8
     if fp8 is None or plan.emulated or fp8.scaling not in plan.stack.fp8:
         return None
     return plan.stack.fp8[fp8.scaling].min_cuda
+
+
+def min_cuda(plan: Plan) -> str | None:
+    """Return the CUDA that a plan needs for its precision and its GPU; None where it needs none in particular."""
+    needed = [each for each in (_cuda_of_scaling(plan), plan.gpu.min_cuda) if each]
+    return max(needed, key=capability, default=None)
 
 
 def _of_other_axes(what: str, remedy: str) -> Refusal:
@@ -146,7 +163,7 @@ def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
         what = "settings=throughput measures GPUs; use settings=convergence"
     elif any(getattr(m, name) for name in gpus_own):
         what = "gpu=cpu emulates FP8, CUDA graphs, FSDP, recompute and offloading are for GPUs"
-        return Refusal(what, "use mapping=single", _differing(plan, gpus_own))
+        return Refusal(what, f"use {of_change(_differing(plan, gpus_own))}", _differing(plan, gpus_own))
     elif plan.data.kind == "mock":
         what = "for the loss, and data=mock has random tokens; use data=text"
     return f"gpu=cpu emulates FP8, {what}" if what else None
@@ -157,7 +174,8 @@ def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
     m = plan.mapping
     if plan.on_cpu and max(m.tp, m.pp, m.cp) > 1:
         what = f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}"
-        return Refusal(what, "set them to 1 or choose a GPU", _differing(plan, {"tp": 1, "pp": 1, "cp": 1}))
+        change = _differing(plan, {"tp": 1, "pp": 1, "cp": 1})
+        return Refusal(what, f"use {of_change(change)}, or choose a GPU", change)
     return None
 
 
@@ -179,10 +197,11 @@ def emulated_fp8_is_plain(plan: Plan) -> str | None:
     if max(m.tp, m.pp, m.cp, m.vp) > 1 or m.fsdp:
         split = f"tp={m.tp} pp={m.pp} cp={m.cp} vp={m.vp} fsdp={str(m.fsdp).lower()}"
         what = f"{cell} is emulated in layers that are not split (only data-parallel over num_gpus), mapping has {split}"
-        return Refusal(what, "use mapping=single", _differing(plan, UNSPLIT), _differing(plan, UNSPLIT | PLAIN))
+        whole = _differing(plan, UNSPLIT | PLAIN)
+        return Refusal(what, f"use {of_change(whole)}", _differing(plan, UNSPLIT), whole)
     if m.cuda_graphs or m.recompute_layers or m.offload_layers:
         what = f"{cell} is emulated, without CUDA graphs, recompute or offloading"
-        return Refusal(what, "use mapping=single", _differing(plan, PLAIN))
+        return Refusal(what, f"use {of_change(_differing(plan, PLAIN))}", _differing(plan, PLAIN))
     if plan.settings.name != "convergence":
         return f"{cell} is emulated, its step times say nothing about FP8 in hardware; use settings=convergence, or precision=bf16"
     return None
@@ -340,6 +359,7 @@ def memory_remedy(plan: Plan) -> str:
 
 BEFORE_MEMORY: tuple[Rule, ...] = (
     cell_is_supported,
+    cuda_knows_the_gpu,
     cuda_is_new_enough,
     *MODEL_RULES,
     delayed_keeps_no_bf16_layers,

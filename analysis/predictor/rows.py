@@ -140,7 +140,8 @@ def _set(raw: Raw, release: str, stated: bool) -> str:
 @functools.cache
 def base_plan(model: str, precision: str, gpu: str) -> Plan:
     """Return a plan of a cell under throughput settings, to be given a row's layout (GB200's settings where the cell itself does not run)."""
-    return compose_plan([f"model={model}", f"precision={precision}", f"gpu={gpu}", "experiment=throughput", "mapping=recommended"])
+    nowhere = ["cluster.container_runtime=none", "cluster.python=python"]  # nothing is launched, so no container has to know the GPU
+    return compose_plan([f"model={model}", f"precision={precision}", f"gpu={gpu}", "experiment=throughput", "mapping=recommended", *nowhere])
 
 
 def _plan(raw: Raw, precision: str, n: dict[str, int]) -> Plan:

@@ -270,7 +270,7 @@ def test_a_plan_from_before_bandwidths_loads_and_is_the_same_run() -> None:
 
 @pytest.mark.parametrize("gpu", [path.stem for path in sorted((CONF / "gpu").glob("*.yaml")) if path.stem != "cpu"])
 def test_every_gpu_of_conf_can_be_predicted(gpu: str) -> None:
-    found = hardware(plan_of("llama32_1b", "bf16", gpu).gpu)
+    found = hardware(plan_of("llama32_1b", "bf16", gpu, "cluster.container_image=/images/own.sqsh").gpu)
     assert 1e12 < found.memory < 1e13 and found.network < found.nvlink < found.memory < found.bf16 < found.fp8
     assert found.domain == {"gb200": 72, "gb300": 72, "gh200": 4}.get(gpu, 8) and found.blackwell == ("b" in gpu)
 

@@ -14,6 +14,7 @@ from recipes.run_folder import open_folder, status_of
 ROOT = Path(__file__).parents[2]
 BLOCKS = ["gpu=h100", "stack=nemo_25_07", "precision=fp8_subchannel"]
 MXFP8 = ["gpu=b200", "stack=nemo_25_04", "precision=mxfp8"]
+ULTRA = ["gpu=b300", "stack=nemo_25_04", "precision=bf16", "cluster.container_image=/images/own.sqsh"]
 CASES = [
     (BLOCKS, '"12.9"', None),
     (BLOCKS, "'12.10'", None),
@@ -21,7 +22,9 @@ CASES = [
     (BLOCKS, "'12.8'", "torch was built with CUDA 12.8, fp8_subchannel needs 12.9 or newer"),
     (BLOCKS, "None", "torch was built without CUDA, fp8_subchannel needs 12.9 or newer"),
     (MXFP8, "'12.8'", None),
-    (MXFP8, "'12.6'", "torch was built with CUDA 12.6, mxfp8 needs 12.8 or newer"),
+    (MXFP8, "'12.6'", "torch was built with CUDA 12.6, b200 needs 12.8 or newer"),
+    (ULTRA, "'12.8'", "torch was built with CUDA 12.8, b300 needs 12.9 or newer"),
+    (ULTRA, "'12.9'", None),
     (["gpu=h100", "precision=fp8_current"], "'12.4'", None),
 ]
 
@@ -84,7 +87,7 @@ DEVICES = [
 
 @pytest.mark.parametrize(("gpu", "device", "is_right"), DEVICES)
 def test_the_job_asks_for_the_name_of_its_gpus(gpu: str, device: str, is_right: bool, tmp_path: Path) -> None:
-    run = open_folder(compose_plan(["model=llama32_1b", f"gpu={gpu}", f"runs_dir={tmp_path}"]))
+    run = open_folder(compose_plan(["model=llama32_1b", f"gpu={gpu}", "cluster.container_image=/images/own.sqsh", f"runs_dir={tmp_path}"]))
     env = node(tmp_path / "site", run / "plan.json", "'12.9'", device)
     command = [sys.executable, "-m", "recipes.preflight", str(run)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)

@@ -41,11 +41,17 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "precision=fp8_delayed", *WORKSTATION], "stack=nemo_25_07"),
         ([*H100_8B, "precision=fp8_current", *WORKSTATION], "stack=nemo_25_07"),
     ],
+    "cuda_knows_the_gpu": [
+        (["model=llama3_8b", f"gpu={gpu}", "precision=bf16"], "needs CUDA 12.9 or newer and not 12.8 (conf/gpu") for gpu in ("b300", "gb300")
+    ],
     "cuda_is_new_enough": [
         ([*BLOCKS, "stack.cuda='12.8'"], "needs CUDA 12.9 or newer and not 12.8"),
         ([*BLOCKS, "stack.cuda='12.8'"], "precision=fp8_current"),
         ([*BLOCKS, "stack.cuda='11.10'"], "not 11.10"),
-        (["model=llama3_8b", "gpu=b200", "precision=mxfp8", "stack.cuda='12.6'"], "needs CUDA 12.8"),
+        (
+            ["model=llama3_8b", "gpu=b200", "precision=mxfp8", "stack.cuda='12.6'", "cluster.container_image=/own.sqsh"],
+            "needs CUDA 12.8",
+        ),
     ],
     "recipe_is_trained": [
         ([*H100_8B, "model.nemo_recipe=llama3_9b"], "use llama3_8b"),
@@ -263,6 +269,24 @@ def test_each_rule_refuses_in_one_line_with_a_remedy_that_is_accepted(name: str,
         except InputError as next_one:  # memory has remedies of its own, for another layout
             assert "GB to give" in str(next_one)
             compose_plan(applied(applied(overrides, remedy), remedies(str(next_one))[0]))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["model=llama2_7b", "gpu=h800", "precision=mxfp8", "stack=emulated", "mapping.tp=2"],
+        ["model=llama31_405b", "gpu=cpu", "mapping.cuda_graphs=true"],
+    ],
+    ids=" ".join,
+)
+def test_who_follows_a_remedy_is_not_told_the_same_again(asked: list[str]) -> None:
+    """Also where the model then has no room: mapping=single would leave a field that the command line names."""
+    site = ["cluster.container_runtime=none", "cluster.python=python"]
+    with pytest.raises(InputError) as caught:
+        compose_plan([*asked, *site])
+    (remedy, *_) = remedies(str(caught.value))
+    with pytest.raises(InputError, match="GB"):
+        compose_plan(applied([*asked, *site], remedy))
 
 
 def test_every_rule_has_a_case() -> None:

@@ -44,7 +44,7 @@ def test_cudnn_norms_are_those_of_the_models_script(model: str, precision: str, 
     ],
 )
 def test_variables_that_25_07_has_and_25_04_has_not(gpu: str, set_there: set[str]) -> None:
-    cell = ["model=llama3_8b", "precision=bf16", f"gpu={gpu}"]
+    cell = ["model=llama3_8b", "precision=bf16", f"gpu={gpu}", "cluster.container_image=/images/newer.sqsh"]
     older, newer = environment("stack=nemo_25_04", *cell), environment("stack=nemo_25_07", *cell)
     assert newer.keys() - older.keys() == {"TORCH_NCCL_HIGH_PRIORITY", *set_there} and older.keys() <= newer.keys()
 
