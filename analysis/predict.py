@@ -5,7 +5,7 @@
     python -m analysis.predict model=llama31_405b gpu=gb200 --sweep num_gpus=128,256,512 --weak
     python -m analysis.predict model=llama3_70b precision=fp8_current gpu=b200 num_gpus=64 --search
     python -m analysis.predict --validate                                               every published row beside its prediction
-    python -m analysis.predict --unseen                                                 published rows that made no part of it
+    python -m analysis.predict --unseen                                                 published rows that are in no reference file, beside rivals
 
 Overrides are those of every other command.  Settings are those with which NVIDIA measures speed (experiment=throughput) unless you
 name others.  Nothing is run: work is counted from the plan, priced with constants that are known or fitted to published step times
@@ -77,7 +77,7 @@ def _parser() -> ArgumentParser:
         nargs="?",
         const="both",
         choices=(CHOOSE, REPORT, "both"),
-        help="print published rows that no part of the predictor was made with; of one half (docs/predictor.md)",
+        help="print published rows that are in no reference file, all or of one half (docs/predictor.md)",
     )
     what.add_argument("--refit", action="store_true", help="the same, and keep the constants (analysis/predictor/constants.json)")
     parser.add_argument("--weak", action="store_true", help="with --sweep num_gpus=…: the global batch grows with the GPUs")

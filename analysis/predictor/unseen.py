@@ -1,9 +1,10 @@
-"""How far off is the predictor on published steps that are in none of the files it was made with?
+"""How far off is the predictor on published steps that are in none of the reference files?
 
 `reference/unseen_rows.csv` holds them: MLPerf Training logs of NVIDIA's stack with the layout of their
 configuration files, NeMo's tables of older containers, its long sequences, packed batches, and step times
 that stand in the text of READMEs.  Sizes of models that `conf/model` lacks are in `unseen_models.csv`.
-No row is fitted.  Left out: NVFP4, FP8 attention and LoRA, which the predictor cannot say.
+No row is fitted.  The half `choose` (`halves`) chose forms and makes intervals.  Left out: NVFP4, FP8 attention
+and LoRA, which the predictor cannot say.
 """
 
 from __future__ import annotations
