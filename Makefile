@@ -1,7 +1,7 @@
 # `make demo` trains a small Llama on this machine in every precision and reports; `make test` runs every test, and
 # `make fast` those that take no NeMo, Slurm or GPU, and not seconds each; `make check` the linters and the type checker;
-# `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (an hour) and writes what was lost into
-# docs/reliability.md.  Each installs what is missing.
+# `make bench` the cost of an FP8 step; `make faults` breaks things on purpose (half an hour on two cores; interrupted, it
+# goes on) and writes what was lost into docs/reliability.md.  Each installs what is missing.
 PYTHON ?= python3.11
 PY := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

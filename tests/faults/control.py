@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -11,11 +16,12 @@ from analysis import throughput
 from launch import cancel, status
 from launch.__main__ import main
 from tests.faults.commands import REFUSED, call
-from tests.faults.load import SLURM
+from tests.faults.load import SLURM, WITH_PYTHON, stub_python, together
 from tests.faults.mutations import fresh
 from tests.faults.registry import Outcome, fault
 from tests.faults.run_folders import DEMO, H100
 from tests.launch.standins import Standins
+from tests.launch.test_slurm_answers import STATES
 
 AREA = "Launch, status and files"
 NO_ANSWERS = ("timeout", "controller", "quiet", "garbage", "half", "error-and-0")
@@ -52,6 +58,123 @@ def lost_submissions(count: int, folder: Path) -> Outcome:
             wrong = next((end.wrong((0,)) for end in ends if end.wrong((0,))), None)
             wrong = wrong or (None if queue.ids == [1001] else f"jobs {queue.ids}")
         outcome.add("found by its script, one job", lost=wrong and f"{how}: {wrong}")
+    return outcome
+
+
+@fault(
+    AREA,
+    "every state of a job that Slurm can name, and one that it cannot: `launch`, `launch.status`",
+    small=3,
+    full=22,
+)
+def states_of_a_job(count: int, folder: Path) -> Outcome:
+    """A job that has not certainly ended is not submitted again."""
+    outcome = Outcome()
+    for state, expected in list(STATES.items())[:count]:
+        with _launched(folder / state) as (queue, run):
+            (run / "status.json").write_text('{"status": "running", "reason": "", "step": 1}')
+            queue.set(1001, state)
+            shown, again = call(status.main, [run, "--json"]), call(main, _asked(run))
+            found = json.loads(shown.out)[0]["status"]
+            ids = [1001, 1002] if expected in ("failed", "cancelled") else [1001]
+            code = 2 if expected == "unknown" else 0
+        wrong = shown.wrong((0,)) or again.wrong((0,))
+        if (found, queue.ids, again.code) != (expected, ids, code):
+            wrong = wrong or f"{found}, jobs {queue.ids}, code {again.code}"
+        came = "submitted once more" if len(ids) == 2 else "not submitted again"
+        outcome.add(came, lost=wrong and f"{state}: {wrong}")
+    return outcome
+
+
+ANOTHERS = ({"who": "mallory"}, {"script": "/home/other/runs/two/job/job.sbatch"})
+
+
+@fault(
+    AREA,
+    "a job number that another user's or another run's job has by now: `launch.cancel`, `launch.status`, `launch`",
+    small=1,
+    full=2,
+)
+def numbers_of_other_jobs(count: int, folder: Path) -> Outcome:
+    """The other job is left alone, and the run is submitted."""
+    outcome = Outcome()
+    for n, other in enumerate(ANOTHERS[:count]):
+        with _launched(folder / str(n)) as (queue, run):
+            queue.put(1001, "RUNNING", **{"script": f"{run}/job/job.sbatch", **other})
+            ends = [call(status.main, [run]), call(cancel.main, [run]), call(main, _asked(run))]
+        wrong = next((end.wrong((0,)) for end in ends if end.wrong((0,))), None)
+        if queue.state(1001) != "RUNNING" or queue.ids != [1001, 1002]:
+            wrong = wrong or f"jobs {queue.ids}, the other is {queue.state(1001)}"
+        outcome.add("left alone, the run submitted", lost=wrong and f"{other}: {wrong}")
+    return outcome
+
+
+@fault(AREA, "an scancel that fails, or answers for another job: `launch.cancel`", small=1, full=2)
+def cancellations_that_fail(count: int, folder: Path) -> Outcome:
+    outcome = Outcome()
+    for how in ("timeout", "mixed")[:count]:
+        with _launched(folder / how) as (queue, run):
+            queue.patch.setenv("SCANCEL", how)
+            ended = call(cancel.main, [run])
+        wrong = ended.wrong(()) or (None if "may still wait or run" in ended.err else ended.err)
+        outcome.add(REFUSED, lost=wrong and f"{how}: {wrong}")
+    return outcome
+
+
+def _asked(run: Path) -> list[str]:
+    return [*SLURM, f"runs_dir={run.parent}", "run_name=one"]
+
+
+@contextmanager
+def _launched(folder: Path) -> Iterator[tuple[Standins, Path]]:
+    """Yield a queue of the stand-ins for Slurm and a run that has a job in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        queue, run = Standins(folder, patch), folder / "runs" / "one"
+        ended = call(main, _asked(run))
+        assert ended.code == 0 and queue.ids == [1001], ended
+        yield queue, run
+
+
+FOUR_GPUS = """#!/bin/sh
+[ "$1" = -L ] && for i in 0 1 2 3; do echo "GPU $i: NVIDIA H200 (UUID: GPU-$TOKEN-$i)"; done
+exit 0
+"""
+TRAINS = """[ "$2" = recipes.preflight ] && exit 0
+for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do
+  mkdir "$USED/$gpu" || echo "GPU $gpu" >> "$USED.twice"
+done
+echo "${@: -1}" >> "$USED.ran"; sleep 0.3
+for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do rmdir "$USED/$gpu"; done
+"""
+ON_GPUS = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping.global_batch=8"]
+
+
+@fault(
+    AREA,
+    "three launches at the same moment, of two GPUs each, on a machine of four (a stand-in for nvidia-smi)",
+    small=1,
+    full=8,
+)
+def launches_for_the_same_gpus(count: int, folder: Path) -> Outcome:
+    """No GPU has two runs at once, and every run comes to train.  A run is a stand-in that takes its GPUs for a moment."""
+    outcome = Outcome()
+    for n in range(count):
+        place, token = folder / str(n), uuid4().hex
+        stub, tool = stub_python(place, TRAINS)["STUB"], place / "nvidia-smi"
+        tool.write_text(FOUR_GPUS)
+        tool.chmod(0o755)
+        (place / "used").mkdir()
+        env = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", "TOKEN": token, "USED": str(place / "used")}
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+        asked = [[*ON_GPUS, "num_gpus=2", f"runs_dir={place}/runs", f"run_name=run{k}"] for k in range(3)]
+        try:
+            together([[sys.executable, "-c", WITH_PYTHON, stub, *one] for one in asked], env)
+        finally:
+            for lock in Path("/tmp").glob(f"nemo-gpu-GPU-{token}*"):
+                lock.unlink()
+        ran = (place / "used.ran").read_text().split()
+        right = len(set(ran)) == len(ran) == 3 and not (place / "used.twice").exists()
+        outcome.add("all ran, no GPU shared", lost=None if right else f"{len(ran)} ran, shared: {(place / 'used.twice').exists()}")
     return outcome
 
 

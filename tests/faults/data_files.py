@@ -21,12 +21,10 @@ import numpy as np
 
 from launch.__main__ import main as launch
 from recipes import preflight
-from recipes.compose import compose_plan
-from recipes.run_folder import open_folder
-from tests.faults.commands import REFUSED, Ended, Main, call
+from tests.faults.commands import PROJECT, REFUSED, Ended, Main, call
+from tests.faults.folders import opened
 from tests.faults.mutations import BYTES
 from tests.faults.registry import Outcome, fault
-from tests.faults.run_folders import PROJECT
 from tests.recipes.test_data_files import write_tokenizer, written
 
 AREA = "Data"
@@ -89,7 +87,7 @@ class Checks:
     def __init__(self, folder: Path, *overrides: Sequence[str]) -> None:
         place = f"runs_dir={folder}/runs"
         self.asked = [[*data, place, f"run_name=run{n}"] for n, data in enumerate(overrides)]
-        self.runs = [open_folder(compose_plan(asked)) for asked in self.asked]
+        self.runs = [opened(asked) for asked in self.asked]
 
     def ends(self) -> Iterator[Ended]:
         """Yield how each command ends."""
@@ -128,7 +126,7 @@ def _empty(path: Path, draw: random.Random) -> None:
     AREA,
     "`.bin` and `.idx` cut at any byte, longer, empty, missing or garbage; indexed and prepared data: "
     "`recipes.training.data`, `launch`, a job's preflight",
-    small=12,
+    small=6,
     full=300,
 )
 def broken_data_sets(count: int, folder: Path) -> Outcome:
@@ -152,21 +150,31 @@ def broken_data_sets(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place: the same commands", small=20, full=300)
+@fault(
+    AREA,
+    "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place: the same commands",
+    small=6,
+    full=300,
+)
 def ids_beyond_the_vocabulary(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     (folder / "tokenizer").mkdir()
     write_tokenizer(folder / "tokenizer", VOCAB)
+    _write_data(folder, np.arange(2000, dtype=np.int32) % VOCAB)
     checks = Checks(folder, indexed(folder, folder / "tokenizer"))
     for seed in range(count):
         draw = random.Random(seed)
         ids = np.random.default_rng(seed).integers(0, VOCAB, draw.randint(1, 4000)).astype(np.int32)
         ids[draw.randrange(len(ids))] = draw.choice([VOCAB, VOCAB + 1, 60_000, 2**31 - 1, -1])
-        for split in ("train", "heldout"):
-            written(folder / split, ids, documents=1)
+        _write_data(folder, ids)
         wrong = checks.wrong()
         outcome.add(REFUSED, lost=wrong and f"seed {seed}: {wrong}")
     return outcome
+
+
+def _write_data(folder: Path, ids: np.ndarray) -> None:
+    for split in ("train", "heldout"):
+        written(folder / split, ids, documents=1)
 
 
 TEXTS: dict[str, tuple[str, bytes]] = {
@@ -186,7 +194,12 @@ TEXTS: dict[str, tuple[str, bytes]] = {
 }
 
 
-@fault(AREA, "text that is no text: undecodable bytes, empty, cut or retyped JSONL", small=13, full=13)
+@fault(
+    AREA,
+    "text that is no text: undecodable bytes, empty, cut or retyped JSONL",
+    small=6,
+    full=13,
+)
 def text_that_is_none(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     for n, (kind, (name, content)) in enumerate(list(TEXTS.items())[:count]):
@@ -200,7 +213,12 @@ def text_that_is_none(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "a tokenizer that is missing, damaged, wants code of its own, or is larger than the vocabulary", small=25, full=300)
+@fault(
+    AREA,
+    "a tokenizer that is missing, damaged, wants code of its own, or is larger than the vocabulary",
+    small=8,
+    full=300,
+)
 def wrong_tokenizers(count: int, folder: Path) -> Outcome:
     """A damaged tokenizer that still loads is not refused where all its ids are in the vocabulary: it is then another tokenizer."""
     outcome, source = Outcome(), corpus(folder / "corpus")
@@ -225,7 +243,12 @@ def wrong_tokenizers(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "a SentencePiece model that is cut, changed, or larger than the vocabulary", small=15, full=300)
+@fault(
+    AREA,
+    "a SentencePiece model that is cut, changed, or larger than the vocabulary",
+    small=4,
+    full=300,
+)
 def wrong_sentencepiece_models(count: int, folder: Path) -> Outcome:
     """A changed model that still loads is another tokenizer, as above."""
     outcome, source = Outcome(), corpus(folder / "corpus")
@@ -291,7 +314,7 @@ def _files(root: Path) -> dict[str, bytes]:
     return {name: (root / f"vocab{VOCAB}" / name).read_bytes() for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx")}
 
 
-@fault(AREA, "a preparation killed (-9) at a random moment, and run again", small=2, full=25)
+@fault(AREA, "a preparation killed (-9) at a random moment, and run again", small=0, full=25)
 def preparation_killed(count: int, folder: Path) -> Outcome:
     """Nothing that looks whole is left unless it is, and the second run makes what an uninterrupted one does."""
     outcome, source = Outcome(), corpus(folder / "corpus", 2000)

@@ -15,13 +15,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from analysis import compare, fig3, report, throughput
+from launch import status
 from recipes.plan import Plan
-from recipes.run_folder import append_line
 from tests.analysis.test_evaluation import evaluate
 from tests.faults.commands import Ended, call
+from tests.faults.folders import append
 from tests.faults.mutations import HOSTILE, fresh, paths_in, put
 from tests.faults.registry import Outcome, fault
-from tests.faults.run_folders import DEMO, H100
+from tests.faults.run_folders import AREA, DEMO, H100
 
 ADDRESSES = ("href", "xlink:href", "src", "action", "data", "formaction")
 
@@ -84,7 +85,7 @@ def _poison_manifest(folder: Path, text: str) -> int:
 def _poison_rest(folder: Path, text: str) -> int:
     """Events, log, status, diagnostics, and what an evaluation names."""
     for kind in ("failed", text):
-        append_line(folder / "events.jsonl", {"time": text, "event": kind, "reason": text})
+        append(folder / "events.jsonl", {"time": text, "event": kind, "reason": text})
     (folder / "log.txt").write_text(text, errors="replace")
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**status, "reason": text}))
@@ -121,7 +122,12 @@ def _wrong(ended: Ended, out: Path, clean: Page) -> str | None:
     return Page(page).unlike(clean)
 
 
-@fault("Analysis", "hostile HTML, script, YAML, markup and terminal codes in every text of runs: the report", small=4, full=100)
+@fault(
+    AREA,
+    "hostile HTML, script, YAML, markup and terminal codes in every text of runs: the report",
+    small=1,
+    full=100,
+)
 def hostile_report(count: int, folder: Path) -> Outcome:
     """The report is parsed and compared with that of the same runs without hostile text."""
     outcome, out = Outcome(), folder / "report.html"
@@ -138,7 +144,7 @@ def hostile_report(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault("Analysis", "the same: tables and terminal", small=6, full=100)
+@fault(AREA, "the same: tables and terminal", small=2, full=100)
 def hostile_tables(count: int, folder: Path) -> Outcome:
     """HTML tables are parsed; what goes to the terminal holds no control code but line ends and the colours of the table itself."""
     outcome, out = Outcome(), folder / "table.html"
@@ -154,4 +160,34 @@ def hostile_tables(count: int, folder: Path) -> Outcome:
             codes = sorted({c for c in ended.out + ended.err if ord(c) < 32 and c != "\n"})
             wrong = _wrong(ended, out, clean) or (f"control codes {codes} on the terminal" if codes else None)
             outcome.add("shown as text", lost=wrong and f"{text!r}, {main.__module__}: {wrong}")
+    return outcome
+
+
+CODES = ("\x1b]0;title\x07", "\x1b[2J\x1b[H", "\x9b31m", "\r\x1b[K", "\u202e", "\x00\x08", "\x1b]8;;http://x\x07y")
+
+
+@fault(
+    AREA,
+    "control codes and hostile text in log, status, events and folder of runs, a linked run and a broken one among them: `launch.status`",
+    small=3,
+    full=22,
+)
+def hostile_status(count: int, folder: Path) -> Outcome:
+    """No control code reaches the terminal, and no run is left out."""
+    outcome = Outcome()
+    for n, text in enumerate([*CODES, *HOSTILE][:count]):
+        runs = folder / str(n)
+        (hostile, *_) = _poisoned(runs / "runs", text)
+        (hostile / "events.jsonl").unlink()
+        (hostile / "status.json").write_text(json.dumps({"status": "failed", "reason": text, "step": 3}))
+        (hostile / "log.txt").write_text(f"error: {text}\n", errors="replace")
+        (fresh(DEMO[0], runs / "runs" / "broken") / "plan.json").write_text("{")
+        (runs / "runs" / "linked").symlink_to(fresh(DEMO[0], runs / "linked"))
+        names = {path.parent.name for path in (runs / "runs").rglob("plan.json")} | {"linked"}
+        plain, listed = call(status.main, [runs / "runs"]), call(status.main, [runs / "runs", "--json"])
+        codes = sorted({c for c in plain.out + plain.err if not c.isprintable() and c != "\n"})
+        shown = len(json.loads(listed.out))
+        wrong = plain.wrong(()) or (f"control codes {codes}" if codes else None)
+        wrong = wrong or (None if shown == len(names) else f"{shown} runs of {len(names)}")
+        outcome.add("all named, no control code", lost=wrong and f"{text!r}: {wrong}")
     return outcome

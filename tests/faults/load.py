@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.state import submitted
-from recipes.run_folder import read_plan
 from tests.analysis.conftest import curve, own_noise, write
+from tests.analysis.test_import_logs import nemo_log
+from tests.faults.commands import PROJECT, REFUSED, Ended
+from tests.faults.folders import jobs, replan, rows_in
+from tests.faults.logs import SET
 from tests.faults.mutations import fresh
 from tests.faults.registry import Outcome, Unavailable, fault
-from tests.faults.run_folders import PROJECT
+from tests.faults.run_folders import DEMO
 from tests.launch.slurm import install
 from tests.launch.slurm.cluster import Slurm
 
@@ -44,7 +48,12 @@ def said(what: str, seconds: float, gigabytes: float) -> str:
     return f"{what}: {seconds:.1f} s, {gigabytes:.2f} GB at most (measured)"
 
 
-@fault(AREA, "a pair of runs of so many steps each: `analysis.compare` and `analysis.report`", small=20_000, full=1_000_000)
+@fault(
+    AREA,
+    "a pair of runs of so many steps each: `analysis.compare` and `analysis.report`",
+    small=5000,
+    full=1_000_000,
+)
 def many_steps(count: int, folder: Path) -> Outcome:
     outcome, loss = Outcome(), curve(count)
     runs = [write(folder / "bf16", loss, "bf16", []), write(folder / "fp8", loss + own_noise(1, count, 0.002), "fp8_current", [])]
@@ -56,15 +65,14 @@ def many_steps(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "so many run folders in one report", small=20, full=1000)
+@fault(AREA, "so many run folders in one report", small=4, full=1000)
 def many_folders(count: int, folder: Path) -> Outcome:
     outcome, loss = Outcome(), curve(200)
     first = write(folder / "run0", loss, "fp8_current", [])
     runs = [write(folder / "bf16", loss, "bf16", []), first]
     for n in range(1, count - 1):
         runs.append(fresh(first, folder / f"run{n}"))
-        plan = read_plan(first).model_copy(update={"run_name": f"run{n}"})
-        (runs[-1] / "plan.json").write_text(plan.model_dump_json())
+        replan(runs[-1], run_name=f"run{n}")
     out = folder / "report.html"
     done, seconds, peak = measured("analysis.report", *runs, "--out", out)
     page = out.read_text() if out.exists() else ""
@@ -97,10 +105,17 @@ def pretended_slurm(folder: Path, sbatch: str = SBATCH) -> dict[str, str]:
     return {"PATH": f"{tools}:{os.environ['PATH']}", "JOBS": str(jobs)}
 
 
+# `python -m launch` with another interpreter for its runs.
+WITH_PYTHON = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; sys.exit(main(sys.argv[2:]))"
 SLURM = ["executor=slurm", "cluster.mpi=null", "cluster.container_runtime=none", "gpu=cpu"]
 
 
-@fault(AREA, "a sweep of so many jobs, planned and submitted to a stand-in for sbatch", small=10, full=200)
+@fault(
+    AREA,
+    "a sweep of so many jobs, planned and submitted to a stand-in for sbatch",
+    small=4,
+    full=200,
+)
 def many_jobs(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     env = pretended_slurm(folder)
@@ -108,8 +123,8 @@ def many_jobs(count: int, folder: Path) -> Outcome:
     done, seconds, peak = measured("launch", "-m", *SLURM, seeds, f"runs_dir={folder}/runs", env=env)
     for n in range(1, count + 1):
         run = folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}"
-        jobs = submitted(run) if run.exists() else []
-        wrong = None if len(jobs) == 1 and whole(run) else f"{run.name}: {len(jobs)} jobs, {done.stderr[-200:]}"
+        sent = len(jobs(run))
+        wrong = None if sent == 1 and whole(run) else f"{run.name}: {sent} jobs, {done.stderr[-200:]}"
         outcome.add("submitted once, job folder whole", lost=wrong)
     outcome.measured.append(said(f"{count} jobs planned and submitted", seconds, peak))
     _, seconds, peak = measured("launch.status", folder / "runs", env=env)
@@ -117,7 +132,13 @@ def many_jobs(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "a sweep of so many jobs, submitted to a real Slurm of four nodes that runs them at once", small=4, full=200, slurm=True)
+@fault(
+    AREA,
+    "a sweep of so many jobs, submitted to a real Slurm of four nodes that runs them at once",
+    small=0,
+    full=200,
+    slurm=True,
+)
 def many_jobs_on_slurm(count: int, folder: Path) -> Outcome:
     """The jobs end as soon as they start, for their interpreter is `true`; accounting knows each of them once."""
     if reason := install.missing():
@@ -128,9 +149,11 @@ def many_jobs_on_slurm(count: int, folder: Path) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="slurm") as short, Slurm(Path(short) / "slurm") as slurm:  # Unix sockets want short paths
         env = {name: slurm.env[name] for name in ("SLURM_CONF", "PATH")}
         done, seconds, peak = measured("launch", "-m", *SLURM, *site, seeds, f"runs_dir={folder}/runs", env=env)
-        jobs = {n: submitted(folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}") for n in range(1, count + 1)}
-        for n, ids in jobs.items():
-            ended = slurm.wait(str(ids[0].job_id), "COMPLETED", timeout=120) if len(ids) == 1 else f"{len(ids)} jobs: {done.stderr[-200:]}"
+        for n in range(1, count + 1):
+            ids = jobs(folder / "runs" / f"llama3_tiny.bf16.cpu.seed{n}")
+            ended = f"{len(ids)} jobs: {done.stderr[-200:]}"
+            if len(ids) == 1:
+                ended = slurm.wait(str(ids[0]), "COMPLETED", timeout=120)
             outcome.add("submitted once, run by Slurm", lost=None if ended == "COMPLETED" else f"seed {n}: {ended}")
     outcome.measured.append(said(f"{count} jobs planned and submitted to a real Slurm", seconds, peak))
     return outcome
@@ -143,20 +166,72 @@ def whole(run: Path) -> bool:
         script.read_text().rstrip().endswith(('exit "$code_of_step"', '"$run_folder"')) or "recipes.training.run" in script.read_text()
         for script in scripts
     )
-    return bool(scripts) and ends and (run / "job/code/code.json").exists() and read_plan(run).run_name == run.name and not list(run.rglob("*.part*"))
+    plan = json.loads((run / "plan.json").read_text())
+    return bool(scripts) and ends and (run / "job/code/code.json").exists() and plan["run_name"] == run.name and not list(run.rglob("*.part*"))
 
 
-@fault(AREA, "two launches of one experiment at the same moment, submitted to a stand-in for sbatch", small=2, full=20)
+@fault(
+    AREA,
+    "a folder of so many runs, and a run of a million steps: `launch.status`",
+    small=20,
+    full=5000,
+)
+def status_of_many_runs(count: int, folder: Path) -> Outcome:
+    """The time and the bytes grow with the runs; of a run the ends of its files are read."""
+    outcome = Outcome()
+    for n in range(count):
+        fresh(DEMO[n % len(DEMO)], folder / "runs" / f"run{n}")
+    long, steps = fresh(DEMO[0], folder / "long"), 200 * count
+    line = rows_in(long / "metrics.jsonl")[0]
+    with (long / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps({**line, "step": step}) + "\n" for step in range(1, steps + 1))
+    for place, rows, what in ((folder / "runs", count, f"{count:,} runs"), (long, 1, f"a run of {steps:,} steps")):
+        done, seconds, peak = measured("launch.status", place, "--json")
+        found = json.loads(done.stdout or "[]")
+        right = len(found) == rows and peak < 0.5 and (rows > 1 or found[0]["step"] == steps)
+        outcome.add("every run named", lost=None if right else f"{what}: {len(found)} rows, {peak:.2f} GB: {done.stderr[-200:]}")
+        outcome.measured.append(said(f"`launch.status` of {what}", seconds, peak))
+    return outcome
+
+
+@fault(
+    AREA,
+    "a compressed log that ends in so many megabytes of zeros: `analysis.import_logs`",
+    small=16,
+    full=1024,
+)
+def log_of_zeros(count: int, folder: Path) -> Outcome:
+    """Imported or refused, without the memory of its longest line."""
+    outcome, log = Outcome(), folder / "zeros.log.gz"
+    with gzip.open(log, "wb", 1) as file:
+        file.write(("\n".join(nemo_log([9 - i / 20 for i in range(60)])) + "\n").encode())
+        for _ in range(count):
+            file.write(bytes(1 << 20))
+    done, seconds, peak = measured("analysis.import_logs", log, "--out", folder / "run", *SET)
+    err = "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("PEAK "))
+    wrong = Ended(done.returncode, done.stdout, err).wrong((0,)) or (None if peak < MOST_GB / 4 else f"{peak:.2f} GB")
+    outcome.add("imported" if done.returncode == 0 else REFUSED, lost=wrong)
+    outcome.measured.append(said(f"a log of {count:,} MB, {log.stat().st_size / 1e6:.1f} MB compressed", seconds, peak))
+    return outcome
+
+
+@fault(
+    AREA,
+    "two launches of one experiment at the same moment, submitted to a stand-in for sbatch",
+    small=1,
+    full=20,
+)
 def two_launches(count: int, folder: Path) -> Outcome:
     """Each run is submitted once, by whichever came first, and its job folder is whole."""
     outcome = Outcome()
     for n in range(count):
         env = {**os.environ, **pretended_slurm(folder / f"slurm{n}")}
         command = [sys.executable, "-m", "launch", *SLURM, f"runs_dir={folder}/runs{n}", "run_name=one"]
-        _together([command] * 2, env)
+        together([command] * 2, env)
         run = folder / f"runs{n}" / "one"
-        jobs = submitted(run)
-        outcome.add("one job, job folder whole", lost=None if len(jobs) == 1 and whole(run) else f"{len(jobs)} jobs; whole: {whole(run)}")
+        sent = (len(jobs(run)), len(list((folder / f"slurm{n}" / "jobs").iterdir())))
+        right = sent == (1, 1) and whole(run)
+        outcome.add("one job, job folder whole", lost=None if right else f"{sent} jobs; whole: {whole(run)}")
     return outcome
 
 
@@ -168,9 +243,8 @@ def two_local_launches(count: int, folder: Path) -> Outcome:
         stub = stub_python(folder / f"stub{n}", 'echo started >> "$STARTS"; until [ -e "$GO" ]; do sleep 0.1; done')
         go = folder / f"go{n}"
         env = {**os.environ, **stub, "STARTS": str(folder / f"starts{n}"), "GO": str(go)}
-        code = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"
-        command = [sys.executable, "-c", code, env["STUB"], f"runs_dir={folder}/runs{n}", "run_name=one"]
-        ends = _together([command] * 2, env, go)
+        command = [sys.executable, "-c", WITH_PYTHON, env["STUB"], f"runs_dir={folder}/runs{n}", "run_name=one"]
+        ends = together([command] * 2, env, go)
         starts = (folder / f"starts{n}").read_text().count("started")
         refused = [err for status, err in ends if status == 2 and err.startswith("error: ") and err.count("\n") == 1]
         right = len(refused) == 1 and starts == 2 and whole(folder / f"runs{n}" / "one")  # preflight and training, once each
@@ -187,7 +261,7 @@ def stub_python(folder: Path, does: str) -> dict[str, str]:
     return {"STUB": str(stub)}
 
 
-def _together(commands: Sequence[list[str]], env: dict[str, str], go: Path | None = None) -> list[tuple[int, str]]:
+def together(commands: Sequence[list[str]], env: dict[str, str], go: Path | None = None) -> list[tuple[int, str]]:
     """Return exit code and errors of commands that run at once; `go` appears when one has ended, or none does for minutes."""
     started = [subprocess.Popen(c, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
     deadline = time.monotonic() + 300

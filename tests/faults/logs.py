@@ -64,7 +64,12 @@ def _garbled(content: bytes, draw: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-@fault("Analysis", "foreign logs (NeMo, Megatron, TensorBoard, W&B) with garbage in them: `analysis.import_logs`", small=100, full=2000)
+@fault(
+    "Analysis",
+    "foreign logs (NeMo, Megatron, TensorBoard, W&B) with garbage in them: `analysis.import_logs`",
+    small=40,
+    full=2000,
+)
 def imports_of_garbage(count: int, folder: Path) -> Outcome:
     sources, outcome = _sources(folder), Outcome()
     out = folder / "imported" / "run"

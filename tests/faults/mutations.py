@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,14 @@ def broken(folder: Path, draw: random.Random) -> str:
         by_value = path.suffix in (".json", ".jsonl") and draw.random() < 0.6
         done.append(of_value(path, draw) if by_value else of_file(path, draw))
     return "; ".join(done)
+
+
+def quoted(value: str | list[str]) -> str:
+    """Return a value as Hydra's override grammar quotes it, with nothing to interpolate in it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted, value))}]"
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", value.replace("${", "\\${"))
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def fresh(source: Path, target: Path) -> Path:

@@ -10,22 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from launch import status
 from launch.__main__ import main
-from recipes.compose import CONF, compose_plan, compose_tree
-from recipes.run_folder import flatten, status_of
-from tests.faults.commands import REFUSED, call, what_came_out
-from tests.faults.load import SLURM, pretended_slurm, stub_python, whole
-from tests.faults.mutations import HOSTILE
+from tests.faults.commands import PROJECT, REFUSED, call, what_came_out
+from tests.faults.elsewhere import elsewhere
+from tests.faults.folders import planned, recorded
+from tests.faults.load import SLURM, WITH_PYTHON, pretended_slurm, stub_python, whole
+from tests.faults.mutations import HOSTILE, quoted
 from tests.faults.registry import Outcome, fault
-from tests.faults.run_folders import PROJECT
 
 AREA = "Plans"
 CELLS = (
@@ -56,8 +52,13 @@ WHOLE_ARGUMENTS = (
 )
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def _leaves(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a plan by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in plan.items():
+        name = f"{prefix}{key}"
+        found.update(_leaves(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return found
 
 
 def _likely(value: Any, draw: random.Random) -> str:
@@ -67,22 +68,25 @@ def _likely(value: Any, draw: random.Random) -> str:
     if isinstance(value, int | float):
         return str(draw.choice([value, value + 1, value * 2, value / 2, value // 2, -value, 1, 2, 8, 10**6]))
     return (
-        _quoted(draw.choice([value, value + "x", value[:-1], ""]))
-        if isinstance(value, str)
-        else draw.choice(["[a]", "[]", "[1]", "{A: b}", "{A: 1}"])
+        quoted(draw.choice([value, value + "x", value[:-1], ""])) if isinstance(value, str) else draw.choice(["[a]", "[]", "[1]", "{A: b}", "{A: 1}"])
     )
 
 
-@fault(AREA, "every key of the plan overridden with every type and range, and malformed overrides: `launch … dry_run=true`", small=80, full=2500)
+@fault(
+    AREA,
+    "every key of the plan overridden with every type and range, and malformed overrides: `launch … dry_run=true`",
+    small=60,
+    full=1600,
+)
 def overrides_of_any_kind(count: int, folder: Path) -> Outcome:
-    """Every key of the composed trees is walked in turn, so that `count` above their number misses none."""
-    outcome, values = Outcome(), [flatten(compose_tree(cell)) for cell in CELLS]
-    keys = [(at, key) for at, tree in enumerate(values) for key in tree if key != "dry_run"]
+    """Every key of the plans is walked in turn, so that `count` above their number misses none."""
+    outcome, values = Outcome(), [_leaves(planned(cell)) for cell in CELLS]
+    keys = [(at, key) for at, plan in enumerate(values) for key in plan]
     random.Random(0).shuffle(keys)
     for seed in range(count):
         draw = random.Random(seed)
         at, key = keys[seed % len(keys)]
-        value = _likely(values[at][key], draw) if draw.random() < 0.4 else draw.choice([*LITERALS, *map(_quoted, HOSTILE)])
+        value = _likely(values[at][key], draw) if draw.random() < 0.4 else draw.choice([*LITERALS, *map(quoted, HOSTILE)])
         one = draw.choice([f"{key}={value}"] * 4 + [f"+{key}={value}", f"++{key}={value}", f"+{key}.x={value}", f"~{key}"])
         one = draw.choice(WHOLE_ARGUMENTS) if draw.random() < 0.04 else one
         command = [*draw.choice([[], [], [], ["-m"], ["--json"]]), *CELLS[at], one, f"runs_dir={folder}/runs", "dry_run=true"]
@@ -134,13 +138,15 @@ SITES = (
 )
 
 
-@fault(AREA, "hostile and malformed site files (YAML tags, anchors, wrong types, other encodings)", small=50, full=50)
+@fault(
+    AREA,
+    "hostile and malformed site files (YAML tags, anchors, wrong types, other encodings): `launch … dry_run=true`",
+    small=10,
+    full=50,
+)
 def hostile_site_files(count: int, folder: Path) -> Outcome:
-    conf, outcome = folder / "conf", Outcome()
-    shutil.copytree(CONF, conf, ignore=shutil.ignore_patterns("site.yaml"))
-    site = conf / "local" / "site.yaml"
-    site.parent.mkdir(exist_ok=True)
-    contents = [f"# @package cluster\n{text}\n".encode() for text in SITES]
+    """The project lies elsewhere with the site's file; a command in the file would leave the file `owned`."""
+    outcome, contents = Outcome(), [f"# @package cluster\n{text}\n".encode() for text in SITES]
     contents += [
         SITES[0].encode("utf-16"),
         b"\xff\xfe\x00",
@@ -149,21 +155,14 @@ def hostile_site_files(count: int, folder: Path) -> Outcome:
         b"# @package _global_\nseed: x\n",
         b"",
     ]
-    with mock.patch("os.system") as system, with_conf(conf):
+    with elsewhere(folder / "project") as project:
         for content in contents[:count]:
-            site.write_bytes(content)
-            ended = call(main, [f"runs_dir={folder}/runs", "dry_run=true"])
-            wrong = ended.wrong((0,)) or ("code of the file was run" if system.called else None)
+            (project.root / "conf/local/site.yaml").write_bytes(content)
+            ended = project.launch([f"runs_dir={folder}/runs", "dry_run=true"])
+            run = [*folder.rglob("owned")]
+            wrong = ended.wrong((0,)) or ("code of the file was run" if run else None)
             outcome.add("composed" if ended.code == 0 else REFUSED, lost=wrong and f"{content!r}: {wrong}")
     return outcome
-
-
-@contextmanager
-def with_conf(conf: Path) -> Iterator[None]:
-    """Let the launch read another conf/, as a checkout elsewhere has one."""
-    plan, tree = partial(compose_plan, conf=conf), partial(compose_tree, conf=conf)
-    with mock.patch.multiple("launch.__main__", compose_plan=plan, compose_tree=tree):
-        yield
 
 
 REFUSALS = {
@@ -180,7 +179,7 @@ REFUSALS = {
 }
 
 
-@fault(AREA, "an sbatch that refuses, babbles, is killed or cannot start", small=10, full=10)
+@fault(AREA, "an sbatch that refuses, babbles, is killed or cannot start", small=3, full=10)
 def sbatch_that_fails(count: int, folder: Path) -> Outcome:
     """One line, exit code 2, and a job folder that is whole: the same command submits it once Slurm is well."""
     outcome = Outcome()
@@ -200,7 +199,7 @@ def sbatch_that_fails(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "the launcher killed (-9) at a random moment, and launched again", small=4, full=100)
+@fault(AREA, "the launcher killed (-9) at a random moment, and launched again", small=1, full=100)
 def launcher_killed(count: int, folder: Path) -> Outcome:
     """A script in a job folder means that all of it is there; launched again, the folder is whole and submitted once."""
     outcome = Outcome()
@@ -257,11 +256,10 @@ def local_run_killed(count: int, folder: Path) -> Outcome:
 echo $$ > {run}/pid
 echo '{{"status": "running", "reason": "", "step": 1}}' > {run}/status.json; exec sleep 60"""
         stub = stub_python(folder / f"stub{n}", does)["STUB"]
-        code = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"
-        command = [sys.executable, "-c", code, stub, f"runs_dir={run.parent}", "run_name=one"]
+        command = [sys.executable, "-c", WITH_PYTHON, stub, f"runs_dir={run.parent}", "run_name=one"]
         process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 60
-        while not ((run / "status.json").exists() and status_of(run) == "running") and time.monotonic() < deadline:
+        while not ((run / "status.json").exists() and recorded(run) == "running") and time.monotonic() < deadline:
             time.sleep(0.05)
         said = [shown(run)]
         for pid in (process.pid, int((run / "pid").read_text())):

@@ -8,7 +8,8 @@
             outcome.add("resumed, losses equal", lost=None if same else f"run {n}: step 17 differs")
         return outcome
 
-`folder` is an empty directory of the fault's own.  `small` is the count in CI, `full` that of `make faults`.
+`folder` is an empty directory of the fault's own.  `small` is the count in CI, 0 for what
+CI has no time for; `full` is that of `make faults`.
 """
 
 from __future__ import annotations

@@ -6,30 +6,33 @@ is searched for them.
 
 from __future__ import annotations
 
-import ast
 import base64
-import json
+import gzip
+import io
 import os
+import pickle
+import random
 import secrets
 import shlex
-import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from analysis import report
+import numpy as np
+
+from analysis import compare, fig3, import_logs, report, throughput
+from launch import status
 from launch.__main__ import main
-from launch.job import write_job
-from recipes.compose import compose_plan
-from recipes.plan import Plan
-from tests.faults.commands import REFUSED, Ended, call
+from tests.faults.commands import REFUSED, call, in_a_process, what_came_out
+from tests.faults.elsewhere import elsewhere
 from tests.faults.load import SLURM, pretended_slurm, stub_python
-from tests.faults.mutations import HOSTILE
+from tests.faults.mutations import HOSTILE, fresh, quoted
 from tests.faults.registry import Outcome, fault
-from tests.faults.run_folders import DEMO, PROJECT
+from tests.faults.run_folders import DEMO
 
 AREA = "Secrets and trust"
 BASE62 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -122,24 +125,21 @@ def secrets_in_overrides(count: int, folder: Path) -> Outcome:
 @fault(AREA, "the same secrets in site files (values, comments, files that are not used), with and without git", small=4, full=26)
 def secrets_in_site_files(count: int, folder: Path) -> Outcome:
     """The project lies elsewhere, with a site's files: conf/local/site.yaml is never copied, another file with a secret is refused."""
-    outcome, project = Outcome(), folder / "project"
-    for part in ("recipes", "launch", "conf"):
-        shutil.copytree(PROJECT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "site.yaml", "training"))
-    ways = [(name, secret, place) for name, secret in planted().items() for place in ("conf/local/site.yaml", "conf/cluster/mine.yaml")]
-    for n, (name, secret, place) in enumerate(ways[:: max(1, len(ways) // count)]):
-        written, file = folder / f"runs{n}", project / place
-        written.mkdir()
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"# @package cluster\n# once was {name}: {secret}\naccount: mine\n")
-        env = {**os.environ, **pretended_slurm(folder), "PYTHONSAFEPATH": "1", "PYTHONPATH": str(project), "GIT_CEILING_DIRECTORIES": str(folder)}
-        command = [sys.executable, "-m", "launch", *SLURM, f"runs_dir={written}", "run_name=one"]
-        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
-        file.unlink()
-        expected = 0 if place.endswith("site.yaml") else 2
-        where = leaks(secret, written, done.stdout, done.stderr)
-        wrong = f"found in {where}" if where else None if done.returncode == expected else f"exit code {done.returncode}: {done.stderr[-200:]}"
-        what = "launched, found nowhere" if expected == 0 else f"{REFUSED}, found nowhere"
-        outcome.add(what, lost=wrong and f"{name} in a comment of {place}: {wrong}")
+    outcome, kinds = Outcome(), ("conf/local/site.yaml", "conf/cluster/mine.yaml")
+    ways = [(name, secret, place) for name, secret in planted().items() for place in kinds]
+    with elsewhere(folder / "project", pretended_slurm(folder)) as project:
+        for n, (name, secret, place) in enumerate(ways[:: max(1, len(ways) // count)]):
+            written, file = folder / f"runs{n}", project.root / place
+            written.mkdir()
+            file.write_text(f"# @package cluster\n# once was {name}: {secret}\naccount: mine\n")
+            ended = project.launch([*SLURM, f"runs_dir={written}", "run_name=one"])
+            file.unlink()
+            kept = place.endswith("site.yaml")
+            where = leaks(secret, written, ended.out, ended.err, ended.trace)
+            wrong = f"found in {where}" if where else ended.wrong((0,) if kept else ())
+            wrong = wrong or (None if ended.code == (0 if kept else 2) else f"exit code {ended.code}")
+            what = "launched, found nowhere" if kept else f"{REFUSED}, found nowhere"
+            outcome.add(what, lost=wrong and f"{name} in a comment of {place}: {wrong}")
     return outcome
 
 
@@ -164,7 +164,12 @@ SHELL = (
 )
 
 
-@fault(AREA, "shell metacharacters in every text of a plan that reaches the job's script, run in bash", small=6, full=100)
+@fault(
+    AREA,
+    "shell metacharacters in every text of a plan that reaches the job's script: `launch`, and the script run in bash",
+    small=6,
+    full=100,
+)
 def shell_metacharacters(count: int, folder: Path) -> Outcome:
     """The script runs with stand-ins for srun and the interpreter, which write down what reached them: the text itself, and nothing ran."""
     outcome = Outcome()
@@ -172,67 +177,69 @@ def shell_metacharacters(count: int, folder: Path) -> Outcome:
     for n, text in enumerate(texts[:count]):
         place = folder / f"case{n}"
         place.mkdir()
-        wrong = _run_script(place, text)
-        outcome.add("reached the job as text", lost=wrong and f"{text!r}: {wrong}")
+        came, wrong = _launched(place, text)
+        outcome.add(came, lost=wrong and f"{text!r}: {wrong}")
     return outcome
 
 
-def _run_script(place: Path, text: str) -> str | None:
+def _launched(place: Path, text: str) -> tuple[str, str | None]:
+    """Launch a job with `text` in every field, run its script; return what came out, and what is wrong."""
     name = text.replace("/", "_")
-    python = place / "bin" / f"python{name}"
+    runs, python, token = place / f"runs{name}", place / "bin" / f"python{name}", place / f"token{name}"
     stub_python(place / "bin", f'printf "%s\\0" "$@" > {shlex.quote(str(place))}/"python.$2"')
     (place / "bin" / "python").rename(python)
-    (place / "tools").mkdir()
+    token.write_text("of no value")
+    tools = pretended_slurm(place)
     for tool, does in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho n0\n")):
         (place / "tools" / tool).write_text(does)
         (place / "tools" / tool).chmod(0o755)
-    token = place / f"token{name}"
-    token.write_text("of no value")
-    plan = _poisoned(text, python, token, place / f"runs{name}")
-    script = write_job(plan)
-    named = [shlex.split(line.removeprefix("#SBATCH "), comments=True)[0] for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
-    env = {"PATH": f"{place}/tools:{os.environ['PATH']}", "RECORD": str(place), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n0", "SLURM_NNODES": "1"}
-    env |= {"SLURM_LOCALID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    with mock.patch.dict(os.environ, tools):
+        ended = call(main, _poisoned(text, python, token, runs))
+    if ended.code:
+        return REFUSED, ended.wrong(())
+    ran = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n0", "SLURM_NNODES": "1", "SLURM_LOCALID": "0"}
+    env = {**tools, **ran, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "RECORD": str(place)}
+    script = runs / "one" / "job" / "job.sbatch"
     done = subprocess.run(["bash", str(script)], cwd=place, env=env, capture_output=True, text=True)
     if done.returncode:
-        return f"the script failed: {done.stderr[-300:]}"
+        return "", f"the script failed: {done.stderr[-300:]}"
     if list(place.rglob("owned")):
-        return "a command in the text was run"
+        return "", "a command in the text was run"
+    return "reached the job as text", _not_arrived(place, script, text)
+
+
+def _not_arrived(place: Path, script: Path, text: str) -> str | None:
+    """Return where the text was to arrive and did not."""
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    named = [shlex.split(line.removeprefix("#SBATCH "), comments=True)[0] for line in directives]
     reached = (place / "srun").read_bytes().decode().split("\0")
-    run = str(place / f"runs{name}" / "one")
     trained = (place / "python.recipes.training.run").read_bytes().decode().split("\0")
+    mounts = [flag for flag in reached if flag.startswith("--container-mounts=")]
     expected = {
         "the variable": f"ENV {text}" in reached,
-        "srun's flag": text in reached and f"--mpi={text}" in reached,
-        "the mount": any(flag.startswith("--container-mounts=") and flag.endswith(f",{text}") for flag in reached),
-        "sbatch's flags": {text, f"--account={text}", f"--partition={text}"} <= set(named),
-        "the run folder": trained[2] == run,
+        "srun's flag": f"--comment={text}" in reached and f"--mpi={text}" in reached,
+        "the mount": any(flag.endswith(f",/a:/{text}") for flag in mounts),
+        "sbatch's flags": {f"--comment={text}", f"--account={text}", f"--partition={text}"} <= set(named),
+        "the run folder": trained[2] == str(script.parents[1]),
     }
     return ", ".join(what for what, arrived in expected.items() if not arrived) or None
 
 
-def _poisoned(text: str, python: Path, token: Path, runs: Path) -> Plan:
-    flags = [*SLURM, "cluster.container_runtime=pyxis", f"runs_dir={json.dumps(str(runs.parent))}", "run_name=one"]
-    plan = compose_plan(flags)
-    changed = {
-        "account": text,
-        "partition": text,
-        "qos": text,
-        "reservation": text,
-        "mpi": text,
-        "container_image": text,
-        "python": str(python),
-        "mounts": (text,),
-        "extra_sbatch": (text,),
-        "extra_srun": (text,),
-        "environment": {"TEXT": text},
-        "token_files": {"NAMED": str(token)},
+def _poisoned(text: str, python: Path, token: Path, runs: Path) -> list[str]:
+    """Return a launch command with `text` in every field that reaches the job's script."""
+    fields = {
+        **{f"cluster.{field}": text for field in ("account", "partition", "qos", "reservation", "mpi", "container_image")},
+        "stack.container": text,
+        "cluster.python": str(python),
+        "cluster.mounts": [f"/a:/{text}"],
+        "cluster.extra_sbatch": [f"--comment={text}"],
+        "cluster.extra_srun": [f"--comment={text}"],
+        "+cluster.environment.TEXT": text,
+        "+cluster.token_files.NAMED": str(token),
+        "runs_dir": str(runs),
+        "run_name": "one",
     }
-    tree = plan.model_dump() | {"runs_dir": str(runs)}
-    tree["cluster"] |= changed
-    tree["mapping"] |= {"source": f"{text}\ntouch owned"}
-    tree["stack"] |= {"container": text}
-    return Plan.model_validate(tree)
+    return [*SLURM, "cluster.container_runtime=pyxis", *(f"{key}={quoted(value)}" for key, value in fields.items())]
 
 
 @fault(AREA, "control characters in texts and paths that stand in a script", small=8, full=8)
@@ -246,10 +253,7 @@ def control_characters(count: int, folder: Path) -> Outcome:
         outcome.add(REFUSED, lost=(wrong := ended.wrong(())) and f"{field}: {wrong}")
     inside = folder / "a\ntouch owned"
     inside.mkdir()
-    command = [sys.executable, "-m", "launch", *SLURM, "runs_dir=runs", "dry_run=true"]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True)
-    wrong = Ended(done.returncode, done.stdout, done.stderr).wrong(())
+    wrong = in_a_process("launch", [*SLURM, "runs_dir=runs", "dry_run=true"], cwd=inside).wrong(())
     outcome.add(REFUSED, lost=wrong and f"a working folder whose name has a line end: {wrong}")
     return outcome
 
@@ -274,27 +278,58 @@ def private_folders(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "code", "codeop"}
-CALLS = {"eval", "exec", "compile", "__import__", "read_pickle", "to_pickle", "unsafe_load", "full_load", "system", "popen"}
+class _Touch:
+    """What leaves the file `owned` where it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.place,)
 
 
-@fault(AREA, "modules of analysis, searched for pickle, torch.load, eval and unsafe YAML", small=1000, full=1000)
-def no_code_from_data(count: int, folder: Path) -> Outcome:
-    outcome = Outcome()
-    for path in sorted((PROJECT / "analysis").rglob("*.py"))[:count]:
-        found = sorted(set(_dangers(ast.parse(path.read_text()))))
-        outcome.add("reads data alone", lost=f"{path.relative_to(PROJECT)}: {', '.join(found)}" if found else None)
+def _code(place: Path) -> dict[str, bytes]:
+    """Return files that run code in a reader that trusts them."""
+    array, packed = io.BytesIO(), pickle.dumps(_Touch(place))
+    np.save(array, np.array([_Touch(place)], dtype=object), allow_pickle=True)
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("archive/data.pkl", packed)  # as torch.save does
+    return {
+        "pickle": packed,
+        "text pickle": pickle.dumps(_Touch(place), protocol=0),
+        "numpy": array.getvalue(),
+        "torch": zipped.getvalue(),
+        "gzip": gzip.compress(packed),
+        "YAML": f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{place}']]".encode(),
+        "Python": f"__import__('pathlib').Path({str(place)!r}).touch()".encode(),
+    }
+
+
+@fault(
+    AREA,
+    "pickles, NumPy and torch archives, YAML tags and Python in place of a file of a run folder or a log: analysis, `launch.status`",
+    small=14,
+    full=280,
+)
+def code_in_place_of_data(count: int, folder: Path) -> Outcome:
+    """Nothing in the files is run."""
+    outcome, owned = Outcome(), folder / "owned"
+    payloads, logs = _code(owned), ("a.log", "a.log.gz", "a.csv", "events.out.tfevents.1", "a.wandb")
+    readers = (compare.main, report.main, throughput.main, fig3.main, status.main)
+    for n in range(count):
+        draw, kind = random.Random(n), list(payloads)[n % len(payloads)]
+        if n % 3:
+            runs = [fresh(run, folder / run.name) for run in DEMO]
+            path, main = draw.choice(sorted(runs[-1].iterdir())), readers[n % len(readers)]
+            path.write_bytes(payloads[kind])
+            options = ["--out", folder / "report.html"] if main is report.main else []
+            ended = call(main, [*runs, *options])
+        else:
+            path = folder / logs[n // 3 % len(logs)]
+            path.write_bytes(payloads[kind])
+            asked = ["--set", "model=llama3_tiny", "precision=bf16", "gpu=cpu"]
+            ended = call(import_logs.main, [path, "--out", folder / "imported", *asked])
+        wrong = "the file's code was run" if owned.exists() else ended.wrong()
+        outcome.add(what_came_out(ended), lost=wrong and f"{kind} as {path.name}: {wrong}")
     return outcome
-
-
-def _dangers(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN:
-            yield str(node.module)
-        elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            plain = not (isinstance(node.func, ast.Attribute) and ast.unparse(node.func) == "re.compile")
-            if (name in CALLS and plain) or any(k.arg == "allow_pickle" for k in node.keywords) or ast.unparse(node.func) in ("yaml.load", "np.load"):
-                yield ast.unparse(node.func)

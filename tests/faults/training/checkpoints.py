@@ -6,11 +6,11 @@ import random
 import shutil
 from pathlib import Path
 
-from recipes.run_folder import rows_of, status_of
 from tests.faults.commands import REFUSED
+from tests.faults.folders import recorded, rows_in
 from tests.faults.registry import Outcome, fault
 from tests.faults.training.process import run_to_end
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, copied, finish, numbers, paused, saved
+from tests.faults.training.runs import AREA, EQUAL, copied, finish, numbers, paused, precision_of, saved
 
 
 def _file(draw: random.Random, checkpoint: Path) -> Path:
@@ -49,19 +49,23 @@ def _gone(draw: random.Random, checkpoint: Path) -> None:
 BROKEN = (_flipped, _cut, _missing, _emptied, _record_cut, _gone)
 
 
-@fault(AREA, "the newest checkpoint cut, changed in a bit, without a file, empty or gone", small=3, full=48, nemo=True)
+@fault(
+    AREA,
+    "the newest checkpoint cut, changed in a bit, without a file, empty or gone",
+    small=1,
+    full=48,
+    nemo=True,
+)
 def broken_checkpoint(count: int, folder: Path) -> Outcome:
     """The one before it is used and the folder says so; a checkpoint that is gone leaves nothing to say."""
-    outcome, stopped = Outcome(), {}
+    outcome = Outcome()
     for n in range(count):
-        draw, precision, change = random.Random(n), PRECISIONS[n % len(PRECISIONS)], BROKEN[n % len(BROKEN)]
-        if precision not in stopped:
-            stopped[precision] = paused(folder / precision, precision, 10)
-        run = copied(stopped[precision], folder / f"run{n}")
+        draw, precision, change = random.Random(n), precision_of(n), BROKEN[n % len(BROKEN)]
+        run = copied(paused(precision, 10), folder / f"run{n}")
         newest = saved(run)[-1]
         change(draw, newest)
         wrong = finish(run, precision)
-        said = [row for row in rows_of(run / "events.jsonl") if row["event"] == "checkpoint_passed_over"]
+        said = [row for row in rows_in(run / "events.jsonl") if row["event"] == "checkpoint_passed_over"]
         line = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("warning: ") and newest.name in line]
         if not wrong and change is not _gone and not (len(said) == len(line) == 1 and said[0]["checkpoint"] == newest.name and said[0]["why"]):
             wrong = f"not said once: {said} {line}"
@@ -69,18 +73,18 @@ def broken_checkpoint(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "every checkpoint broken", small=1, full=10, nemo=True)
+@fault(AREA, "every checkpoint broken", small=0, full=10, nemo=True)
 def all_checkpoints_broken(count: int, folder: Path) -> Outcome:
     """Whether to train from the first step again is for the user to say."""
-    outcome, stopped = Outcome(), paused(folder / "paused", "fp8_delayed", 7)
+    outcome, stopped = Outcome(), paused("fp8_delayed", 7)
     for n in range(count):
         draw, run = random.Random(n), copied(stopped, folder / f"run{n}")
         before = numbers(run / "metrics.jsonl")
         for checkpoint in saved(run):
             draw.choice(BROKEN[:-1])(draw, checkpoint)
         refused = [_refused(run) for _ in range(2)]  # launched again, it must not begin anew either
-        right = all(refused) and numbers(run / "metrics.jsonl") == before and status_of(run) == "failed"
-        outcome.add(REFUSED, lost=None if right else f"run {n}: refused {refused}, {status_of(run)}")
+        right = all(refused) and numbers(run / "metrics.jsonl") == before and recorded(run) == "failed"
+        outcome.add(REFUSED, lost=None if right else f"run {n}: refused {refused}, {recorded(run)}")
     return outcome
 
 

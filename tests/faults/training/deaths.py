@@ -10,14 +10,20 @@ from pathlib import Path
 
 from tests.faults.registry import Outcome, fault
 from tests.faults.training.process import Place, Ranks
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, SAVED_EVERY, STEPS, finish, prepared, step_of
+from tests.faults.training.runs import AREA, EQUAL, SAVED_EVERY, STEPS, finish, precision_of, prepared, step_of
 
 
-@fault(AREA, "kill -9 of the process at a random moment, up to three times a run, every precision", small=3, full=30, nemo=True)
+@fault(
+    AREA,
+    "kill -9 of the process at a random moment, up to three times a run, every precision",
+    small=0,
+    full=30,
+    nemo=True,
+)
 def killed_at_random(count: int, folder: Path) -> Outcome:
     outcome, kills = Outcome(), 0
     for n in range(count):
-        draw, precision = random.Random(n), PRECISIONS[n % len(PRECISIONS)]
+        draw, precision = random.Random(n), precision_of(n)
         run = prepared(folder / f"run{n}", precision)
         for _ in range(draw.randint(1, 3)):
             ranks, step = Ranks(run), draw.randrange(STEPS)
@@ -31,11 +37,11 @@ def killed_at_random(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "kill -9 while a checkpoint is written", small=1, full=30, nemo=True)
+@fault(AREA, "kill -9 while a checkpoint is written", small=0, full=30, nemo=True)
 def killed_while_saving(count: int, folder: Path) -> Outcome:
     outcome, cut = Outcome(), 0
     for n in range(count):
-        draw, precision = random.Random(n), PRECISIONS[(n + 1) % len(PRECISIONS)]
+        draw, precision = random.Random(n), precision_of(n)
         run = prepared(folder / f"run{n}", precision)
         ranks, wanted = Ranks(run), draw.randint(1, STEPS // SAVED_EVERY)
         started: set[str] = set()
@@ -86,7 +92,7 @@ AGAIN = [  # places that a run passes when it is continued
 @fault(
     AREA,
     "kill -9 at places in the code that a clock does not hit: around saving, evaluating, writing, ending, continuing",
-    small=3,
+    small=1,
     full=48,
     nemo=True,
 )
@@ -94,7 +100,7 @@ def killed_at_places(count: int, folder: Path) -> Outcome:
     """The first death at one of PLACES; where the run is continued it dies again, at one of AGAIN, before it may come to its end."""
     outcome, missed = Outcome(), []
     for n in range(count):
-        precision, place = PRECISIONS[(n + n // len(PLACES)) % len(PRECISIONS)], PLACES[n % len(PLACES)]
+        precision, place = precision_of(n + n // len(PLACES)), PLACES[n % len(PLACES)]
         run = prepared(folder / f"run{n}", precision)
         codes = Ranks(run, dies=place).wait()
         if codes != [-signal.SIGKILL]:
@@ -108,18 +114,24 @@ def killed_at_places(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "two processes: kill -9 of one rank at a random moment, or of both", small=1, full=16, nemo=True)
+@fault(
+    AREA,
+    "two processes: kill -9 of one rank at a random moment, or of both",
+    small=0,
+    full=16,
+    nemo=True,
+)
 def killed_rank_of_two(count: int, folder: Path) -> Outcome:
     """The other rank must end by itself, with an error: in a collective, or where the ranks meet at the start, it would wait for ever."""
     outcome, came = Outcome(), Counter[str]()
     for n in range(count):
-        draw, precision = random.Random(n), PRECISIONS[(n + 1) % len(PRECISIONS)]
+        draw, precision = random.Random(n), precision_of(n)
         run = prepared(folder / f"run{n}", precision, "train.step_timeout_s=20", processes=2)
         ranks, step, who = Ranks(run, 2), draw.randrange(STEPS - 1), draw.choice([[0], [1], [0, 1]]) if n else [1]
         ranks.until(lambda run=run, step=step: step_of(run) >= step)
         time.sleep(draw.random() * 0.4)
         ranks.kill(*who)
-        codes = ranks.wait(60)
+        codes = ranks.wait(300)
         wrong = None if None not in codes else f"run {n}: rank {who} was killed, the other went on: {codes}"
         came["both" if len(who) == 2 else f"rank {who[0]}"] += 1
         outcome.add(EQUAL, lost=wrong or finish(run, precision, 2))

@@ -9,11 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.__main__ import main as launch
-from recipes.run_folder import append_line, status_of
 from tests.faults.commands import REFUSED, call
+from tests.faults.folders import append, recorded
 from tests.faults.registry import Outcome, Unavailable, fault
-from tests.faults.training.process import Ranks
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, STEPS, copied, finish, paused, prepared, short, shown, step_of
+from tests.faults.training.process import Ranks, run_to_end
+from tests.faults.training.runs import (
+    AREA,
+    EQUAL,
+    STEPS,
+    copied,
+    finish,
+    numbers,
+    paused,
+    precision_of,
+    prepared,
+    refusal,
+    short,
+    shown,
+    step_of,
+    unbroken,
+)
 
 
 @contextmanager
@@ -33,7 +48,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 def full_disk(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     for n in range(count):
-        draw, precision = random.Random(n), PRECISIONS[(n + 2) % len(PRECISIONS)]
+        draw, precision = random.Random(n), precision_of(n)
         with small_disk(folder / f"disk{n}", 400) as disk:
             run = prepared(disk / f"run{n}", precision)
             ranks, step = Ranks(run), draw.randint(1, STEPS // 2)  # later, and the run may end before the disk is full
@@ -43,7 +58,7 @@ def full_disk(count: int, folder: Path) -> Outcome:
             why = shown(run)
             (disk / "ballast").unlink()
             wrong = None if codes == [1] or codes == [2] else f"ended with {codes} on a full disk"
-            if status_of(run) == "done":
+            if recorded(run) == "done":
                 wrong = wrong or "done on a full disk"
             wrong = wrong or finish(run, precision)
             outcome.add(f"ended with an error; {EQUAL}", lost=wrong and f"run {n}, full after step {step}: {wrong} {why}")
@@ -89,14 +104,39 @@ def read_only_folder(count: int, folder: Path) -> Outcome:
     nemo=True,
 )
 def torn_metrics(count: int, folder: Path) -> Outcome:
-    outcome, stopped = Outcome(), paused(folder / "paused", "fp8_delayed", 7)
+    outcome, stopped = Outcome(), paused("fp8_delayed", 7)
     for n in range(count):
         draw, run = random.Random(n), copied(stopped, folder / f"run{n}")
         path = run / "metrics.jsonl"
         for step in range(8, 8 + draw.randrange(4)):
-            append_line(path, {"step": step, "loss": 1.0})
+            append(path, {"step": step, "loss": 1.0})
         if n % 2 == 0:
             with path.open("ab") as file:
                 file.write(b'{"step": 8, "lo')
         outcome.add(EQUAL, lost=finish(run, "fp8_delayed"))
+    return outcome
+
+
+@fault(
+    AREA,
+    "metrics.jsonl cut at any byte before the checkpoint's step, when a run is continued",
+    small=1,
+    full=16,
+    nemo=True,
+)
+def metrics_cut_and_continued(count: int, folder: Path) -> Outcome:
+    """Every whole line is kept and every step after the checkpoint is written; the hole is seen."""
+    outcome, stopped = Outcome(), paused("fp8_delayed", 7)
+    whole = (stopped / "metrics.jsonl").read_bytes()
+    for n in range(count):
+        run, end = copied(stopped, folder / f"run{n}"), random.Random(n).randrange(len(whole))
+        (run / "metrics.jsonl").write_bytes(whole[:end])
+        kept = numbers(run / "metrics.jsonl")
+        run_to_end(run)
+        found = numbers(run / "metrics.jsonl")
+        after = [row for row in numbers(unbroken("fp8_delayed") / "metrics.jsonl") if row["step"] > 7]
+        wrong = None if found == [*kept, *after] else f"{len(found)} lines for {len(kept)} + {len(after)}"
+        wrong = wrong or (None if refusal(run) else "compared without its steps")
+        what = "whole lines kept, the rest as without the fault; analysis refuses the run"
+        outcome.add(what, lost=wrong and f"cut at byte {end}: {wrong}")
     return outcome

@@ -10,31 +10,45 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import status
 from launch.__main__ import main as launch
-from recipes.run_folder import status_of
-from tests.faults.commands import call
+from tests.faults.commands import PROJECT, call
+from tests.faults.folders import recorded
 from tests.faults.registry import Outcome, fault
-from tests.faults.run_folders import PROJECT
-from tests.faults.training.runs import AREA, EQUAL, PRECISIONS, events, short, step_of, unlike
+from tests.faults.training.process import LIMIT_S
+from tests.faults.training.runs import (
+    AREA,
+    EQUAL,
+    FP8,
+    events,
+    short,
+    shown,
+    step_of,
+    unlike,
+)
 
 RANK, TORCHRUN = "recipes.training.run", "torch.distributed.run"
 DEATHS = ("-9", "-9, and torchrun too", "SIGTERM", "SIGINT")
 
 
-@fault(AREA, "the launcher of a run on this machine: kill -9, of torchrun too; SIGTERM, SIGINT", small=1, full=4, nemo=True)
+@fault(
+    AREA,
+    "the launcher of a run on this machine: kill -9, of torchrun too; SIGTERM, SIGINT",
+    small=0,
+    full=4,
+    nemo=True,
+)
 def launcher_of_a_run_dies(count: int, folder: Path) -> Outcome:
     """Killed, it leaves a run that goes on and that a second launch does not touch; asked to end, it has the run save a checkpoint."""
     outcome = Outcome()
     for n in range(count):
-        how, precision, run = DEATHS[n % len(DEATHS)], PRECISIONS[1 + n % 4], folder / f"run{n}"
+        how, precision, run = DEATHS[n % len(DEATHS)], FP8[n % len(FP8)], folder / f"run{n}"
         processes = 2 if "torchrun" in how else 1
         command = short(run, precision, processes)
         launcher = _launch(command)
         _until(lambda run=run: step_of(run) >= 2)
         wrong = _killed(launcher, run, command, with_torchrun=processes == 2) if "-9" in how else _asked(launcher, run, how)
-        if status_of(run) != "done":
-            code = _launch(command).wait(120)
+        if recorded(run) != "done":
+            code = _launch(command).wait(LIMIT_S)
             wrong = wrong or (f"launched again: exit code {code}" if code else None)
         wrong = wrong or unlike(run, precision, processes)
         outcome.add(f"the run went on, or saved and left; {EQUAL}", lost=wrong and f"{how}: {wrong}")
@@ -51,7 +65,7 @@ def _launch(command: list[str]) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, before)
 
 
-def _until(condition: Callable[[], bool], timeout: float = 120) -> bool:
+def _until(condition: Callable[[], bool], timeout: float = LIMIT_S) -> bool:
     deadline = time.monotonic() + timeout
     while not (came := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -83,19 +97,19 @@ def _killed(launcher: subprocess.Popen[bytes], run: Path, command: list[str], wi
             for pid in processes_of(run, TORCHRUN):
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
-        (row,) = status.rows([run])
+        found, _ = shown(run)
         second = call(launch, command)
     finally:
         for pid in ranks:
             os.kill(pid, signal.SIGCONT)
     ended = _until(lambda: not processes_of(run))
-    if not ranks or row.status != "running":
-        return f"{len(ranks)} rank(s) found, and status says {row.status}"
+    if not ranks or found != "running":
+        return f"{len(ranks)} rank(s) found, and status shows {found}"
     if second.code != 2 or second.wrong():
         return f"a second launch: exit code {second.code}: {second.err[-200:]}"
     if not ended:
         return "its ranks live on"
-    return None if with_torchrun or status_of(run) == "done" else f"the run was left {status_of(run)}"
+    return None if with_torchrun or recorded(run) == "done" else f"the run was left {recorded(run)}"
 
 
 def _asked(launcher: subprocess.Popen[bytes], run: Path, how: str) -> str | None:
@@ -103,12 +117,12 @@ def _asked(launcher: subprocess.Popen[bytes], run: Path, how: str) -> str | None
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)  # or it might be done before the launcher has heard
     launcher.send_signal(getattr(signal, how))
-    heard = _until((run / "stop").exists, 60)
+    heard = _until((run / "stop").exists)
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
     if not heard:
         return "the launcher did not ask its run to stop"
-    code = launcher.wait(120)
-    if code != 130 or status_of(run) not in ("paused", "done") or processes_of(run):
-        return f"exit code {code}, the run is {status_of(run)}, {len(processes_of(run))} rank(s) left"
+    code = launcher.wait(LIMIT_S)
+    if code != 130 or recorded(run) not in ("paused", "done") or processes_of(run):
+        return f"exit code {code}, the run is {recorded(run)}, {len(processes_of(run))} rank(s) left"
     return None if events(run)[-1] in ("pause", "end") else f"events: {events(run)}"

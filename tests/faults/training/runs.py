@@ -11,13 +11,13 @@ from typing import Any
 
 from analysis import compare
 from launch import status
-from recipes.compose import compose_plan
-from recipes.run_folder import open_folder, read_plan, rows_of, status_of
 from tests.faults.commands import call
+from tests.faults.folders import opened, recorded, replan, rows_in
 from tests.faults.training.process import run_to_end
 
 AREA = "Training"
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
+FP8 = PRECISIONS[1:]
 STEPS, SAVED_EVERY, EVALUATED_EVERY = 12, 3, 4
 SHORT = [
     f"train.max_steps={STEPS}",
@@ -36,6 +36,11 @@ MEASURED = ("step_time_s", "optimizer_time_s", "tokens_per_s_per_gpu", "memory_g
 EQUAL = "continued; every number and the last checkpoint as without the fault, to the bit"
 
 
+def precision_of(n: int) -> str:
+    """Return the precision of a fault's input; the first is the same for all faults, which share its undisturbed run."""
+    return PRECISIONS[(n + 1) % len(PRECISIONS)]
+
+
 def short(folder: Path, precision: str, processes: int = 1) -> list[str]:
     """Return the overrides of a short run in a folder: as many micro-batches a step as processes, two at least."""
     layout = [f"precision={precision}", f"num_gpus={processes}", f"mapping.global_batch={max(2, processes)}"]
@@ -44,7 +49,7 @@ def short(folder: Path, precision: str, processes: int = 1) -> list[str]:
 
 def prepared(folder: Path, precision: str, *overrides: str, processes: int = 1) -> Path:
     """Return a run folder that waits to be trained."""
-    return open_folder(compose_plan([*short(folder, precision, processes), *overrides]))
+    return opened([*short(folder, precision, processes), *overrides])
 
 
 @functools.cache
@@ -52,7 +57,7 @@ def unbroken(precision: str, processes: int = 1) -> Path:
     """Return the folder of a run that nothing interrupts."""
     folder = prepared(Path(_kept().name) / f"{precision}.{processes}", precision, processes=processes)
     codes = run_to_end(folder, processes)
-    assert status_of(folder) == "done" and set(codes) == {0}, (folder / "log.txt").read_text()[-2000:]
+    assert recorded(folder) == "done" and set(codes) == {0}, (folder / "log.txt").read_text()[-2000:]
     return folder
 
 
@@ -63,7 +68,7 @@ def _kept() -> tempfile.TemporaryDirectory[str]:
 
 def numbers(file: Path) -> list[dict[str, Any]]:
     """Return what does not depend on the clock in each line, with NaN as text, which equals itself."""
-    return [{k: v if v == v else "NaN" for k, v in row.items() if k not in MEASURED} for row in rows_of(file)]
+    return [{k: v if v == v else "NaN" for k, v in row.items() if k not in MEASURED} for row in rows_in(file)]
 
 
 def saved(folder: Path) -> list[Path]:
@@ -82,8 +87,8 @@ def state(folder: Path) -> dict[str, Any]:
 def unlike(folder: Path, precision: str, processes: int = 1) -> str | None:
     """Return how a run that was broken and continued differs from an unbroken one; None if in nothing."""
     whole = unbroken(precision, processes)
-    if status_of(folder) != "done":
-        return f"{folder.name}: {status_of(folder)}: {(folder / 'log.txt').read_text()[-300:]!r}"
+    if recorded(folder) != "done":
+        return f"{folder.name}: {recorded(folder)}: {(folder / 'log.txt').read_text()[-300:]!r}"
     for name in ("metrics.jsonl", "fp8.jsonl"):
         a, b = numbers(whole / name), numbers(folder / name)
         if a != b:
@@ -108,12 +113,12 @@ def refusal(folder: Path, processes: int = 1) -> str:
 
 def step_of(folder: Path) -> int:
     """Return the newest step that is written."""
-    return max((row["step"] for row in rows_of(folder / "metrics.jsonl")), default=0)
+    return max((row["step"] for row in rows_in(folder / "metrics.jsonl")), default=0)
 
 
 def events(folder: Path) -> list[str]:
     """Return the kinds of events, in order."""
-    return [str(row["event"]) for row in rows_of(folder / "events.jsonl")]
+    return [str(row["event"]) for row in rows_in(folder / "events.jsonl")]
 
 
 def finish(folder: Path, precision: str, processes: int = 1) -> str | None:
@@ -122,16 +127,18 @@ def finish(folder: Path, precision: str, processes: int = 1) -> str | None:
     return unlike(folder, precision, processes)
 
 
-def paused(folder: Path, precision: str, step: int) -> Path:
-    """Return the folder of a run that paused after a step."""
+@functools.cache
+def paused(precision: str, step: int) -> Path:
+    """Return the folder of a run that paused after a step; to be copied."""
+    folder = Path(_kept().name) / f"{precision}.paused{step}"
     run = prepared(folder, precision, f"train.stop_after={step}")
-    run_to_end(run)
+    codes = run_to_end(run)
+    assert recorded(run) == "paused", (codes, (run / "log.txt").read_text()[-2000:])
     return run
 
 
 def copied(stopped: Path, run: Path) -> Path:
     """Copy a paused run to `run`, where it may go on to its last step, and return that folder."""
     shutil.copytree(stopped, run)
-    plan = read_plan(run)
-    (run / "plan.json").write_text(plan.model_copy(update={"train": plan.train.model_copy(update={"stop_after": None})}).model_dump_json())
+    replan(run, train={"stop_after": None})
     return run

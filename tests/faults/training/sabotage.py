@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from tests.faults.training.process import wrap
 
 STEP = 5
@@ -55,7 +53,7 @@ def _logged_loss(value: float) -> None:
         def log(self: Any, name: str, logged: Any, **more: Any) -> None:
             if name == "reduced_train_loss" and armed:
                 armed.clear()
-                logged = torch.full_like(logged, value)
+                logged = logged.new_full(logged.shape, value)
             function(self, name, logged, **more)
 
         return log
