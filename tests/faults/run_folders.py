@@ -85,7 +85,7 @@ def _form(draw: random.Random, folder: Path) -> list[str]:
     return draw.choice([[], ["--json"], *(["--out", f"{folder}/table{suffix}"] for suffix in (".html", ".csv", ".md"))])
 
 
-@fault(AREA, "`metrics.jsonl` cut at every byte: `analysis.compare`", small=40, full=10**6)
+@fault(AREA, "`metrics.jsonl` cut at every byte: `analysis.compare`", small=40, full=5000)
 def metrics_cut_at_every_byte(count: int, folder: Path) -> Outcome:
     """A cut file is refused, unless all steps are there."""
     base, run = pair(folder)

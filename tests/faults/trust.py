@@ -258,7 +258,7 @@ def control_characters(count: int, folder: Path) -> Outcome:
     return outcome
 
 
-@fault(AREA, "files of job and run folders, written under umask 000: who may read them", small=100, full=100_000)
+@fault(AREA, "files of job and run folders, written under umask 000: who may read them", small=100, full=1000)
 def private_folders(count: int, folder: Path) -> Outcome:
     outcome, before = Outcome(), os.umask(0)
     try:
