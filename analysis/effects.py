@@ -99,7 +99,8 @@ MANIFEST: Mapping[Effect, Mapping[str, str]] = {
     },
 }
 
-# Entries of the manifest's dictionaries that have another effect than the rest; the first pattern that fits.
+# Entries of the manifest's dictionaries that have another effect than the rest; the first pattern
+# that fits.
 ENTRIES: Mapping[str, Effect] = {
     **dict.fromkeys(
         ("versions.python", "versions.wandb", "versions.nemo-run", "versions.hydra-core"),
@@ -145,7 +146,10 @@ ENTRIES: Mapping[str, Effect] = {
 
 
 def expanded(table: Mapping[Effect, Mapping[str, str]]) -> dict[str, Effect]:
-    """Return the effect of each field by its dotted key; ValueError where one stands in a table twice."""
+    """Return the effect of each field by its dotted key.
+
+    ValueError where one stands in a table twice.
+    """
     found: dict[str, Effect] = {}
     for effect, parts in table.items():
         for part, fields in parts.items():

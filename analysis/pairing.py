@@ -1,9 +1,11 @@
-"""What may be compared: two runs that saw the same batches and differ in nothing that changes the loss but precision.
+"""What may be compared, and what does a pair of runs differ in beside precision?
 
-Another layout (number of GPUs, mapping), stack or GPU leaves the loss as it should be, but not the speed.  A pair of one layout is
-an iso-mapping one, the others are best-mapping, and say what differs; another stack or GPU is named beside.  So is whatever else
-differs in what the runs computed with, by its consequence (analysis/effects.py).  What a manifest does not record is not proved to be
-the same: without the hashes of the batches nothing is compared, and everything else that lacks is named.
+Two runs are compared that saw the same batches and were planned to train alike but for precision.
+Another layout (number of GPUs, mapping), stack or GPU leaves the loss as it should be, but not the
+speed.  A pair of one layout is an iso-mapping one, the others are best-mapping, and say what differs.
+Whatever else differs in what the runs computed with is refused or named by its consequence
+(analysis/effects.py).  What a manifest does not record is not proved to be the same: without the
+hashes of the batches nothing is compared, and everything else that it lacks is named.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ LAYOUT = ("num_gpus", "mapping.")
 PLATFORM = ("stack", "gpu")
 UNSET = "unset"
 TRAIN, HELDOUT = SPLITS
-PRINTED = 2e-3  # by how much two printed learning rates may differ for their digits alone (four significant ones, each rounded)
-# What a manifest should record of a run, by where it matters: everywhere, on a GPU, on several, with tokens that are not hashed whole.
+# By how much two printed learning rates may differ for their digits alone (four significant ones,
+# each rounded).
+PRINTED = 2e-3
+# What a manifest should record of a run, by where it matters: everywhere, on a GPU, on several,
+# with tokens that are not hashed whole.
 EVERYWHERE = (
     "code",
     "device",
@@ -64,7 +69,10 @@ def flat(plan: Plan) -> dict[str, Any]:
 
 
 def plan_differences(a: Run, b: Run) -> list[str]:
-    """Return the keys in which two plans differ and for which a number may move; the tolerance moves none."""
+    """Return the keys in which two plans differ and for which a number may move.
+
+    The tolerance moves none.
+    """
     return [key for key in differences(flat(a.plan), flat(b.plan)) if plan_effect(key) not in (Effect.NONE, Effect.TOLERANCE)]
 
 
@@ -78,13 +86,16 @@ def layout_label(base: Run, candidate: Run) -> str:
 
 
 def mapping_label(differing: Sequence[str]) -> str:
-    """Return the label of a pair whose plans differ in these keys (each with its values): of the layout alone."""
+    """Return the label of a pair whose plans differ in these keys, each with its values."""
     layout = [each for each in differing if each.startswith(LAYOUT)]
     return f"best-mapping ({', '.join(layout)})" if layout else "iso-mapping"
 
 
 def platform_differences(base: Run, candidate: Run) -> list[str]:
-    """Return whether stack and GPU differ: their names, or the keys with their values where the names are the same."""
+    """Return whether stack and GPU differ.
+
+    Their names, or the keys with their values where the names are the same.
+    """
     keys, found = _plan_keys(base, candidate, Effect.PLATFORM), list[str]()
     for part in PLATFORM:
         theirs = [key for key in keys if key.startswith(f"{part}.")]
@@ -159,7 +170,10 @@ def _wanted_here(run: Run) -> list[str]:
 
 
 def _is_compared(key: str) -> bool:
-    """Whether a fact that one run records should be recorded of another: not single variables, nor what moves no number."""
+    """Whether a fact that one run records should be recorded of another.
+
+    Not single variables, nor what moves no number.
+    """
     whole = not key.startswith("environment.") and key not in OF_INDEXED
     return whole and (key in ("code", "environment") or (MANIFEST_FIELDS.get(key) or entry_effect(key)) is not Effect.NONE)
 
@@ -211,7 +225,10 @@ def _unhashed(run: Run) -> str | None:
 
 
 def _unhashed_files(run: Run, split: str) -> list[str]:
-    """Return which files of a split have no hash in a run's manifest; random tokens have no files."""
+    """Return which files of a split have no hash in a run's manifest.
+
+    Random tokens have no files.
+    """
     data, hashes = run.plan.data, _hashes(run)
     try:
         indexed = blend(data.train if split == TRAIN else data.heldout) if data.kind == "indexed" else []
@@ -242,7 +259,10 @@ def _check_averages(base: Run, candidate: Run) -> None:
 
 
 def _check_imported(base: Run, candidate: Run) -> None:
-    """An imported log proves neither the batches nor the schedule: the first must be vouched for, the second must not be refuted."""
+    """An imported log proves neither the batches nor the schedule.
+
+    The first must be vouched for, the second must not be refuted.
+    """
     for run in (base, candidate):
         if "loss" not in run.steps:
             raise InputError(f"{run.folder}: its log holds no loss, which is what is compared; import one that does")
@@ -265,7 +285,10 @@ def _check_imported(base: Run, candidate: Run) -> None:
 
 
 def asserted(run: Run) -> list[str]:
-    """Return what a comparison with this run rests on that is asserted, not proved; [] for a run of this project."""
+    """Return what a comparison with this run rests on that is asserted, not proved.
+
+    [] for a run of this project.
+    """
     return [str(what) for what in run.imported.get("asserted", [])]
 
 
@@ -300,7 +323,10 @@ def _patterns(found: Mapping[str, Any]) -> list[str]:
 
 
 def _session_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[Effect, str]]:
-    """Yield in what two sessions' facts differ, with the effect; what one of them did not record is no difference."""
+    """Yield in what two sessions' facts differ, with the effect.
+
+    What one of them did not record is no difference.
+    """
     if "code" in a and "code" in b and (text := _code_difference(a["code"], b["code"])):
         yield MANIFEST_FIELDS["code.commit"], text
     for key in sorted({*a, *b} - {"code", "environment", "data.sampled_sha256"}):
@@ -314,7 +340,10 @@ def _session_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple
 
 
 def _value(key: str, facts: dict[str, Any]) -> str | None:
-    """Return a fact as text; None where it was not recorded, but UNKNOWN of a variable, which the other's record names."""
+    """Return a fact as text.
+
+    None where it was not recorded, but UNKNOWN of a variable, which the other's record names.
+    """
     if key in facts:
         return "not installed" if facts[key] is None else str(facts[key])
     if key.startswith("environment."):
@@ -327,7 +356,10 @@ def _short(key: str, value: str) -> str:
 
 
 def _code_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """Return in what code differs: its commit, its files, or that one has uncommitted changes; None where nothing shows that it does."""
+    """Return in what code differs: its commit, its files, or that one has uncommitted changes.
+
+    None where nothing shows that it does.
+    """
     named = [_named_code(code) for code in (a, b)]
     hashes, commits = ([str(code.get(key) or "") for code in (a, b)] for key in ("sha256", "commit"))
     if all(commits) and not _is_same_commit(*commits):
@@ -339,7 +371,10 @@ def _code_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
 
 
 def _is_same_commit(a: str, b: str) -> bool:
-    """Whether two commits are one; earlier manifests hold the first digits alone, seven at least."""
+    """Whether two commits are one.
+
+    Earlier manifests hold the first digits alone, seven at least.
+    """
     short, whole = sorted((a, b), key=len)
     return short == whole or (len(short) >= 7 and len(whole) == 40 and whole.startswith(short))
 
@@ -354,7 +389,10 @@ def _has_unknown_changes(run: Run) -> bool:
 
 
 def _gpu_differences(base: Run, candidate: Run) -> list[str]:
-    """Return how GPUs were set otherwise, where both runs recorded it; which GPUs they were, analysis.devices says."""
+    """Return how GPUs were set otherwise, where both runs recorded it.
+
+    analysis.devices compares which GPUs they were.
+    """
     found = list[str]()
     for field in ("name", "driver", "power_limit_w", "max_sm_clock_mhz"):
         ours, theirs = (sorted({gpu[field] for gpu in run.manifest.get("gpus") or [] if gpu.get(field) is not None}) for run in (base, candidate))
@@ -381,7 +419,10 @@ def grouped(keys: Sequence[str]) -> str:
 
 
 def by_what(found: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[tuple[str, ...], str]]:
-    """Return each set of things with the names that share it, in the order in which they come; what has none is left out."""
+    """Return each set of things with the names that share it, in the order in which they come.
+
+    What has none is left out.
+    """
     names: dict[tuple[str, ...], list[str]] = {}
     for name, what in found:
         if what:
@@ -399,7 +440,10 @@ def records_notes(runs: Sequence[Run]) -> list[str]:
 
 
 def unproved(lacking: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Return what is not recorded of named runs as sentences; what is recorded of none of them stands there once."""
+    """Return what is not recorded of named runs as sentences.
+
+    What is recorded of none of them stands there once.
+    """
     of_all = [what for what in lacking[0][1] if len(lacking) > 1 and all(what in each for _, each in lacking)] if lacking else []
     rest = by_what((name, [what for what in each if what not in of_all]) for name, each in lacking)
     groups = [*([(of_all, "any run")] if of_all else []), *rest]

@@ -18,7 +18,8 @@ from recipes.gpu_record import GpuRecord
 
 Line = Annotated[str, AfterValidator(one_line)]
 
-# Variables that choose kernels, their number format, or the order of sums, or that change speed.  Read at Transformer Engine
+# Variables that choose kernels, their number format, or the order of sums, or that change speed.
+# Read at Transformer Engine
 # 2.2 to 2.11, Megatron-Core 0.12 and 0.13, PyTorch, NCCL, cuBLAS, cuDNN, oneDNN and OpenMP.
 ENVIRONMENT = (
     *("NVTE_*", "UB_*", "FLASH_ATTENTION_*", "NVIDIA_TF32_OVERRIDE", "NVIDIA_PYTORCH_VERSION"),
