@@ -174,12 +174,27 @@ def _progress() -> None:
 
 
 def _gemms() -> None:
-    """tensor_parallel/layers.py:939, :1174: BF16 GEMMs with FP32 accumulation, fast without BF16 instructions."""
-    from megatron.core.tensor_parallel import layers
+    """tensor_parallel/layers.py:939, :1174: BF16 GEMMs with FP32 accumulation, fast without BF16 instructions.
+
+    Its autograd function gathers the sequence before a GEMM, and sums the gradient of what ranks share: both are asked for here.
+    """
+    from megatron.core.tensor_parallel import layers, mappings
 
     from recipes.training.fp8.linear import bf16_linear
 
-    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def linear(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        gradient_accumulation_fusion: bool = False,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if sequence_parallel:
+            input = mappings.gather_from_sequence_parallel_region(input)
+        elif allreduce_dgrad:
+            input = mappings.copy_to_tensor_model_parallel_region(input)
         y = bf16_linear(input, weight)
         return y if bias is None else y + bias
 

@@ -17,7 +17,12 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import LayerNormImpl, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from nemo.collections.llm.gpt.model.gemma2 import Gemma2Config, Gemma2DotProductAttention, TERowParallelLinearLayerNorm
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
@@ -103,6 +108,7 @@ class ShiftedNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        _of_part_of_sequence(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm over the last dimension, in the type of `x`."""
@@ -112,11 +118,32 @@ class ShiftedNorm(nn.Module):
         return layer_norm(x.float(), shape, gain, self.bias.float(), self.eps).to(x.dtype)
 
 
+class TorchNorm:
+    """PyTorch's norm of a configuration; Megatron-Core's own wrapper of it refuses sequence parallelism (transformer/torch_norm.py).
+
+    Its parameters are marked, so that their gradients are summed over the ranks that have a part of the sequence each
+    (distributed/finalize_model_grads.py, _allreduce_layernorm_grads).
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> Any:
+        """Return it."""
+        norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
+        return _of_part_of_sequence(norm, config)
+
+
+def _of_part_of_sequence(norm: Any, config: Any) -> Any:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
 def norm_of(config: Any) -> Any:
     """Return the class of a model's norms: Transformer Engine's where it is there, else PyTorch's or, with a shifted gain, ours."""
     from nemo.collections.llm.gpt.model.base import HAVE_TE
 
-    return ShiftedNorm if config.layernorm_zero_centered_gamma and not HAVE_TE else LayerNormImpl
+    if HAVE_TE:
+        return LayerNormImpl
+    return ShiftedNorm if config.layernorm_zero_centered_gamma else TorchNorm
 
 
 class CpuAttention(MegatronModule):  # type: ignore[misc]
@@ -225,10 +252,11 @@ def _is_gemma2(config: Any) -> bool:
 
 
 def layer_spec(config: Any) -> TransformerBlockSubmodules:
-    """Return the layers of a GPTConfig: FP8 ones where a recipe is set, its first and last layers kept in BF16."""
+    """Return the layers of this rank's chunk of a GPTConfig: FP8 ones where a recipe is set, its first and last layers kept in BF16."""
     first, last = (_recipe.first_layers_bf16, _recipe.last_layers_bf16) if _recipe else (config.num_layers, 0)
     fp8_layers = range(first, config.num_layers - last)
-    layers = [_layer(config, number in fp8_layers) for number in range(config.num_layers)]
+    start = get_transformer_layer_offset(config)
+    layers = [_layer(config, number in fp8_layers) for number in range(start, start + get_num_layers_to_build(config))]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(config))
 
 

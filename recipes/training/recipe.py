@@ -261,6 +261,9 @@ def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     if plan.model.fused_activation and plan.model.activation == "gelu":
         config.activation_func = openai_gelu  # the fused kernel's approximation by tanh (MCore fusions/fused_bias_gelu.py)
     config.use_cpu_initialization = True
+    # Virtual stages of two ranks exchange activations and gradients with one peer: a batch of both mixes them up
+    # (Megatron-LM arguments.py, core_v0.12, asserts as much).
+    config.overlap_p2p_comm, config.batch_p2p_comm = plan.mapping.vp > 1, plan.mapping.vp == 1
     _own_layers(recipe, plan)
     recipe.trainer.accelerator = "cpu"
     recipe.trainer.strategy.ckpt_async_save = False
