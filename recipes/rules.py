@@ -169,13 +169,19 @@ def cpu_runs_what_is_emulated(plan: Plan) -> str | None:
     return f"gpu=cpu emulates FP8, {what}" if what else None
 
 
-def cpu_runs_data_parallel_only(plan: Plan) -> str | None:
-    """The CPU path is tried with data parallelism; the other ways to split a model need the GPU's collectives."""
+def cpu_splits_bf16_alone(plan: Plan) -> str | None:
+    """On the CPU, BF16 runs with tensor and pipeline parallelism; attention over parts of a sequence, and split FP8, do not."""
     m = plan.mapping
-    if plan.on_cpu and max(m.tp, m.pp, m.cp) > 1:
-        what = f"gpu=cpu runs data-parallel only, mapping has tp={m.tp} pp={m.pp} cp={m.cp}"
-        change = _differing(plan, {"tp": 1, "pp": 1, "cp": 1})
+    if not plan.on_cpu:
+        return None
+    if m.cp > 1:
+        what = f"gpu=cpu has no attention for context parallelism, mapping has cp={m.cp}"
+        change = _differing(plan, {"cp": 1})
         return Refusal(what, f"use {of_change(change)}, or choose a GPU", change)
+    if plan.precision.fp8 and max(m.tp, m.pp) > 1:
+        what = f"gpu=cpu emulates FP8 in layers that are not split, mapping has tp={m.tp} pp={m.pp} vp={m.vp}"
+        change = _differing(plan, {"tp": 1, "pp": 1, "vp": 1})
+        return Refusal(what, f"use {of_change(change)}, or precision=bf16, or choose a GPU", change)
     return None
 
 
@@ -364,7 +370,7 @@ BEFORE_MEMORY: tuple[Rule, ...] = (
     *MODEL_RULES,
     delayed_keeps_no_bf16_layers,
     bf16_layers_leave_some_fp8,
-    cpu_runs_data_parallel_only,
+    cpu_splits_bf16_alone,
     emulated_fp8_is_plain,
     narrow_moments_need_their_optimizer,
     kernels_have_their_use,

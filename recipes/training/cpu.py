@@ -32,7 +32,19 @@ def activate() -> bool:
     if torch.cuda.is_available() or _active:
         return False
     _active = True
-    for mend in (_allocator, _devices, _factories, _type_names, _rng, _optimizer, _checkpoint_writer, _checkpoint_reader, _progress, _gemms):
+    for mend in (
+        _allocator,
+        _devices,
+        _factories,
+        _type_names,
+        _rng,
+        _optimizer,
+        _parameter_groups,
+        _checkpoint_writer,
+        _checkpoint_reader,
+        _progress,
+        _gemms,
+    ):
         mend()
     return True
 
@@ -143,6 +155,21 @@ def _optimizer() -> None:
     cls._set_main_param_and_optimizer_states = place_all_but_step
 
 
+def _parameter_groups() -> None:
+    """optimizer/__init__.py:51 orders groups by the first parameter that a rank has, and a checkpoint's are loaded by their number.
+
+    On a later pipeline stage that is a norm, where norms stand alone: its norms then got the weight decay, and its matrices none.
+    """
+    from megatron.core import optimizer
+
+    original = optimizer._get_param_groups
+
+    def decayed_first(*args: Any, **kwargs: Any) -> Any:
+        return sorted(original(*args, **kwargs), key=lambda group: -group["wd_mult"])
+
+    optimizer._get_param_groups = decayed_first
+
+
 def _checkpoint_writer() -> None:
     """strategies/filesystem_async.py: the queue of results comes from a spawned process that imports NeMo again (14 s a
     save); a forked one need not, and ends with this one."""
@@ -189,6 +216,7 @@ def _gemms() -> None:
         gradient_accumulation_fusion: bool = False,
         allreduce_dgrad: bool = False,
         sequence_parallel: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         if sequence_parallel:

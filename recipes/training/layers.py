@@ -118,23 +118,30 @@ class ShiftedNorm(nn.Module):
         return layer_norm(x.float(), shape, gain, self.bias.float(), self.eps).to(x.dtype)
 
 
-class TorchNorm:
+class TorchNorm(nn.Module):
     """PyTorch's norm of a configuration; Megatron-Core's own wrapper of it refuses sequence parallelism (transformer/torch_norm.py).
 
     Its parameters are marked, so that their gradients are summed over the ranks that have a part of the sequence each
     (distributed/finalize_model_grads.py, _allreduce_layernorm_grads).
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> Any:
-        """Return it."""
-        norm = (nn.RMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm)(hidden_size, eps=eps)
-        return _of_part_of_sequence(norm, config)
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        _of_part_of_sequence(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm over the last dimension."""
+        if self.bias is None:
+            return rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
-def _of_part_of_sequence(norm: Any, config: Any) -> Any:
+def _of_part_of_sequence(norm: Any, config: Any) -> None:
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
-    return norm
 
 
 def norm_of(config: Any) -> Any:

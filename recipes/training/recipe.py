@@ -264,6 +264,7 @@ def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     # Virtual stages of two ranks exchange activations and gradients with one peer: a batch of both mixes them up
     # (Megatron-LM arguments.py, core_v0.12, asserts as much).
     config.overlap_p2p_comm, config.batch_p2p_comm = plan.mapping.vp > 1, plan.mapping.vp == 1
+    config.deallocate_pipeline_outputs = False  # gloo reads what it sends later, and no stream keeps it
     _own_layers(recipe, plan)
     recipe.trainer.accelerator = "cpu"
     recipe.trainer.strategy.ckpt_async_save = False

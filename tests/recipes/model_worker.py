@@ -2,7 +2,8 @@
 
     python -m tests.recipes.model_worker JOBS.json
 
-JOBS.json: {"train": [folder, …], "compare": [[name, plan as text], …], "count": [the same]}.
+JOBS.json: {"train": [folder, …], "resume": [[folder, folder with a checkpoint], …], "compare": [[name, plan as text], …],
+"count": [the same]}.
 
 A line of JSON comes out for each job.  The parent runs no
 arithmetic before it forks, so that a child finds no threads that are not there.
@@ -10,6 +11,7 @@ arithmetic before it forks, so that a child finds no threads that are not there.
 
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -31,6 +33,8 @@ def main(jobs: dict[str, Any]) -> None:
 
     for folder in jobs["train"]:
         _forked(folder, lambda folder=folder: {"rc": product.main(Path(folder))}, Path(folder) / "log.txt")
+    for folder, base in jobs.get("resume", []):
+        _forked(folder, lambda folder=folder, base=base: resumed(Path(folder), Path(base)), Path(folder) / "log.txt")
     for name, plan in jobs["compare"]:
         _forked(name, lambda plan=plan: compared(plan_from_json(plan)), Path(jobs["logs"]) / f"{name}.txt")
     for name, plan in jobs.get("count", []):
@@ -67,6 +71,29 @@ def counted(plan: Any) -> dict[str, Any]:
         places = torch.arange(LONG).expand_as(tokens)
         model.module(tokens, places, None).float().mean().backward()
     return {"rc": 0, "gemms": sum(each.fp8_calls.total for each in watched)}
+
+
+def resumed(folder: Path, base: Path) -> dict[str, Any]:
+    """Train on from another folder's checkpoint, a forked process a rank; fail where one fails."""
+    import recipes.training.run as product
+    from recipes.run_folder import read_plan
+
+    os.environ["MKL_CBWR"] = "COMPATIBLE"  # else a GEMM's sums depend on where its operands lie in memory
+    shutil.copytree(base / "checkpoints", folder / "checkpoints")
+    world, others = read_plan(folder).num_gpus, []
+    os.environ["WORLD_SIZE"] = str(world)
+    for rank in range(1, world):
+        pid = os.fork()
+        if pid == 0:
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            code = 1
+            try:
+                code = product.main(folder)
+            finally:
+                os._exit(code)
+        others.append(pid)
+    codes = [product.main(folder), *(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in others)]
+    return {"rc": int(any(codes))}
 
 
 def _forked(name: str, job: Callable[[], dict[str, Any]], log: Path) -> None:

@@ -40,6 +40,21 @@ def recomputed(recipe: str) -> Plan:
     return plan_of(recipe, *gpu, *layers, "mapping.global_batch=4", "mapping.micro_batch=2")
 
 
+BASE = "base"
+LAYOUTS = {
+    "one process": "",
+    "pp 2 vp 2": "num_gpus=2 mapping.pp=2 mapping.vp=2",
+    "tp 2": "num_gpus=2 mapping.tp=2",
+}
+
+
+def layout(name: str, *further: str) -> Plan:
+    """Return a plan that trains steps 3 and 4 in a layout; BASE's trains the first two."""
+    run = [f"train.{value}" for value in ["max_steps=4", "eval_interval=2", "checkpoint_interval=2", "clip_grad=1000000.0"]]
+    stop = ["train.stop_after=2"] if name == BASE else LAYOUTS[name].split()
+    return plan_of("llama31_8b", "model.num_layers=4", *run, "mapping.micro_batch=1", *stop, f"run_name={name.replace(' ', '_')}", *further)
+
+
 def plan_of(recipe: str, *further: str) -> Plan:
     """Return a plan of a recipe on the CPU, cut in depth and width; the shipped model's own file where there is one."""
     model, small = INSTALLED[recipe].model, [f"model.{size}" for size in SIZES.split()]
@@ -64,8 +79,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dic
     folders = {" ".join(cell): open_folder(plan_of(cell[0], f"precision={cell[1]}", *own)) for cell in wanted}
     compare = [[recipe, plan_of(recipe, *own).model_dump_json()] for recipe in COMPARED]
     count = [[f"{recipe} recomputed", recomputed(recipe).model_dump_json()] for recipe in RECOMPUTED]
+    folders |= {name: open_folder(layout(name, *own)) for name in (BASE, *LAYOUTS)}
     file = room / "jobs.json"
-    trained = {"train": [str(f) for f in folders.values()], "logs": str(room)}
+    resume = [[str(folders[name]), str(folders[BASE])] for name in LAYOUTS]
+    trained = {"train": [str(f) for name, f in folders.items() if name not in LAYOUTS], "resume": resume, "logs": str(room)}
     file.write_text(json.dumps({**trained, "compare": compare, "count": count}))
     done = subprocess.run([sys.executable, "-m", "tests.recipes.model_worker", str(file)], cwd=ROOT, capture_output=True, text=True)
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
@@ -121,3 +138,16 @@ def test_logits_are_hugging_faces_within_fp32_rounding(jobs: Jobs, recipe: str) 
 def test_parameters_are_as_many_as_hugging_faces_and_as_the_plan_counts(jobs: Jobs, recipe: str) -> None:
     ours, theirs = jobs[1][recipe]["parameters"]
     assert ours == theirs == parameters(plan_of(recipe).model)
+
+
+def _losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row.get("loss", row.get("heldout_loss")) for row in rows]
+
+
+@each("name", [name for name in LAYOUTS if name != "one process"])
+def test_a_split_model_trains_on_to_the_losses_of_one_process(jobs: Jobs, name: str) -> None:
+    """From one checkpoint.  Stages compute what one process does, in its order; two tensor-parallel ranks round each half of a sum to BF16."""
+    one, split = _losses(jobs[0]["one process"]), _losses(jobs[0][name])
+    assert len(one) >= 4
+    assert split == (pytest.approx(one, rel=1e-4) if "tp" in name else one)

@@ -30,7 +30,7 @@ BAD_INPUTS = [
     (["precision.fp8=7"], "precision.fp8"),
     (["mapping.global_batch=3"], "global_batch"),
     (["model.num_query_groups=3"], "num_query_groups"),
-    (["mapping.tp=2", "num_gpus=2"], "data-parallel only"),
+    (["mapping.cp=2", "num_gpus=2"], "no attention for context parallelism"),
     (["num_gpus=2", "gpu=h100", "mapping.pp=3"], "num_gpus=2"),
     (["run_name=../../etc"], "run_name"),
     (["seed=${nowhere}"], "nowhere"),

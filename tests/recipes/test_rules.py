@@ -174,7 +174,11 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*H100_8B, "data=text", "data.sources=[/texts/a]", "data.root=data/mine"], "data.sources"),
     ],
     "time_limit_leaves_time": [([*H100_8B, "executor.time_limit='00:05:00'"], "raise the limit")],
-    "cpu_runs_data_parallel_only": [(["mapping.tp=2", "num_gpus=2"], "use mapping.tp=1")],
+    "cpu_splits_bf16_alone": [
+        (["mapping.cp=2", "num_gpus=2"], "use mapping.cp=1"),
+        (["precision=mxfp8", "mapping.tp=2", "num_gpus=2"], "use mapping.tp=1"),
+        (["precision=fp8_current", "mapping.pp=2", "mapping.vp=2", "num_gpus=2"], "use mapping.pp=1 mapping.vp=1"),
+    ],
     "emulated_fp8_is_plain": [
         ([*EMULATED, "precision=mxfp8", "mapping.tp=2", "num_gpus=2"], "use mapping.tp=1"),
         ([*EMULATED, "precision=fp8_current", "mapping.fsdp=true"], "data-parallel"),

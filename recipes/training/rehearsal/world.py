@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from recipes.environment import variables
 from recipes.plan import Plan
+from recipes.training.rehearsal.stand_ins import QuantizedTensor
 
 META = torch.device("meta")
 PORT = "29500"  # named in the environment; nothing listens
@@ -92,11 +93,16 @@ def as_rank(plan: Plan, rank: int) -> Iterator[None]:
 def _forget() -> None:
     """End the rank's groups, and what Megatron-Core and NeMo keep for a process."""
     from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core.tensor_parallel import random
     from nemo.utils import AppState
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     if dist.is_initialized():
         dist.destroy_process_group()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False  # the next plan may want another kind of tracker
+    for kind in (torch.nn.Parameter, QuantizedTensor):
+        if "main_grad" in vars(kind):  # custom_fsdp/param_and_grad_buffer.py:1245 sets it in the class
+            del kind.main_grad
     vars(AppState()).clear()
     AppState().__init__()
