@@ -158,7 +158,8 @@ def _optimizer() -> None:
 def _parameter_groups() -> None:
     """optimizer/__init__.py:51 orders groups by the first parameter that a rank has, and a checkpoint's are loaded by their number.
 
-    On a later pipeline stage that is a norm, where norms stand alone: its norms then got the weight decay, and its matrices none.
+    On a later pipeline stage that is a norm, where norms stand alone: its norms then get the weight decay, and its matrices none.
+    Core 0.13 matches groups by what they are (optimizer.py, _filter_and_reorder_param_groups).
     """
     from megatron.core import optimizer
 
