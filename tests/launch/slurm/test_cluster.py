@@ -90,9 +90,9 @@ def test_accounting_has_the_job(slurm: Slurm) -> None:
 
 
 def test_a_lost_node_requeues_its_job(slurm: Slurm, warned: str) -> None:
-    script = BASH + 'echo run $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST\n[ -n "$SLURM_RESTART_COUNT" ] || srun sleep 300\n'
+    script = BASH + 'echo run $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST\n[ -n "$SLURM_RESTART_COUNT" ] || srun bash -c "echo task; sleep 300"\n'
     job = slurm.submit(script, "--requeue", "--open-mode=append", "--nodes=2", "--exclude=n3")
-    slurm.until(lambda: "run" in slurm.output(job), "the first run", timeout=60)
+    slurm.until(lambda: slurm.output(job).count("task") == 2, "the tasks of the first run", timeout=60)
     slurm.kill_node("n0")
     slurm.wait(job, "COMPLETED", timeout=180)
     assert slurm.node_state("n0") == "DOWN"
