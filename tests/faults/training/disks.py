@@ -134,7 +134,7 @@ def metrics_cut_and_continued(count: int, folder: Path) -> Outcome:
         kept = numbers(run / "metrics.jsonl")
         run_to_end(run)
         found = numbers(run / "metrics.jsonl")
-        after = [row for row in numbers(unbroken("fp8_delayed") / "metrics.jsonl") if row["step"] > 7]
+        after = [row for row in numbers(unbroken("fp8_delayed", 1) / "metrics.jsonl") if row["step"] > 7]
         wrong = None if found == [*kept, *after] else f"{len(found)} lines for {len(kept)} + {len(after)}"
         wrong = wrong or (None if refusal(run) else "compared without its steps")
         what = "whole lines kept, the rest as without the fault; analysis refuses the run"

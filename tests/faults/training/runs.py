@@ -53,7 +53,7 @@ def prepared(folder: Path, precision: str, *overrides: str, processes: int = 1) 
 
 
 @functools.cache
-def unbroken(precision: str, processes: int = 1) -> Path:
+def unbroken(precision: str, processes: int) -> Path:
     """Return the folder of a run that nothing interrupts."""
     folder = prepared(Path(_kept().name) / f"{precision}.{processes}", precision, processes=processes)
     codes = run_to_end(folder, processes)
