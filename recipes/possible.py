@@ -196,7 +196,7 @@ def _training(plan: Plan, steps: Columns) -> Iterator[_Check]:
     yield from _memory(plan, steps)
     if "lr" in steps:
         wanted = rates(plan.train, step)
-        near = np.abs(steps["lr"] - wanted) <= ROUNDING * plan.train.max_lr
+        near = np.absolute(steps["lr"] - wanted) <= ROUNDING * plan.train.max_lr
         yield _Check("lr", near, lambda row: f"the plan's schedule gives {wanted[row]:.10g}")
     if "loss" in steps:
         yield _first_loss(plan, steps)
@@ -221,7 +221,7 @@ def _times(plan: Plan, steps: Columns) -> Iterator[_Check]:
         yield _Check("optimizer_time_s", within, lambda row: f"it is part of the step, which took {time[row]:.6g} s")
     if "tokens_per_s_per_gpu" in steps:
         rate = plan.tokens_per_step / plan.num_gpus / time
-        near = np.abs(steps["tokens_per_s_per_gpu"] / rate - 1) <= ROUNDING
+        near = np.absolute(steps["tokens_per_s_per_gpu"] / rate - 1) <= ROUNDING
         yield _Check("tokens_per_s_per_gpu", near, lambda row: f"the step time of {time[row]:.6g} s gives {rate[row]:,.6g}")
 
 
