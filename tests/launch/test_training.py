@@ -11,9 +11,10 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from analysis import import_logs
+from analysis.runs import load_run
 from launch.__main__ import main
 from recipes.fp8_gemms import fp8_gemms
-from recipes.run_folder import read_plan, rows_of, status_of
+from recipes.run_folder import read_plan, rows_of, sha256, status_of
 from recipes.training.data import main as prepare
 from tests.recipes.test_evaluate import write_corpus
 
@@ -81,6 +82,14 @@ def test_a_paused_run_continues_to_the_numbers_of_an_unbroken_one(precision: str
         *["pause", "resume"] * (2 if precision in TWICE else 1),
         "end",
     ]
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_can_be_true_and_leaves_the_digest_of_its_metrics(precision: str, kind: str, runs: Path) -> None:
+    run = folder(runs, kind, precision)
+    assert len(load_run(run).steps["lr"]) == 6
+    assert rows_of(run / "events.jsonl")[-1]["metrics_sha256"] == sha256(run / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
