@@ -25,7 +25,7 @@ from recipes.possible import refuse_impossible, refuse_impossible_import
 from recipes.run_folder import read_json, read_plan, status_of
 
 REQUIRED = ("step", "loss", "tokens", "step_time_s")
-FEW, FEW_PRINTED = 2, 10  # values that agree by chance: losses of full precision, and such as a log prints
+FEW = 2  # values of a column that may agree by chance
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def twins(runs: Sequence[Run]) -> dict[Path, str]:
         first: dict[bytes, Run] = {}
         for run in runs:
             column = (run.heldout if key == "heldout_loss" else run.steps).get(key, np.zeros(0))
-            if np.unique(column).size < (FEW_PRINTED if run.imported else FEW):
+            if run.imported or np.unique(column).size < FEW:  # a log prints few digits, and may be imported twice
                 continue
             other = first.setdefault(column.tobytes(), run)
             if _decides_loss(other.plan) == _decides_loss(run.plan):
