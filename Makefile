@@ -46,7 +46,7 @@ check: install-dev
 	git ls-files '*.ipynb' | xargs -r .venv/bin/nbstripout --verify
 
 bench: install
-	$(PY) -m recipes.training.bench
+	$(PY) -m recipes.measure.gpu.emulation_cpu
 
 faults: install-dev
 	STARTS=200 $(PY) -m pytest tests/launch/test_start.py -k every_start

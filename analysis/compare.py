@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from analysis.runs import load_runs
-from analysis.table import all_notes, compare, terminal_table
-from analysis.verdict import FAIL, UNDECIDED
+from analysis.convergence.comparison import all_notes, compare, terminal_table
+from analysis.convergence.verdict import FAIL, UNDECIDED
+from analysis.runs.load import load_runs
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT

@@ -21,23 +21,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis.figures import Figure
-from analysis.predictor.choices import otherwise
+from analysis.predictor.calibration.halves import CHOOSE, REPORT
+from analysis.predictor.calibration.published_steps import rows
+from analysis.predictor.calibration.sensitivity import otherwise
+from analysis.predictor.calibration.store import borrowed, write
+from analysis.predictor.calibration.tables import percent, tables
+from analysis.predictor.calibration.unseen import unseen_rows
+from analysis.predictor.calibration.unseen_tables import tables as unseen_tables
+from analysis.predictor.calibration.validation import validate
 from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
-from analysis.predictor.halves import CHOOSE, REPORT
-from analysis.predictor.rows import rows
+from analysis.predictor.model.step import TERMS
 from analysis.predictor.search import search
-from analysis.predictor.step import TERMS
-from analysis.predictor.stored import borrowed, write
-from analysis.predictor.unseen import unseen_rows
-from analysis.predictor.unseen_tables import tables as unseen_tables
-from analysis.predictor.validation import validate
-from analysis.predictor.validation_tables import percent, tables
-from analysis.tabular import PAGE, Table, number, print_json
-from analysis.tabular import write as write_tables
+from analysis.render.figure import Figure
+from analysis.render.table import PAGE, Table, number, print_json
+from analysis.render.table import write as write_tables
 from recipes.cli import ArgumentParser, command
-from recipes.compose import sweep
+from recipes.compose.tree import sweep
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.files import write_file

@@ -14,13 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from analysis import devices, numerics_figures
-from analysis.evaluation import section
-from analysis.figures import Figure
-from analysis.loss_figures import figures
-from analysis.pages import render
-from analysis.runs import Run, load_all
-from analysis.table import Comparison, all_notes, compare, headline, shown, terminal_table
+from analysis.convergence import numerics_figures
+from analysis.convergence.comparison import Comparison, all_notes, compare, headline, shown, terminal_table
+from analysis.convergence.figures import figures
+from analysis.convergence.tasks import section
+from analysis.render.figure import Figure
+from analysis.render.pages import render
+from analysis.runs import devices
+from analysis.runs.load import Run, load_all
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT

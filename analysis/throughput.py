@@ -14,19 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import devices, expected, published
-from analysis.depth import beside_precision, device, experiment, order
-from analysis.pairing import LAYOUT, asserted, mapping_label, recorded_differences, records_notes
-from analysis.published import Published, layout_of
-from analysis.runs import Run
-from analysis.soundness import sound
-from analysis.speed import MAX_SPREAD, Interval, speedup, step_time, window
-from analysis.tabular import Table, number, print_json, write
-from analysis.whole import reference_of
+from analysis.render.table import Table, number, print_json, write
+from analysis.runs import devices, published
+from analysis.runs.load import Run
+from analysis.runs.pairing import LAYOUT, asserted, mapping_label, recorded_differences, records_notes
+from analysis.runs.published import Published, layout_of
+from analysis.runs.soundness import sound
+from analysis.runs.timing import MAX_SPREAD, Interval, speedup, step_time, window
+from analysis.speed import expected
+from analysis.speed.depth import beside_precision, device, experiment, order
+from analysis.speed.full_depth import reference_of
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
+from recipes.estimate.flops import flops_per_token, mfu, peak_tflops
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.flops import flops_per_token, mfu, peak_tflops
 from recipes.gpu_record import UNKNOWN
 
 TEXT = frozenset(["model", "precision", "GPUs", "layout", "pair", "clock, power", "published, source"])

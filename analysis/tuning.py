@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis import devices
-from analysis.depth import OPTIMIZER, changes, device
-from analysis.pairing import by_what, plan_differences, recorded_differences, records_notes
-from analysis.runs import Run
-from analysis.soundness import sound
-from analysis.speed import Interval, speedup, step_time, timed
-from analysis.tabular import Table, number, print_json, write
+from analysis.render.table import Table, number, print_json, write
+from analysis.runs import devices
+from analysis.runs.load import Run
+from analysis.runs.pairing import by_what, plan_differences, recorded_differences, records_notes
+from analysis.runs.soundness import sound
+from analysis.runs.timing import Interval, speedup, step_time, timed
+from analysis.speed.depth import OPTIMIZER, changes, device
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT

@@ -18,10 +18,10 @@ from launch.script import render
 from launch.state import check_idle
 from launch.submit import submit_all
 from launch.summary import DEMO_TEXT, INSTEAD, summary, table
-from recipes.axes import check_single, with_axes
 from recipes.cli import ArgumentParser, command
-from recipes.compose import compose_plan, compose_tree, sweep
-from recipes.data_files import Facts, check_data, what_is_read
+from recipes.compose.axes import check_single, with_axes
+from recipes.compose.tree import compose_plan, compose_tree, sweep
+from recipes.data.files import Facts, check_data, what_is_read
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan

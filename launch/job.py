@@ -22,10 +22,10 @@ from pathlib import Path
 
 from launch.script import job_folder, render
 from recipes.code import PARTS, PROJECT, code, git, is_tracked
+from recipes.compose.secrets import SECRET_FILES, holds_secret, is_secret_file
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import open_folder, write_json
-from recipes.secret_values import SECRET_FILES, holds_secret, is_secret_file
 
 SUFFIXES = {".py", ".yaml", ".csv", ".j2"}
 SITE = "conf/local/"  # what a site sets is in the plan; its files stay where they are

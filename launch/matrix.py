@@ -18,12 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes.cli import ArgumentParser, command
-from recipes.compose import CONF, compose_plan, compose_tree, sweep
+from recipes.compose.fit import state
+from recipes.compose.fitting import changes
+from recipes.compose.tree import CONF, compose_plan, compose_tree, sweep
 from recipes.errors import InputError
+from recipes.estimate.sizes import MODELS
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.fit import state
-from recipes.layout import changes
-from recipes.sizes import MODELS
 
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
 GPUS = ("h100", "b200", "gb200")
@@ -71,7 +71,7 @@ def named_options(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[
 def cell(stack: str, model: str, precision: str, gpu: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return a cell as a row.
 
-    `why` and `instead` are the two halves of a refusal.  `memory` is the state of a plan that runs (recipes.fit), and `changed`
+    `why` and `instead` are the two halves of a refusal.  `memory` is the state of a plan that runs (recipes.compose.fit), and `changed`
     says where its layout is not the recommended one, and why.
     """
     names = {"stack": stack, "model": model, "precision": precision, "gpu": gpu}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from launch.__main__ import launch
 from recipes.cli import ArgumentParser, command
+from recipes.compose.rules import check
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.rules import check
 from recipes.run_folder import folder_of, read_plan
 
 

@@ -131,7 +131,7 @@ def task(plan: Plan) -> str:
         bind = f"numactl --cpunodebind={node} --membind={node} "
     code = 'export PYTHONPATH="$3${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
     ranks = "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
-    first = '((SLURM_LOCALID)) || "$1" -m recipes.preflight "$2" || exit'
+    first = '((SLURM_LOCALID)) || "$1" -m launch.preflight "$2" || exit'
     return f'{code}; {first}; {ranks}; exec {bind}"$1" -m recipes.training.run "$2"'
 
 

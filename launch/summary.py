@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.script import boosts, described, nodes
-from recipes.compose import compose_plan
-from recipes.data_files import Facts
+from recipes.compose.fit import is_tight, margin, state
+from recipes.compose.fitting import changes
+from recipes.compose.rules import memory_remedy
+from recipes.compose.tree import compose_plan
+from recipes.data.files import Facts
 from recipes.errors import InputError
-from recipes.fit import is_tight, margin, state
-from recipes.layout import changes
-from recipes.memory import Memory, estimate, usable_gb
+from recipes.estimate.memory import Memory, estimate, usable_gb
+from recipes.estimate.schedule import described as schedule
+from recipes.estimate.sizes import parameters
 from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
-from recipes.rules import memory_remedy
 from recipes.run_folder import differences, flatten, folder_of
-from recipes.schedule import described as schedule
-from recipes.sizes import parameters
 
 DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
 

@@ -1,4 +1,4 @@
-"""The rows that `python -m recipes.gemm` writes, and what a linear layer costs in training, added up from them.
+"""The rows that `python -m recipes.measure.gemm` writes, and what a linear layer costs in training, added up from them.
 
 Training multiplies three times for each linear layer: forward (fprop), and backward for the gradients of the input (dgrad) and of
 the weight (wgrad).  FP8 also casts: input and gradient once a micro-batch, the weight once a micro-batch or, since Transformer

@@ -1,7 +1,7 @@
 """Which recipes a stack's NeMo has, and what model each of them builds.
 
 The list is data, so that a login node knows it without NeMo: `reference/nemo_recipes.csv`, a row for a version of NeMo
-and a recipe, written by `python -m recipes.nemo_source`.  `ARCHITECTURE` names the fields of `model` that a plan takes
+and a recipe, written by `python -m recipes.upstream.nemo_source`.  `ARCHITECTURE` names the fields of `model` that a plan takes
 from it; NeMo's own configuration of the recipe sets them in the job.
 """
 

@@ -1,9 +1,9 @@
 """The plan: the one typed, immutable value that everything downstream reads.
 
-Hydra composes YAML into a tree (`recipes.compose`); this module gives that tree its types.  A plan says what is
+Hydra composes YAML into a tree (`recipes.compose.tree`); this module gives that tree its types.  A plan says what is
 trained (model), in which number format (precision), on what (gpu, stack), laid out how (mapping), on which data, for
 how long, and where its folder lies.  It knows nothing of NeMo and imports nothing heavy: it is read on login nodes
-and laptops.  What a plan allows, runs; the rules that refuse one stand in `recipes.rules`.
+and laptops.  What a plan allows, runs; the rules that refuse one stand in `recipes.compose.rules`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Model(Frozen):
 
     `embedding_and_loss_count_as_layers`: whether pipeline stages are cut as if the embedding and the loss were a layer each
     (NeMo's account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
-    `convergence`: the published schedule, for what `train` and the global batch leave null; None: recipes/schedule.py's.
+    `convergence`: the published schedule, for what `train` and the global batch leave null; None: recipes/estimate/schedule.py's.
 
     The fields from `head_size` on are the architecture of the NeMo recipe (recipes/nemo_recipes.py); null takes the
     recipe's value.  `head_size`: of an attention head, where it is not hidden_size / num_attention_heads.
@@ -304,7 +304,7 @@ class Stack(Frozen):
     `userbuffers`: None where the stack's file does not say what they can do.  `graphs_drop_bf16_layers`: why CUDA
     graphs run layers in FP8 that are kept in BF16 (None: they do not).  `fsdp_drops_gradients`: why a
     precision-aware optimizer updates nothing under FSDP (None: it does).  `cuda`: the container's; None
-    where there is no container.  The job asks for the real one (recipes.preflight).  `scripts`: what its performance scripts set.
+    where there is no container.  The job asks for the real one (launch.preflight).  `scripts`: what its performance scripts set.
     `offloads_swiglu`: whether activation offloading takes SwiGLU's input along, which Megatron-Core keeps and not
     Transformer Engine.
     """
@@ -477,7 +477,7 @@ class Settings(Frozen):
     may count the zeros of the gradients in each step, which nobody asked for (optimizer/optimizer.py:1144).
     `gradient_accumulation_fusion`: whether weight gradients are added to the gradient buffer inside their GEMM.
     `layout`: whether a recommended layout that leaves no margin of memory gives way to the nearest that does
-    (recipes.layout).
+    (recipes.compose.fitting).
     `batch`: which global batch a plan takes that names none: the one that the model was trained with, or the layout's.
     `adam_kernel`: what updates parameters with BF16 moments, Transformer Engine's FusedAdam or this project's Triton kernel.
     `swiglu_backward`: whose kernel computes SwiGLU's gradient, the one that Megatron-Core has PyTorch compile or Transformer Engine's.

@@ -52,7 +52,7 @@ def test_plan_preflight_and_run_folder_work_with_the_oldest_versions(python: Pat
     folder = tmp_path / "runs/one"
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text((RUNS / "llama3_tiny.bf16.cpu.seed1/plan.json").read_text())
-    done = run(python, "recipes.preflight", str(folder))
+    done = run(python, "launch.preflight", str(folder))
     assert done.returncode == 2 and "nemo-toolkit is not installed" in done.stderr
     done = run(python, "launch.status", str(folder), "--json")
     assert json.loads(done.stdout)[0]["status"] == "failed" and "nemo-toolkit" in json.loads(done.stdout)[0]["why"]

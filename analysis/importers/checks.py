@@ -11,8 +11,8 @@ import numpy as np
 from analysis.importers.log import Log
 from analysis.importers.planning import SCALE, Planned
 from recipes.errors import InputError
-from recipes.flops import flops_per_token, peak_tflops
-from recipes.possible import most_memory_gb, utilisation
+from recipes.estimate.flops import flops_per_token, peak_tflops
+from recipes.estimate.possible import most_memory_gb, utilisation
 
 FAR = 1.25  # by how much a printed rate may differ from ours: rounding, evaluations in the time, another count of FLOPs
 COUNTS = {"step_time_s": "step time", "tokens_per_s": "tokens/s per GPU", "tflops": "TFLOP/s per GPU"}

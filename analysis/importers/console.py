@@ -19,7 +19,7 @@ from analysis.importers.log import Log, join, keep_rows, put_units
 from analysis.importers.multiline import DICTIONARY, on_one_line
 from analysis.importers.ranks import one_stream
 from analysis.importers.scanner import Scanner
-from analysis.metrics import Array, collector_at_rest
+from analysis.runs.metrics import Array, collector_at_rest
 from recipes.errors import InputError
 
 FORMATS = tuple(DIALECTS)

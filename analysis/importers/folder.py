@@ -19,7 +19,7 @@ import orjson
 
 from analysis.importers.log import MOST_STEPS, Log, why_unsound
 from analysis.importers.planning import SCALE, Planned
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import event, set_status, write_json

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
 PART = 1 << 18  # steps looked at at a time

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from analysis.importers.facts import Facts
 from analysis.importers.grid import PART, SHOWN, Stretch, gaps_of, last_word, refuse_two_runs, restarts, stretches_of
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
 GIGABYTES = {"memory_bytes": 1e-9, "reserved_bytes": 1e-9, "reserved_gib": 2**30 / 1e9}  # a unit in 1e9 bytes

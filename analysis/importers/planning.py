@@ -18,11 +18,11 @@ import numpy as np
 
 from analysis.importers.facts import ALL_LAYERS
 from analysis.importers.log import Log, distinct
-from recipes.compose import compose_plan
+from recipes.compose.layout_rules import batch_divides, heads_divide, layers_per_stage, tensor_parallel_divides
+from recipes.compose.rules import cell_is_supported
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
-from recipes.mapping_rules import batch_divides, heads_divide, layers_per_stage, tensor_parallel_divides
 from recipes.plan import Model, Plan
-from recipes.rules import cell_is_supported
 
 AXES = ("model", "precision", "gpu")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -233,7 +233,7 @@ def _model_of(log: Log) -> str:
 
 
 def _models() -> list[Model]:
-    from recipes.compose import CONF
+    from recipes.compose.tree import CONF
 
     names = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
     return [compose_plan([f"model={name}", "gpu=cpu"], rules=()).model for name in names]

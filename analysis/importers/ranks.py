@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.importers.lines import Rank
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 
 SIDE_BY_SIDE = 0.75  # distinct steps over printed ones, below which ranks printed the same steps
 

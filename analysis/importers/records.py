@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.importers.log import Log, put_units
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
 STEP, TIME = "step", "time"  # keys of every record, beside the names that the logger was given

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from analysis.importers.dialects import Dialect, Shape, learn
 from analysis.importers.lines import Rank, rank_of
-from analysis.metrics import Array
+from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
 MOST_SHAPES, RECENT = 2000, 8  # how many shapes are learned from one log, and how many of them are tried on a line

@@ -3,7 +3,7 @@
     python -m analysis.post fig3                                    the shipped runs
     python -m analysis.post fig3 runs/fig3                          and yours (run folders, or folders that hold some)
     python -m analysis.post experiment=fig5 precision=mxfp8         with other axes than the experiment's
-    python -m analysis.post fig1 results/gemm                       yours, as python -m recipes.gemm wrote it
+    python -m analysis.post fig1 results/gemm                       yours, as python -m recipes.measure.gemm wrote it
 
 DIR/figN.html needs nothing beside itself; DIR/figN.csv holds the values; figures are written as PNG too.  In seconds, without a GPU.
 """
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.pages import render
 from analysis.post.make import make
 from analysis.post.training import Page
+from analysis.render.pages import render
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError, one_line
 from recipes.exit_codes import EXIT_WRONG_INPUT

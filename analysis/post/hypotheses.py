@@ -11,13 +11,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from analysis.predictor.fitting import counted
+from analysis.predictor.calibration.fit import counted
+from analysis.predictor.calibration.published_steps import rows
+from analysis.predictor.calibration.store import constants, speedup_interval
 from analysis.predictor.forecast import bf16_twin, compose
-from analysis.predictor.price import Constants
-from analysis.predictor.rows import rows
-from analysis.predictor.step import TERMS, predict, price
-from analysis.predictor.stored import constants, speedup_interval
-from analysis.tabular import Table
+from analysis.predictor.model.cost import Constants
+from analysis.predictor.model.step import TERMS, predict, price
+from analysis.render.table import Table
 from recipes.errors import InputError
 from recipes.plan import Plan
 

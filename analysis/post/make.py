@@ -7,8 +7,8 @@ from pathlib import Path
 
 from analysis.post import single, training
 from analysis.post.training import Page
-from analysis.runs import folders_of, once
-from analysis.soundness import sound
+from analysis.runs.load import folders_of, once
+from analysis.runs.soundness import sound
 from recipes.errors import InputError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

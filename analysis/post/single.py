@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis import gemm
-from analysis.loss_figures import figures
-from analysis.numerics_figures import figures as numerics_figures
+from analysis.convergence.comparison import compare, headline, shown
+from analysis.convergence.figures import figures
+from analysis.convergence.numerics_figures import figures as numerics_figures
 from analysis.post import sources
 from analysis.post.training import Page
-from analysis.runs import load_all
-from analysis.table import compare, headline, shown
-from analysis.tabular import Table
+from analysis.render.table import Table
+from analysis.runs.load import load_all
+from analysis.speed import gemm
 
 TITLES = {1: "Figure 1: GEMM speedup of FP8 over BF16 by scaling granularity and K", 2: "Figure 2: training loss of FP8 recipes beside BF16"}
 
 
 def gemms(folders: Sequence[Path]) -> Page:
-    """Return the page of figure 1 from folders of `python -m recipes.gemm`: the first one's figure and table, then the others'."""
+    """Return the page of figure 1 from folders of `python -m recipes.measure.gemm`: the first one's figure and table, then the others'."""
     made = Page(TITLES[1], [_post(1)])
     for place, folder in enumerate(folders):
         table = gemm.load(folder)
@@ -32,7 +32,7 @@ def gemms(folders: Sequence[Path]) -> Page:
         else:
             made.said.append(f"{device}: the linear layers of the five models are not measured yet.")
     if not folders:
-        made.said.append("Measured: not yet. Measure with python -m recipes.gemm --models all --out DIR on a CUDA GPU.")
+        made.said.append("Measured: not yet. Measure with python -m recipes.measure.gemm --models all --out DIR on a CUDA GPU.")
     return made
 
 

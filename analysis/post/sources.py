@@ -8,21 +8,21 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 
-from analysis import depth, fig3
-from analysis.depth import device
 from analysis.post.values import Label, Value
+from analysis.predictor.calibration.published_steps import Row, pairs, rows
+from analysis.predictor.calibration.store import Interval, constants, ratio_interval
 from analysis.predictor.forecast import compose, forecast
-from analysis.predictor.rows import Row, pairs, rows
-from analysis.predictor.step import predict
-from analysis.predictor.stored import Interval, constants, ratio_interval
-from analysis.published import REFERENCE, months_apart, post_speedups
-from analysis.runs import Run
-from analysis.speed import Interval as Spread
+from analysis.predictor.model.step import predict
+from analysis.runs.load import Run
+from analysis.runs.published import REFERENCE, months_apart, post_speedups
+from analysis.runs.timing import Interval as Spread
+from analysis.speed import depth, full_depth_table
+from analysis.speed.depth import device
+from analysis.speed.full_depth import reference_of
 from analysis.throughput import faster, own_base
-from analysis.whole import reference_of
+from recipes.compose.rules import check
 from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.rules import check
 
 PARTS: Label = "measured parts, put together"
 ON = "on "  # begins the series of what was measured on another GPU
@@ -86,14 +86,14 @@ def _elsewhere(plan: Plan, gpu: str) -> str:
 
 
 def assembled_speedups(plan: Plan, runs: Sequence[Run]) -> list[Value]:
-    """Return the speedups of whole models put together from runs cut in depth (analysis.whole), of a plan's cell.
+    """Return the speedups of whole models put together from runs cut in depth (analysis.speed.full_depth), of a plan's cell.
 
     Whole models that ran stand for themselves (`measured_speedups`): what makes them fit may be other settings.
     """
     whole = {run.folder for run in whole_runs(runs)}
     own = [run for run in runs if run.plan.model.name == plan.model.name and serves(run.plan, plan.gpu.name) and run.folder not in whole]
     found = []
-    for row in fig3.rows(depth.fit(own)):
+    for row in full_depth_table.rows(depth.fit(own)):
         if row["precision"] == plan.precision.name and row["speedup_whole"]:
             spread = Spread(row["speedup_whole"], row["speedup_whole_low"], row["speedup_whole_high"])
             what = f"{row['layout']}, compute alone; parts measured on {row['device']}, depths {', '.join(map(str, row['layers']))}"

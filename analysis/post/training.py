@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from analysis.figures import COLOURS, Figure
 from analysis.post import hypotheses, sources
 from analysis.post.values import Band, Value, chart, table
 from analysis.post.values import sources as table_of_sources
+from analysis.predictor.calibration.store import COVERAGE, speedup_basis
 from analysis.predictor.forecast import compose
-from analysis.predictor.stored import COVERAGE, speedup_basis
-from analysis.runs import Run
-from analysis.tabular import Table
-from recipes.axes import with_axes
-from recipes.compose import CONF, compose_tree, sweep
+from analysis.render.figure import COLOURS, Figure
+from analysis.render.table import Table
+from analysis.runs.load import Run
+from recipes.compose.axes import with_axes
+from recipes.compose.tree import CONF, compose_tree, sweep
 from recipes.errors import InputError
 from recipes.plan import Plan
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from analysis.figures import Figure, axes
-from analysis.tabular import Table
+from analysis.render.figure import Figure, axes
+from analysis.render.table import Table
 
 Label = Literal["measured", "measured parts, put together", "published", "predicted"]
 SHADES: dict[Label, float] = {"measured": 1.0, "measured parts, put together": 0.75, "published": 0.5, "predicted": 0.2}  # of bars, by label

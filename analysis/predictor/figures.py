@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.figures import Figure, axes
-from analysis.predictor.step import TERMS
+from analysis.predictor.model.step import TERMS
+from analysis.render.figure import Figure, axes
 
 # Colours of Okabe and Ito, each family of terms in one hue: computing, casting, talking, waiting.
 COLOURS = {

@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.predictor.step import Prediction, predict
-from analysis.predictor.stored import Interval, basis, constants, speedup_basis, speedup_interval, step_time_interval
-from recipes.compose import COMMAND_KEYS, compose_plan, compose_tree, plan_from_tree
-from recipes.defaults import fill
+from analysis.predictor.calibration.store import Interval, basis, constants, speedup_basis, speedup_interval, step_time_interval
+from analysis.predictor.model.step import Prediction, predict
+from recipes.compose.defaults import fill
+from recipes.compose.fit import state
+from recipes.compose.layout_rules import MAPPING_RULES
+from recipes.compose.rules import RULES, model_fits_gpu
+from recipes.compose.tree import COMMAND_KEYS, compose_plan, compose_tree, plan_from_tree
 from recipes.errors import InputError
-from recipes.fit import state
-from recipes.flops import flops_per_token, mfu, peak_tflops
-from recipes.mapping_rules import MAPPING_RULES
-from recipes.memory import Memory, estimate, usable_gb
+from recipes.estimate.flops import flops_per_token, mfu, peak_tflops
+from recipes.estimate.memory import Memory, estimate, usable_gb
 from recipes.overlap import reopened, resolved
 from recipes.plan import Model, Plan
-from recipes.rules import RULES, model_fits_gpu
 
 SETTINGS_KEYS = ("experiment", "settings")
 
@@ -112,7 +112,7 @@ def bf16_twin(plan: Plan) -> Plan | None:
         return None
     settings = plan.settings
     if settings.name == "throughput":
-        settings = settings.model_copy(update={"precision_aware_optimizer": True})  # as recipes.defaults fills it for BF16
+        settings = settings.model_copy(update={"precision_aware_optimizer": True})  # as recipes.compose.defaults fills it for BF16
     bf16 = plan.precision.model_copy(update={"name": "bf16", "fp8": None})
     return resolved(reopened(plan).model_copy(update={"precision": bf16, "settings": settings}))
 

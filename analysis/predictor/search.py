@@ -1,7 +1,7 @@
 """The best layout: every split of a model over its GPUs that Megatron-Core takes and that fits in memory, by predicted speed.
 
 Tried are powers of two for tp, cp and the micro-batch, divisors of the layers for pp and vp, with and without FSDP, and recomputing no
-layer or all of them; GPUs, global batch, sequence and everything else stay as the plan has them.  The rules of `recipes.mapping_rules`
+layer or all of them; GPUs, global batch, sequence and everything else stay as the plan has them.  The rules of `recipes.compose.layout_rules`
 refuse what cannot run, and memory is asked from the fastest down until enough are found.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from analysis.predictor.step import Prediction, predict
-from analysis.predictor.stored import constants
+from analysis.predictor.calibration.store import constants
+from analysis.predictor.model.step import Prediction, predict
+from recipes.compose.fit import fits
+from recipes.compose.layout_rules import MAPPING_RULES
 from recipes.errors import InputError
-from recipes.fit import fits
-from recipes.mapping_rules import MAPPING_RULES
 from recipes.overlap import reopened, resolved
 from recipes.plan import Mapping, Plan
 

@@ -21,13 +21,13 @@ from nemo.lightning import megatron_init
 
 from recipes.code import code
 from recipes.errors import InputError, one_line
-from recipes.fp8_gemms import refusal
+from recipes.estimate.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
 from recipes.plan import Fp8, plan_from_json
 from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, sha256, write_json
 from recipes.training import devices, stop, watchdog
-from recipes.training.ahead import Moment, Number
 from recipes.training.console import training_line, validation_line
+from recipes.training.deferred import Moment, Number
 from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import complete, complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
@@ -55,7 +55,7 @@ class Ended:
 class RunFolderCallback(Callback):  # type: ignore[misc]
     """Lightning callback that fills the run folder, from rank 0 alone.
 
-    On a GPU a step's line is written while the next one is under way (recipes/training/ahead.py), or before what comes between them: an
+    On a GPU a step's line is written while the next one is under way (recipes/training/deferred.py), or before what comes between them: an
     evaluation, a checkpoint, the end.  `plan_json` is the plan as text: NeMo's recipe objects hold plain values.
     """
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import track
 
 from recipes.cli import ArgumentParser, command
-from recipes.compose import compose_data
-from recipes.data_files import (
+from recipes.compose.tree import compose_data
+from recipes.data.files import (
     SPLITS,
     asked,
     blend,
@@ -40,9 +40,9 @@ from recipes.data_files import (
     prepared_root,
     sets_of,
 )
+from recipes.data.indexed import check_contents
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
-from recipes.indexed import check_contents
 from recipes.plan import Data, Plan
 from recipes.run_folder import read_json
 from recipes.training.text import (
@@ -108,7 +108,7 @@ def _made_before(root: Path, data: Data, vocab_size: int, contents: bool) -> Pat
 def check_for_training(plan: Plan) -> None:
     """Raise InputError where a process of the plan's job cannot read its data or its tokenizer.
 
-    The contents were looked at by the preflight of the first node (recipes/preflight.py).
+    The contents were looked at by the preflight of the first node (launch/preflight.py).
     """
     check_data(plan, in_job=True, contents=False)
     if plan.data.kind == "indexed":

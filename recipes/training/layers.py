@@ -159,7 +159,7 @@ class CpuAttention(MegatronModule):  # type: ignore[misc]
     It takes the place of Megatron-Core's DotProductAttention, which asserts that there is no window.  A window of (w, 0)
     lets a query see w keys before its own, as Transformer Engine's (pytorch attention, get_swa_mask).  With a softcap c
     scores become c tanh(score / c), and their scale is that of `query_pre_attn_scalar`, as in NeMo's Gemma 2; its window
-    does not reach them, for the plan has no longer sequences (recipes/model_rules.py).
+    does not reach them, for the plan has no longer sequences (recipes/compose/model_rules.py).
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from recipes.code import code, sources_sha256
+from recipes.compose.secrets import SECRET_NAME, has_secret
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
 from recipes.manifest_record import ENVIRONMENT, Session, is_looked_at
 from recipes.plan import Plan
 from recipes.run_folder import read_json, write_json
-from recipes.secret_values import SECRET_NAME, has_secret
 from recipes.training import data, devices
 
 PACKAGES = (

@@ -25,10 +25,10 @@ from nemo.lightning import NeMoLogger
 from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from recipes.data_files import tokenizer_of_job
+from recipes.data.files import tokenizer_of_job
+from recipes.data.tokenizer_files import sentencepiece_file
 from recipes.errors import InputError
 from recipes.plan import Plan
-from recipes.tokenizer_files import sentencepiece_file
 from recipes.training.architecture import refuse_another
 from recipes.training.callback import RunFolderCallback
 from recipes.training.checkpoints import Checkpoints, Resume, Strategy

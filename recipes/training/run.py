@@ -20,7 +20,7 @@ from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
 from recipes.run_folder import PORT_TAKEN, event, only_writer, read_plan, set_status
 from recipes.training import rendezvous, stop, watchdog
-from recipes.training.ahead import log_without_waiting
+from recipes.training.deferred import log_without_waiting
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -29,16 +29,16 @@ def task(plan: Plan, folder: Path) -> Any:
     """Adapt this process to its device and return the plan's NeMo recipe, built: called, it is llm.pretrain."""
     if plan.executor.threads:
         torch.set_num_threads(plan.executor.threads)
-    from recipes.training import cpu, te
+    from recipes.training.compat import cpu, transformer_engine
 
-    te.activate(plan)
+    transformer_engine.activate(plan)
     cpu.activate()
     if torch.cuda.is_available():
         log_without_waiting()
     import fiddle as fdl
 
+    from recipes.training.compat.loss import set_loss
     from recipes.training.data import check_for_training
-    from recipes.training.loss import set_loss
     from recipes.training.recipe import build
 
     check_for_training(plan)

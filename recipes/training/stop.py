@@ -3,7 +3,7 @@
 A job's script makes the file before its time limit; a preemption sends a signal.  NeMo's PreemptionCallback (lightning/pytorch/callbacks/
 preemption.py) leaves the process from within the step's callbacks; here training ends as at its last step, so that the
 run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear the signal at different steps.  On GPUs it is heard by all
-a step after it was said, so that no rank waits for its GPU to hear it (recipes/training/ahead.py).
+a step after it was said, so that no rank waits for its GPU to hear it (recipes/training/deferred.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from recipes.training.ahead import Number
+from recipes.training.deferred import Number
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _asked = False

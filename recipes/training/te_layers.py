@@ -2,7 +2,7 @@
 
 NeMo and Megatron-Core train on in BF16 without a word where FP8 is not to be had, so each layer's FP8 GEMMs are counted.  On
 steps that are diagnosed, this project's numerics quantise the operands that the layer had, as the recipe does, and keep what
-they met (recipes/training/bits.py says how exactly they agree with Transformer Engine's own casts).  Of a large operand they
+they met (recipes/measure/gpu/casts.py says how exactly they agree with Transformer Engine's own casts).  Of a large operand they
 take rows from all over it, and the one with the largest value, which decides a scale: the whole in FP32, with what the numerics
 make of it, would need more memory than the training it looks at.
 """

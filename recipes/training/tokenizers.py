@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.data.tokenizer_files import is_on_the_hub, sentencepiece_file
 from recipes.errors import InputError
-from recipes.tokenizer_files import is_on_the_hub, sentencepiece_file
 
 MODEL = "tokenizer.model"  # a SentencePiece model in a folder of prepared data
 

@@ -10,12 +10,12 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from analysis.runs import Array
-from recipes.compose import compose_plan
-from recipes.fp8_gemms import fp8_gemms
+from analysis.runs.load import Array
+from recipes.compose.tree import compose_plan
+from recipes.estimate.fp8_gemms import fp8_gemms
+from recipes.estimate.schedule import rates
 from recipes.plan import Plan
 from recipes.run_folder import set_status
-from recipes.schedule import rates
 
 STEPS = 1200
 Maker = Callable[..., Path]

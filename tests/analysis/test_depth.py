@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import depth, fig3, published, whole
-from analysis.depth import Depth
-from analysis.fig3 import main as command
-from analysis.runs import Run, load_run
+from analysis.runs import published
+from analysis.runs.load import Run, load_run
+from analysis.speed import depth, full_depth, full_depth_table
+from analysis.speed.depth import Depth
+from analysis.speed.full_depth_table import main as command
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker, curve
 
@@ -103,21 +104,21 @@ def test_runs_without_the_optimizers_time_give_the_line_of_the_step_alone(make: 
         edit(folder, lambda i, seconds=seconds: {"step_time_s": seconds})
     (line,) = depth.fit([load_run(folder) for folder in folders])
     assert line.passes is None and (line.per_layer_s, line.fixed_s) == pytest.approx((0.1, 0.3))
-    assert whole.assemble(line) is None
-    (row,) = fig3.rows([line])
-    assert row["split"] is False and row["whole_step_time_s"] is None and "(step)" in fig3.layers_table([row]).markdown()
+    assert full_depth.assemble(line) is None
+    (row,) = full_depth_table.rows([line])
+    assert row["split"] is False and row["whole_step_time_s"] is None and "(step)" in full_depth_table.layers_table([row]).markdown()
     with pytest.raises(InputError, match="no whole model"):
-        fig3.whole_table([row])
+        full_depth_table.whole_table([row])
 
 
 def test_a_whole_model_is_one_gpus_share_of_its_parts(make: Maker) -> None:
     """Llama 3 8B on 8 H100s, cp 2, dp 4: 32 micro-batches; 70B on 64, tp 4 pp 4 cp 2, dp 2: 64, the vocabulary cut to a quarter."""
     bf16, current = lines_of(make)
     a, b, c, d = BF16
-    made = whole.assemble(bf16)
+    made = full_depth.assemble(bf16)
     assert made and made.micro_batches == 32
     assert made.step_time_s == pytest.approx((32 * (a + 32 * b) + (c + 32 * d) / 4) / 2)
-    row = fig3.rows([bf16, current])[1]
+    row = full_depth_table.rows([bf16, current])[1]
     ours = (32 * (CURRENT[0] + 32 * CURRENT[1]) + (CURRENT[2] + 32 * CURRENT[3]) / 4) / 2
     assert row["speedup_whole"] == pytest.approx(made.step_time_s / ours, abs=1e-3)
     assert row["speedup_per_layer"] == pytest.approx(0.020 / 0.014, abs=1e-3)
@@ -127,36 +128,36 @@ def test_a_vocabulary_cut_to_one_gpus_share_is_said_and_scaled_up(make: Maker) -
     cut = ("model=llama3_70b", "model.vocab_size=32064", "gpu.memory_gb=2000")
     parts = a, b, c, d = 0.030, 0.080, 0.004, 0.003
     (line,) = depth.fit([load_run(planted(make, "bf16", n, parts, more=cut)) for n in (2, 4)])
-    made = whole.assemble(line)
+    made = full_depth.assemble(line)
     assert made and made.step_time_s == pytest.approx((64 * (4 * a + 80 * b) + (4 * c + 80 * d) / 2) / 32)
-    assert "llama3_70b 32064 of 128256 (1/4)" in fig3.layers_table(fig3.rows([line])).markdown()
+    assert "llama3_70b 32064 of 128256 (1/4)" in full_depth_table.layers_table(full_depth_table.rows([line])).markdown()
 
 
 def test_goals_are_computed(make: Maker) -> None:
-    row = fig3.rows(lines_of(make))[1]
+    row = full_depth_table.rows(lines_of(make))[1]
     assert (row["goal_per_layer"], row["goal_per_layer_met"]) == (1.36, True)  # planted: 1.43
     assert (row["goal_whole"], row["goal_whole_met"]) == (1.30, True)
     slower = CURRENT[0], BF16[1] / 1.35, *CURRENT[2:]
     runs = [load_run(planted(named(make, "slow"), name, n, parts)) for name, parts in (("bf16", BF16), ("fp8_current", slower)) for n in (2, 4)]
-    row = fig3.rows(depth.fit(runs))[1]
-    assert row["goal_per_layer_met"] is False and "1.36x missed" in fig3.layers_table([row]).markdown()
+    row = full_depth_table.rows(depth.fit(runs))[1]
+    assert row["goal_per_layer_met"] is False and "1.36x missed" in full_depth_table.layers_table([row]).markdown()
 
 
 def test_what_was_published_stands_beside_the_same_work_a_gpu(make: Maker) -> None:
-    bf16, current = fig3.rows(lines_of(make))
+    bf16, current = full_depth_table.rows(lines_of(make))
     assert (bf16["published_step_time_s"], bf16["published_num_gpus"]) == (12.27, 8)
     assert (current["post_speedup"], current["published_step_time_s"]) == (1.30, None)  # the published steps are of delayed scaling
-    delayed = whole.reference("llama3_70b", "fp8_delayed", "h100")
+    delayed = full_depth.reference("llama3_70b", "fp8_delayed", "h100")
     assert delayed
-    made = whole.Whole(delayed, published.layout_of(delayed), 64, np.ones(1))
-    step = whole.published_step(made, "fp8_delayed")
-    base = step and whole.published_base(step)
+    made = full_depth.Whole(delayed, published.layout_of(delayed), 64, np.ones(1))
+    step = full_depth.published_step(made, "fp8_delayed")
+    base = step and full_depth.published_base(step)
     assert step and base and (step.step_time_s, base.step_time_s) == (9.86, 14.66)
     assert (step.layout.pp, base.layout.pp) == (8, 4)
 
 
 def test_the_interval_holds_the_planted_speedup_and_shrinks_with_the_noise(make: Maker) -> None:
-    rows = [fig3.rows(lines_of(named(make, str(noise)), noise=noise))[1] for noise in (0.001, 0.02)]
+    rows = [full_depth_table.rows(lines_of(named(make, str(noise)), noise=noise))[1] for noise in (0.001, 0.02)]
     for row in rows:
         assert row["speedup_per_layer_low"] < 0.020 / 0.014 < row["speedup_per_layer_high"]
     quiet, loud = (row["speedup_per_layer_high"] - row["speedup_per_layer_low"] for row in rows)

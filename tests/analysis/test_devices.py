@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from analysis import fig3, throughput
-from analysis.devices import BETWEEN_GPUS
+from analysis import throughput
 from analysis.report import main as report
-from analysis.runs import load_run
-from analysis.speed import speedup
+from analysis.runs.devices import BETWEEN_GPUS
+from analysis.runs.load import load_run
+from analysis.runs.timing import speedup
+from analysis.speed import full_depth_table
 from analysis.throughput import main as command
 from tests.analysis.conftest import Maker, curve
 from tests.analysis.test_depth import ALONE, BF16, CURRENT, edit, lines_of, named
@@ -55,16 +56,16 @@ def test_of_two_equal_bases_that_on_the_same_gpu_is_taken(make: Maker) -> None:
 
 def test_a_layers_speedup_of_two_gpus_is_wider_by_what_the_difference_of_two_steps_magnifies(make: Maker) -> None:
     lines = lines_of(make)
-    same = fig3.rows(lines)[1]
+    same = full_depth_table.rows(lines)[1]
     for run in lines[1].runs:
         run.manifest["gpus"] = OTHER
-    other = fig3.rows(lines)[1]
+    other = full_depth_table.rows(lines)[1]
     magnified = max(line.step_time_s[-1] / (line.step_time_s[-1] - line.step_time_s[0]) for line in lines)
     assert magnified > 1 and (same["pair_gpu"], other["pair_gpu"]) == ("same GPU", "other GPU")
     for what in ("speedup_per_layer", "speedup_whole"):
         assert other[f"{what}_high"] == pytest.approx(same[f"{what}_high"] * (1 + BETWEEN_GPUS * magnified), abs=2e-3)
-    assert any("another GPU" in note and "fp8_current" in note for note in fig3.layers_table([same, other]).notes)
-    assert not any("another GPU" in note for note in fig3.layers_table([same]).notes)
+    assert any("another GPU" in note and "fp8_current" in note for note in full_depth_table.layers_table([same, other]).notes)
+    assert not any("another GPU" in note for note in full_depth_table.layers_table([same]).notes)
     assert BF16 != CURRENT
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.evaluation import Paired, decide, load_evaluation, more_questions, task_rows
+from analysis.convergence.tasks import Paired, decide, load_evaluation, more_questions, task_rows
 from analysis.report import main as report
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker, curve, own_noise
@@ -84,7 +84,7 @@ def test_mcnemar_agrees_with_statsmodels() -> None:
 
 
 def evaluate(folder: Path, precision: str, correct: list[int], loss: float, **facts: Any) -> None:
-    """Write what recipes.evaluate writes, made up."""
+    """Write what recipes.evaluation.evaluate writes, made up."""
     rows = [{"task": "t", "doc_id": i, "doc_sha256": str(i), "prompt_sha256": str(i), "correct": c} for i, c in enumerate(correct)]
     items = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "evaluation_items.jsonl").write_text(items)

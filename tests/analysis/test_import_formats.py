@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from analysis.import_logs import main
-from analysis.runs import load_run
+from analysis.runs.load import load_run
 from tests.analysis.foreign import STEPS, arguments, command, losses, megatron, nemo, write
 from tests.analysis.test_import_logs import tensorboard
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from analysis.compare import main as compare
 from analysis.import_logs import main
 from analysis.report import main as report
-from analysis.runs import load_run
-from recipes.compose import compose_plan
+from analysis.runs.load import load_run
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import rows_of
 from recipes.training.console import training_line, validation_line

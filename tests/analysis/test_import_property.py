@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from analysis.import_logs import main
-from analysis.runs import load_run
-from recipes.compose import compose_plan
-from recipes.flops import flops_per_token
+from analysis.runs.load import load_run
+from recipes.compose.tree import compose_plan
+from recipes.estimate.flops import flops_per_token
 from recipes.plan import Plan
 from tests.analysis.foreign import arguments, losses, write
 

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.compare import main as compare
 from analysis.import_logs import main
-from analysis.runs import load_run
+from analysis.runs.load import load_run
 from analysis.throughput import main as throughput
 from recipes.errors import InputError
 from recipes.run_folder import status_of

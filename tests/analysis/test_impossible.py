@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from analysis import compare, fig3, layouts, report, throughput, tuning
+from analysis import compare, report, throughput, tuning
 from analysis.post import training
 from analysis.post.__main__ import main as post
-from analysis.predictor import rows as predictor_rows
-from analysis.runs import folders_of, load_all, load_run, load_runs
-from recipes import validation
+from analysis.predictor.calibration import published_steps as predictor_rows
+from analysis.runs.load import folders_of, load_all, load_run, load_runs
+from analysis.speed import full_depth_table, layouts
 from recipes.errors import InputError
+from recipes.measure import memory
 from recipes.run_folder import sha256
 
 PROJECT = Path(__file__).parents[2]
@@ -217,14 +218,14 @@ ARGUMENTS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "analysis/compare.py": (compare.main, []),
     "analysis/report.py": (report.main, ["--out", "{out}/report.html"]),
     "analysis/throughput.py": (throughput.main, []),
-    "analysis/fig3.py": (fig3.main, []),
+    "analysis/speed/full_depth_table.py": (full_depth_table.main, []),
     "analysis/tuning.py": (tuning.main, []),
-    "analysis/layouts.py": (layouts.main, []),
+    "analysis/speed/layouts.py": (layouts.main, []),
     "analysis/post/__main__.py": (lambda words: post(["fig3", "model=llama3_8b", *words]), ["--out", "{out}"]),
-    "recipes/validation.py": (validation.main, []),
+    "recipes/measure/memory.py": (memory.main, []),
 }
 # Commands with a RUN that take no number of its metrics: they write one, read checkpoints, or its place in a queue.
-OTHERS = {"analysis/import_logs.py", "recipes/evaluate.py", "launch/resume.py", "launch/status.py", "launch/cancel.py"}
+OTHERS = {"analysis/import_logs.py", "recipes/evaluation/evaluate.py", "launch/resume.py", "launch/status.py", "launch/cancel.py"}
 
 
 def test_the_walk_over_commands_leaves_none_out() -> None:

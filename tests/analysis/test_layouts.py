@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.layouts import main
+from analysis.speed.layouts import main
 
 SHIPPED = Path(__file__).parents[2] / "analysis" / "results" / "layouts_h200"
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis import depth, gemm, numerics, numerics_figures
-from analysis.measurements import device
+from analysis.convergence import numerics, numerics_figures
 from analysis.report import main as report
-from analysis.runs import load_all, load_run
+from analysis.runs.load import load_all, load_run
+from analysis.runs.measurements import device
+from analysis.speed import depth, gemm
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker, curve
 

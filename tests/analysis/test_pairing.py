@@ -13,8 +13,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from analysis import compare, layouts, report, throughput, tuning
-from analysis.effects import MANIFEST_FIELDS, PLAN_FIELDS
+from analysis import compare, report, throughput, tuning
+from analysis.runs.effects import MANIFEST_FIELDS, PLAN_FIELDS
+from analysis.speed import layouts
 from recipes.manifest_record import Manifest
 from recipes.plan import Plan
 
@@ -57,7 +58,7 @@ def declared(model: type[BaseModel]) -> set[str]:
     ids=["plan", "manifest"],
 )
 def test_every_field_of_plan_and_manifest_has_a_declared_effect(model: type[BaseModel], fields: dict[str, Any]) -> None:
-    assert declared(model) == set(fields), "declare its effect in analysis/effects.py, and remove what is gone"
+    assert declared(model) == set(fields), "declare its effect in analysis/runs/effects.py, and remove what is gone"
 
 
 # Through the commands

@@ -12,9 +12,9 @@ from analysis.post import hypotheses, make, sources
 from analysis.post.__main__ import main
 from analysis.post.training import cells, page
 from analysis.post.values import SHADES, Value, chart, looks_of, table
-from analysis.published import post_speedups
-from analysis.runs import load_run
-from recipes.compose import compose_plan
+from analysis.runs.load import load_run
+from analysis.runs.published import post_speedups
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 from tests.analysis.conftest import Maker
 from tests.analysis.test_depth import BF16, CURRENT, planted

@@ -12,11 +12,11 @@ import pytest
 from analysis.predict import main
 from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import compose, compose_any_layout, forecast
+from analysis.predictor.model.step import TERMS
 from analysis.predictor.search import candidates, search
-from analysis.predictor.step import TERMS
-from recipes.fit import fits
-from recipes.mapping_rules import MAPPING_RULES
-from recipes.rules import check
+from recipes.compose.fit import fits
+from recipes.compose.layout_rules import MAPPING_RULES
+from recipes.compose.rules import check
 
 CELL = ["model=llama3_70b", "precision=fp8_current", "gpu=h100"]
 

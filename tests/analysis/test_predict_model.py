@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from analysis.layer import load as layer_profile
+from analysis.predictor.calibration.published_steps import rows
 from analysis.predictor.forecast import compose, forecast
-from analysis.predictor.gemm import measured
-from analysis.predictor.hardware import Hardware, domains, hardware, ring_bandwidth
-from analysis.predictor.price import GRAPHED_GAP, HIDDEN_EXPOSED, KNOWN, NAMES, PRIOR, Constants, seconds, waiting
-from analysis.predictor.rows import rows
-from analysis.predictor.step import TERMS, Stage, count, predict, price
-from analysis.predictor.work import BACKWARD_ATTENTION, KERNELS, KERNELS_FP8, layer, step, vocabulary
-from recipes.compose import CONF, compose_plan
+from analysis.predictor.model.cost import GRAPHED_GAP, HIDDEN_EXPOSED, KNOWN, NAMES, PRIOR, Constants, seconds, waiting
+from analysis.predictor.model.gemm import measured
+from analysis.predictor.model.hardware import Hardware, domains, hardware, ring_bandwidth
+from analysis.predictor.model.step import TERMS, Stage, count, predict, price
+from analysis.predictor.model.work import BACKWARD_ATTENTION, KERNELS, KERNELS_FP8, layer, step, vocabulary
+from analysis.speed.layer import load as layer_profile
+from recipes.compose.tree import CONF, compose_plan
 from recipes.errors import InputError
-from recipes.flops import attention_flops_per_token, flops_per_token
+from recipes.estimate.flops import attention_flops_per_token, flops_per_token
 from recipes.plan import Plan
 from recipes.run_folder import comparable, differences, read_plan
 
@@ -84,7 +84,7 @@ def test_no_pipeline_no_bubble_and_one_gpu_does_not_talk() -> None:
 
 @pytest.mark.parametrize("model", ["llama3_8b", "nemotron4_15b"])
 def test_counted_operations_are_the_model_flops(model: str) -> None:
-    """GEMMs and attention of one GPU's micro-batch, against recipes.flops, where attention's backward pass is twice its forward."""
+    """GEMMs and attention of one GPU's micro-batch, against recipes.estimate.flops, where attention's backward pass is twice its forward."""
     plan = plan_of(model, "bf16", "b200")
     hw, gemms, tokens = hardware(plan.gpu), measured(), plan.mapping.micro_batch * plan.seq_length
     block, head = layer(plan, hw, gemms, in_fp8=False), vocabulary(plan, hw, gemms)

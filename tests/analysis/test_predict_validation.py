@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 
 from analysis.predict import main
-from analysis.predictor import price, stored
-from analysis.predictor.choices import OTHER_NUMBERS, PRIORS, otherwise
-from analysis.predictor.documents import constants_table
-from analysis.predictor.fitting import fit, step_time
-from analysis.predictor.halves import CHOOSE, REPORT, halves
-from analysis.predictor.hardware import generation
-from analysis.predictor.price import NAMES, PRIOR
-from analysis.predictor.rows import Row, own_rows, pairs, rows
-from analysis.predictor.step import predict
-from analysis.predictor.stored import constants, fits, ratio_interval, speedup_interval, step_time_interval, write
-from analysis.predictor.unseen import unseen_rows
-from analysis.predictor.validation import GOALS, Validation, residuals, summary, validate
-from analysis.predictor.validation_tables import tables
-from analysis.runs import load_run
-from analysis.speed import step_time as step_time_of
-from recipes.compose import compose_plan
+from analysis.predictor.calibration import store
+from analysis.predictor.calibration.fit import fit, step_time
+from analysis.predictor.calibration.halves import CHOOSE, REPORT, halves
+from analysis.predictor.calibration.published_steps import Row, own_rows, pairs, rows
+from analysis.predictor.calibration.sensitivity import OTHER_NUMBERS, PRIORS, otherwise
+from analysis.predictor.calibration.store import constants, fits, ratio_interval, speedup_interval, step_time_interval, write
+from analysis.predictor.calibration.tables import tables
+from analysis.predictor.calibration.unseen import unseen_rows
+from analysis.predictor.calibration.validation import GOALS, Validation, residuals, summary, validate
+from analysis.predictor.model import cost
+from analysis.predictor.model.cost import NAMES, PRIOR
+from analysis.predictor.model.hardware import generation
+from analysis.predictor.model.step import predict
+from analysis.runs.load import load_run
+from analysis.runs.timing import step_time as step_time_of
+from docs.build.predictor_constants import constants_table
+from recipes.compose.tree import compose_plan
 
 MEASURED = Path(__file__).parents[2] / "analysis" / "results" / "llama3_8b_h100"
 
@@ -131,7 +132,7 @@ def test_goals_out_of_sample(found: Validation) -> None:
 
 def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_path: Path) -> None:
     write(found, tmp_path / "constants.json")
-    fresh, shipped = (json.loads(path.read_text()) for path in (tmp_path / "constants.json", stored.STORED))
+    fresh, shipped = (json.loads(path.read_text()) for path in (tmp_path / "constants.json", store.STORED))
     assert all(fresh[key] == shipped[key] for key in ("fitted_to", "gemms", "families", "pairs"))
     for name in NAMES:
         assert shipped["constants"][name]["value"] == pytest.approx(fresh["constants"][name]["value"], rel=1e-3, abs=1e-4)
@@ -152,9 +153,9 @@ def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_pat
 @pytest.mark.slow
 def test_other_choices_are_fitted_anew_and_leave_the_chosen_ones_as_they_were() -> None:
     some = [row for row in rows() if row.held == "fit" and (row.model == "llama3_8b" or row.gpu == "gb200")]
-    before = price.POWER, price.LATENCY, dict(price.KNOWN)
+    before = cost.POWER, cost.LATENCY, dict(cost.KNOWN)
     made = otherwise(some, [row for row in unseen_rows() if row.model == "llama3_8b"])
-    assert before == (price.POWER, price.LATENCY, price.KNOWN)
+    assert before == (cost.POWER, cost.LATENCY, cost.KNOWN)
     assert len(made) == 1 + sum(map(len, OTHER_NUMBERS.values())) + len(PRIORS)
     errors = [(row["step_time_error"], row["unseen_step_time_error"]) for row in made]
     assert len(set(errors)) == len(errors)
@@ -217,13 +218,13 @@ def test_a_gpu_with_few_rows_gets_the_wider_interval(name: str) -> None:
     wide = step_time_interval(2.0, new)
     assert all(wide.low <= known.low and known.high < wide.high for known in (step_time_interval(2.0, gpu) for gpu in others))
     assert all(wide.low < 2 * row.step_time_s / predict(row.plan, constants()).step_time_s < wide.high for row in own_rows())
-    assert f"{name} is in no family" in stored.basis(new) and "rows of its generation (with h100)" in stored.basis(others[0])
+    assert f"{name} is in no family" in store.basis(new) and "rows of its generation (with h100)" in store.basis(others[0])
 
 
 def test_a_borrowed_speedup_interval_says_so() -> None:
-    assert not stored.borrowed("fp8_delayed") and "none is of" not in stored.speedup_basis("fp8_delayed")
+    assert not store.borrowed("fp8_delayed") and "none is of" not in store.speedup_basis("fp8_delayed")
     for precision in ("mxfp8", "fp8_current", "fp8_subchannel"):
-        assert stored.borrowed(precision) == "fp8_delayed" and f"none is of {precision}" in stored.speedup_basis(precision)
+        assert store.borrowed(precision) == "fp8_delayed" and f"none is of {precision}" in store.speedup_basis(precision)
 
 
 def test_goals_are_said_of_each_way_of_leaving_out(found: Validation) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 
-from analysis.predictor.as_ran import plan_as_ran
-from analysis.predictor.rows import Row, rows
-from analysis.published import REFERENCE
-from recipes.fit import state
-from recipes.memory import estimate
+from analysis.predictor.calibration.as_ran import plan_as_ran
+from analysis.predictor.calibration.published_steps import Row, rows
+from analysis.runs.published import REFERENCE
+from recipes.compose.fit import state
+from recipes.estimate.memory import estimate
 
 
 def found(model: str, gpu: str, precision: str, release: str) -> list[Row]:

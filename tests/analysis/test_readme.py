@@ -11,25 +11,25 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from analysis import readme, readme_parts
-from analysis.predictor.rows import pairs, rows
-from analysis.readme import main as command
-from analysis.readme_parts import FIGURES, TABLES
+from analysis.predictor.calibration.published_steps import pairs, rows
+from docs.build import render, tables
+from docs.build.render import main as command
+from docs.build.tables import FIGURES, TABLES
 from recipes.errors import InputError
 
-RESULTS = readme.ROOT / "analysis" / "results"
+RESULTS = render.ROOT / "analysis" / "results"
 GEMM = "<!-- table: gemm gemm_h100 -->\n<!-- end -->"
 
 
 @pytest.mark.slow
 def test_the_committed_documents_are_what_the_results_make() -> None:
-    differing = [str(path.relative_to(readme.ROOT)) for path in readme.make().differing()]
-    assert not differing, "python -m analysis.readme makes them again"
+    differing = [str(path.relative_to(render.ROOT)) for path in render.make().differing()]
+    assert not differing, "python -m docs.build.render makes them again"
 
 
 def test_every_table_and_image_of_the_documents_is_made() -> None:
     """A table's rule or an image outside the markers would be typed by hand."""
-    text = readme.BLOCK.sub("", (readme.ROOT / "README.md").read_text())
+    text = render.BLOCK.sub("", (render.ROOT / "README.md").read_text())
     assert "|---" not in text.replace(" ", "") and "](docs/images/" not in text
 
 
@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_the_table_and_the_image_are_made_and_prose_is_left_alone(root: Path) -> None:
-    readme.make(root).write()
+    render.make(root).write()
     text = (root / "README.md").read_text()
     rows = [json.loads(line) for line in (root / "analysis/results/gemm_h100/gemm.jsonl").read_text().splitlines()]
     best = next(row for row in rows if (row["granularity"], row["accumulation"], row["k"], row["name"]) == ("tensor", "fast", 53248, "K sweep"))
@@ -53,16 +53,16 @@ def test_the_table_and_the_image_are_made_and_prose_is_left_alone(root: Path) ->
 
 
 def test_twice_changes_nothing_and_a_changed_result_or_number_is_found(root: Path) -> None:
-    readme.make(root).write()
-    assert readme.make(root).differing() == []
+    render.make(root).write()
+    assert render.make(root).differing() == []
     page, results = root / "README.md", root / "analysis/results/gemm_h100/gemm.jsonl"
     good = page.read_text()
     page.write_text(good.replace("1.9", "2.9", 1))
-    assert readme.make(root).differing() == [page]
+    assert render.make(root).differing() == [page]
     page.write_text(good)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     results.write_text("".join(json.dumps({**row, "speedup_over_bf16": (row["speedup_over_bf16"] or 0) * 1.1}) + "\n" for row in rows))
-    assert readme.make(root).differing() == [page, root / "docs/images/gemm.png"]
+    assert render.make(root).differing() == [page, root / "docs/images/gemm.png"]
 
 
 @pytest.mark.parametrize(
@@ -80,23 +80,23 @@ def test_twice_changes_nothing_and_a_changed_result_or_number_is_found(root: Pat
 def test_a_marker_that_cannot_be_served_is_one_line_that_names_it(root: Path, text: str, said: str) -> None:
     (root / "README.md").write_text(text)
     with pytest.raises(InputError, match=rf"README\.md.*{said}") as error:
-        readme.make(root)
+        render.make(root)
     assert "\n" not in str(error.value)
 
 
 def test_an_unsound_run_makes_no_table(root: Path) -> None:
     shutil.copytree(RESULTS / "llama3_8b_h100", root / "analysis/results/runs")
     (root / "README.md").write_text("<!-- table: fig3-layers runs -->\n<!-- end -->\n")
-    assert "0.9" in readme.make(root).documents[root / "README.md"]
+    assert "0.9" in render.make(root).documents[root / "README.md"]
     metrics = root / "analysis/results/runs/llama3_8b.bf16.layers2/metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
     with pytest.raises(InputError, match="lost its end"):
-        readme.make(root)
+        render.make(root)
 
 
 def test_the_command_checks_and_writes(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(readme, "ROOT", root)
-    monkeypatch.setattr(readme, "make", lambda root=root, make=readme.make: make(root))
+    monkeypatch.setattr(render, "ROOT", root)
+    monkeypatch.setattr(render, "make", lambda root=root, make=render.make: make(root))
     assert command(["--check"]) == 1 and "differs from the results: README.md" in capsys.readouterr().out
     assert not (root / "docs").exists()
     assert command([]) == 0 and "written: README.md" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_the_command_checks_and_writes(root: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_data_frame_is_markdown_with_its_index_its_digits_and_its_words_escaped() -> None:
     frame = pd.DataFrame({"recipe": ["a|b", "c"], "count": [1234567, 1], "share": [0.999998, float("nan")]}).set_index("recipe")
-    assert readme_parts._frame(frame, "A note.").splitlines() == [
+    assert tables._frame(frame, "A note.").splitlines() == [
         "| recipe | count | share |",
         "| --- | ---: | ---: |",
         "| a\\|b | 1,234,567 | 0.999998 |",
@@ -122,16 +122,16 @@ def test_what_markers_may_name_is_documented() -> None:
 
 
 def test_another_processors_last_bits_are_no_difference_but_moved_lines_and_sizes_are() -> None:
-    table = readme_parts.gemm.load(RESULTS / "gemm_h200")
-    made = readme_parts.gemm.figure(table).png()
+    table = tables.gemm.load(RESULTS / "gemm_h200")
+    made = tables.gemm.figure(table).png()
     pixels = np.asarray(Image.open(io.BytesIO(made)).convert("RGBA")).copy()
     drawn = np.argwhere((pixels[..., :3] < 128).any(axis=-1))
     few = drawn[:: max(1, len(drawn) // 150)]
-    assert readme.same_picture(made, png(brightened(pixels, drawn, 1))) and readme.same_picture(made, png(brightened(pixels, few, 90)))
-    assert not readme.same_picture(made, png(brightened(pixels, drawn, 90)))
-    assert not readme.same_picture(made, png(pixels[:-1])) and not readme.same_picture(made, b"no image") and not readme.same_picture(made, made[:99])
+    assert render.same_picture(made, png(brightened(pixels, drawn, 1))) and render.same_picture(made, png(brightened(pixels, few, 90)))
+    assert not render.same_picture(made, png(brightened(pixels, drawn, 90)))
+    assert not render.same_picture(made, png(pixels[:-1])) and not render.same_picture(made, b"no image") and not render.same_picture(made, made[:99])
     slower = table.assign(speedup_over_bf16=table["speedup_over_bf16"] * 0.99)
-    assert not readme.same_picture(made, readme_parts.gemm.figure(slower).png())
+    assert not render.same_picture(made, tables.gemm.figure(slower).png())
 
 
 def brightened(pixels: np.ndarray[Any, Any], where: np.ndarray[Any, Any], by: int) -> np.ndarray[Any, Any]:
@@ -150,7 +150,7 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
 def test_validation_and_the_posts_figures_are_served(root: Path) -> None:
     markers = ["table: validation", "table: validation-speedups", "table: validation-steps", "table: post-fig4", "figure: post-fig4"]
     (root / "README.md").write_text("\n\n".join(f"<!-- {marker} -->\n<!-- end -->" for marker in markers))
-    made = readme.make(root)
+    made = render.make(root)
     text = made.documents[root / "README.md"]
     assert text.count("\n| ") > len(rows()) + len(pairs(rows())) and "docs/images/fig4_post.png" in text
     assert "predicted" in text and "published" in text and set(made.images) == {root / "docs/images/fig4_post.png"}

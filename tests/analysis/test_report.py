@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import COLOURS
+from analysis.render.figure import COLOURS
 from analysis.report import main as report
 from tests.analysis.conftest import Maker, curve, own_noise
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.compare import main as compare
-from analysis.runs import load_run
-from analysis.speed import loss_matched, speedup
-from analysis.table import notes, row
-from analysis.verdict import judge
+from analysis.convergence.comparison import notes, row
+from analysis.convergence.verdict import judge
+from analysis.runs.load import load_run
+from analysis.runs.timing import loss_matched, speedup
 from recipes.errors import InputError
 from recipes.run_folder import set_status
 from tests.analysis.conftest import Maker, curve, own_noise, write
@@ -92,7 +92,7 @@ PAIRS = [
 @pytest.mark.parametrize(("difference", "says"), PAIRS)
 def test_runs_that_saw_other_batches_or_another_schedule_are_refused(difference: dict[str, Any], says: str, make: Maker) -> None:
     base, other = make("bf16", curve(STEPS), "bf16"), make("fp8", curve(STEPS), **difference)
-    from analysis.table import compare as compare_runs
+    from analysis.convergence.comparison import compare as compare_runs
 
     with pytest.raises(InputError, match=says):
         compare_runs([load_run(base), load_run(other)])

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import soundness, throughput
-from analysis.runs import load_run
-from analysis.speed import MAX_SPREAD, speedup, step_time, timed
+from analysis import throughput
+from analysis.runs import soundness
+from analysis.runs.load import load_run
+from analysis.runs.timing import MAX_SPREAD, speedup, step_time, timed
 from analysis.throughput import main as command
-from recipes.flops import flops_per_token
+from recipes.estimate.flops import flops_per_token
 from tests.analysis.conftest import Maker, curve
 from tests.analysis.test_depth import MEASURED, ON_H200, edit, named
 

@@ -11,12 +11,12 @@ from scipy.signal import lfilter
 from scipy.stats import ttest_1samp
 
 from analysis.compare import main as compare_main
-from analysis.error_rates import KINDS, rates
-from analysis.error_rates import main as error_rates
-from analysis.runs import Array, load_run
-from analysis.statistics import mean_with_interval, spikes
-from analysis.table import all_notes, compare, headline, notes, row, shown
-from analysis.verdict import gaps_of, judge, judge_seeds, seed_noise
+from analysis.convergence.comparison import all_notes, compare, headline, notes, row, shown
+from analysis.convergence.error_rates import KINDS, rates
+from analysis.convergence.error_rates import main as error_rates
+from analysis.convergence.verdict import gaps_of, judge, judge_seeds, seed_noise
+from analysis.runs.load import Array, load_run
+from analysis.stats.series import mean_with_interval, spikes
 from recipes.plan import Bar
 from tests.analysis.conftest import STEPS, Maker, curve, own_noise
 
@@ -96,7 +96,7 @@ def test_student_over_seeds_is_wrong_as_rarely_as_it_says(seeds: int) -> None:
 
 def test_the_table_of_error_rates_is_made_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_rates(["--pairs", "0"]) == 2 and "from 1 on" in capsys.readouterr().err
-    monkeypatch.setattr("analysis.error_rates.KINDS", {"white": KINDS["white"]})
+    monkeypatch.setattr("analysis.convergence.error_rates.KINDS", {"white": KINDS["white"]})
     assert error_rates(["--pairs", "2", "--out", str(tmp_path / "rates.csv")]) == 0
     lines = (tmp_path / "rates.csv").read_text().splitlines()
     assert lines[0].startswith("noise,steps,seeds,pairs,pass_at_0") and len(lines) == 7

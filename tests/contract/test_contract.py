@@ -95,7 +95,7 @@ def test_command_names_what_fails(tmp_path):
 
     def place(text):
         number = next(n for n, line in enumerate(broken_lines, 1) if text in line)
-        return f"recipes/training/te.py:{lines + number}"
+        return f"recipes/training/compat/transformer_engine.py:{lines + number}"
 
     unlisted = f"{place('NoSuchName')}: nemo.lightning.NoSuchName is not in the index; run python"
     called = rf"{place('general_gemm(')}: .*general_gemm at .*gemm.py:\d+ takes .*no_such_argument"

@@ -139,7 +139,7 @@ FOUR_GPUS = """#!/bin/sh
 [ "$1" = -L ] && for i in 0 1 2 3; do echo "GPU $i: NVIDIA H200 (UUID: GPU-$TOKEN-$i)"; done
 exit 0
 """
-TRAINS = """[ "$2" = recipes.preflight ] && exit 0
+TRAINS = """[ "$2" = launch.preflight ] && exit 0
 for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do
   mkdir "$USED/$gpu" || echo "GPU $gpu" >> "$USED.twice"
 done

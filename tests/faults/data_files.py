@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from launch import preflight
 from launch.__main__ import main as launch
-from recipes import preflight
 from tests.faults.commands import PROJECT, REFUSED, Ended, Main, call
 from tests.faults.folders import opened
 from tests.faults.mutations import BYTES
@@ -66,7 +66,7 @@ def prepare(overrides: Sequence[str]) -> Ended:
 
 
 def job(run: Sequence[object]) -> int:
-    """Run what a job runs first: `python -m recipes.preflight RUN`."""
+    """Run what a job runs first: `python -m launch.preflight RUN`."""
     return preflight.main(Path(str(run[0])))
 
 

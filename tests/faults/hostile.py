@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from analysis import compare, fig3, report, throughput
+from analysis import compare, report, throughput
+from analysis.speed import full_depth_table
 from launch import status
 from recipes.plan import Plan
 from tests.analysis.test_evaluation import evaluate
@@ -154,7 +155,11 @@ def hostile_tables(count: int, folder: Path) -> Outcome:
         runs = _runs(H100, folder / "hostile")
         for run in runs:
             _poison_manifest(run, text), _poison_rest(run, text)
-        for main, options in ((throughput.main, ["--out", out]), (fig3.main, ["--out", out, "--png", folder / "png"]), (compare.main, [])):
+        for main, options in (
+            (throughput.main, ["--out", out]),
+            (full_depth_table.main, ["--out", out, "--png", folder / "png"]),
+            (compare.main, []),
+        ):
             out.unlink(missing_ok=True)
             ended = call(main, [*runs, *options])
             codes = sorted({c for c in ended.out + ended.err if ord(c) < 32 and c != "\n"})

@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis import compare, fig3, report, throughput
+from analysis import compare, report, throughput
+from analysis.speed import full_depth_table
 from launch import status
 from tests.analysis.conftest import curve, write
 from tests.analysis.test_evaluation import evaluate
@@ -71,9 +72,9 @@ def throughput_of_broken_folders(count: int, folder: Path) -> Outcome:
     return _mutated(throughput.main, H100, count, folder, lambda draw: _form(draw, folder))
 
 
-@fault(AREA, "the same: `analysis.fig3`", small=6, full=1000)
+@fault(AREA, "the same: `analysis.speed.full_depth_table`", small=6, full=1000)
 def fig3_of_broken_folders(count: int, folder: Path) -> Outcome:
-    return _mutated(fig3.main, H100, count, folder, lambda draw: _form(draw, folder))
+    return _mutated(full_depth_table.main, H100, count, folder, lambda draw: _form(draw, folder))
 
 
 @fault(AREA, "the same: `launch.status`", small=40, full=1000)

@@ -24,7 +24,8 @@ from unittest import mock
 
 import numpy as np
 
-from analysis import compare, fig3, import_logs, report, throughput
+from analysis import compare, import_logs, report, throughput
+from analysis.speed import full_depth_table
 from launch import status
 from launch.__main__ import main
 from tests.faults.commands import REFUSED, call, in_a_process, what_came_out
@@ -316,7 +317,7 @@ def code_in_place_of_data(count: int, folder: Path) -> Outcome:
     """Nothing in the files is run."""
     outcome, owned = Outcome(), folder / "owned"
     payloads, logs = _code(owned), ("a.log", "a.log.gz", "a.csv", "events.out.tfevents.1", "a.wandb")
-    readers = (compare.main, report.main, throughput.main, fig3.main, status.main)
+    readers = (compare.main, report.main, throughput.main, full_depth_table.main, status.main)
     for n in range(count):
         draw, kind = random.Random(n), list(payloads)[n % len(payloads)]
         if n % 3:

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def transformer_engine() -> str:
     """The version of Transformer Engine; tests that ask for it are skipped where there is none."""
-    from recipes.training import te_quantizers
+    from recipes.measure.gpu import te_quantizers
 
     version = te_quantizers.version()
     if version is None:

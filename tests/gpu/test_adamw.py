@@ -45,7 +45,7 @@ def test_moments_are_transformer_engines_and_master_weights_within_two_units_in_
 def test_swiglus_gradient_is_as_exact_as_the_compiled_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.fusions import fused_bias_swiglu
 
-    from recipes.training.te import _swiglu_backward
+    from recipes.training.compat.transformer_engine import _swiglu_backward
 
     made = torch.Generator("cuda").manual_seed(0)
     x, grad = (torch.randn(4096, width, device="cuda", generator=made).bfloat16() for width in (2 * 1792, 1792))

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.bits import gemms, load, refusals, table
-from recipes.bits import main
-from recipes.bits_rows import AS_CHOSEN, COLUMN_WISE, OUTPUT, PRECISE, ROLES, ROW_WISE, STATE, Row
-from recipes.training import bits
-from recipes.training.bits_numbers import BEYOND_FP32, EXPONENT_0, FP32_LIMIT, KEEPS_LARGE, NAN, SKIPS_NAN, ZERO
+from analysis.convergence.te_parity import gemms, load, refusals, table
+from recipes.measure.gpu import casts
+from recipes.measure.gpu.byte_differences import BEYOND_FP32, EXPONENT_0, FP32_LIMIT, KEEPS_LARGE, NAN, SKIPS_NAN, ZERO
+from recipes.measure.te_parity import main
+from recipes.te_parity_rows import AS_CHOSEN, COLUMN_WISE, OUTPUT, PRECISE, ROLES, ROW_WISE, STATE, Row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("transformer_engine")]
 WITH_NAN = {"NaN elements", "all NaN"}
@@ -21,7 +21,7 @@ OF_LIMITS = {KEEPS_LARGE, FP32_LIMIT, BEYOND_FP32, EXPONENT_0}
 
 @pytest.fixture(scope="module")
 def rows(transformer_engine: str) -> list[Row]:
-    return list(bits.run(large=False))
+    return list(casts.run(large=False))
 
 
 def _causes(row: Row) -> set[str]:

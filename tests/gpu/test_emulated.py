@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
+from recipes.measure.gpu import emulation_gpu
+from recipes.measure.gpu.linear_layers import CONFIDENCE, FP32_UNIT, exact, ulp
 from recipes.plan import Fp8, Plan
 from recipes.run_folder import rows_of, status_of
-from recipes.training.bits_linear import CONFIDENCE, FP32_UNIT, exact, ulp
-from recipes.training.fp8 import bench
 from recipes.training.fp8.linear import Calls, fp8_linear
 from recipes.training.fp8.recipe import ROLES, DelayedScaling, Quantiser, quantiser
 
 pytestmark = pytest.mark.gpu
-RECIPES = pytest.mark.parametrize("name", list(bench.recipes()))
+RECIPES = pytest.mark.parametrize("name", list(emulation_gpu.recipes()))
 SHAPES = ((512, 256, 384), (1000, 768, 3072))  # tokens, input and output features
 ON_GPU = ["gpu=h200", "stack=emulated", "executor=local", "model=llama3_tiny", "mapping=single", "logger=none"]
 
@@ -38,12 +38,12 @@ def tensors(size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
 
 @RECIPES
 def test_every_number_is_that_of_the_cpu(name: str) -> None:
-    assert not list(bench.differences(bench.recipes()[name], "cuda"))
+    assert not list(emulation_gpu.differences(emulation_gpu.recipes()[name], "cuda"))
 
 
 @RECIPES
 def test_a_diagnosed_step_multiplies_what_another_does(name: str) -> None:
-    fp8, x = bench.recipes()[name], tensors(SHAPES[0])["input"]
+    fp8, x = emulation_gpu.recipes()[name], tensors(SHAPES[0])["input"]
     kernels, torch_code = made(fp8), made(fp8)
     torch_code.diagnose = True
     a, b = kernels(x, "input", True), torch_code(x, "input", True)
@@ -54,7 +54,7 @@ def test_a_diagnosed_step_multiplies_what_another_does(name: str) -> None:
 @RECIPES
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 def test_the_gemms_are_exact_but_for_fp32_additions_and_one_rounding(name: str, size: tuple[int, int, int]) -> None:
-    fp8, parts = bench.recipes()[name], tensors(size)
+    fp8, parts = emulation_gpu.recipes()[name], tensors(size)
     x, w = (parts[role].clone().requires_grad_() for role in ("input", "weight"))
     y = fp8_linear(x, w, made(fp8), Calls())
     y.backward(parts["grad"])
@@ -70,7 +70,7 @@ def test_the_gemms_are_exact_but_for_fp32_additions_and_one_rounding(name: str, 
 
 @RECIPES
 def test_nothing_waits_for_the_gpu(name: str) -> None:
-    fp8, parts = bench.recipes()[name], tensors(SHAPES[0])
+    fp8, parts = emulation_gpu.recipes()[name], tensors(SHAPES[0])
     found, x, w = made(fp8), parts["input"].requires_grad_(), parts["weight"].requires_grad_()
     w.main_grad, w.grad_added_to_main_grad = torch.zeros_like(w, dtype=torch.float32), False
     for mode in ("default", "error"):  # the first pass compiles
@@ -85,9 +85,9 @@ def test_nothing_waits_for_the_gpu(name: str) -> None:
 @pytest.fixture(scope="module")
 def megatron(transformer_engine: str) -> Iterator[None]:
     """Megatron-Core's groups for this one process."""
-    from recipes.training import te
+    from recipes.training.compat import transformer_engine
 
-    te.activate(compose_plan(ON_GPU))
+    transformer_engine.activate(compose_plan(ON_GPU))
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

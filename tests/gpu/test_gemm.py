@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.gemm import load, load_more, speedups
+from analysis.speed.gemm import load, load_more, speedups
 from recipes.errors import InputError
-from recipes.gemm import main
+from recipes.estimate.sizes import Shape
 from recipes.gemm_rows import OPERANDS, ROLES
-from recipes.sizes import Shape
-from recipes.training import te_quantizers
-from recipes.training.gemm import TE_SCALINGS, bytes_of_cast, check, kinds
+from recipes.measure.gemm import main
+from recipes.measure.gpu import te_quantizers
+from recipes.measure.gpu.gemm import TE_SCALINGS, bytes_of_cast, check, kinds
 
 pytestmark = pytest.mark.gpu
 ROUNDING = {"bf16": 0.01, "fprop": 0.05, "dgrad": 0.08, "wgrad": 0.08}  # relative; backward the gradient may be E5M2, with a bit less

@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
-from recipes.training.ahead import Moment, Number
-from recipes.training.te import _no_walk_over_arguments
-from recipes.training.te_quantizers import quantizers
+from recipes.measure.gpu.te_quantizers import quantizers
+from recipes.training.compat.transformer_engine import _no_walk_over_arguments
+from recipes.training.deferred import Moment, Number
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch import status
 from launch.job import write_job
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import SESSION, append_line, event, set_status
 
 GPU, HOST, IMAGE = "out of GPU memory", "out of host memory", "cluster.container_image"

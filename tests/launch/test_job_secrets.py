@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.code import PROJECT
-from recipes.secret_values import is_secret_file
+from recipes.compose.secrets import is_secret_file
 
 PASSWORD = secrets.token_hex(9)  # of no known form
 

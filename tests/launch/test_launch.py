@@ -19,7 +19,7 @@ from launch.matrix import main as matrix
 from launch.matrix import options
 from launch.slurm import refusal
 from recipes.code import PROJECT, code
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import SESSION, append_line, event, set_status
 from tests.launch.standins import Standins
 
@@ -239,7 +239,7 @@ def test_code_outside_a_checkout_is_copied_as_well(tmp_path: Path, monkeypatch: 
 
 def test_the_copy_of_the_code_composes_a_plan_by_itself(tmp_path: Path) -> None:
     snapshot(tmp_path / "code")
-    command = "import recipes.compose as c; print(c.__file__); c.compose_plan(['precision=mxfp8'])"
+    command = "import recipes.compose.tree as c; print(c.__file__); c.compose_plan(['precision=mxfp8'])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=PROJECT, env=environment, check=True)
     assert done.stdout.startswith(str(tmp_path / "code"))

@@ -16,7 +16,7 @@ import pytest
 from launch import gpus
 from launch.local import Job, run_all
 from recipes.code import PROJECT
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import SESSION, open_folder, set_status, status_of
 
@@ -116,7 +116,7 @@ esac
 """
 LAUNCH = """import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; raise SystemExit(main(sys.argv[2:]))"""
 STUB = """#!/bin/sh
-[ "$2" = recipes.preflight ] && exit 0
+[ "$2" = launch.preflight ] && exit 0
 echo "$CUDA_VISIBLE_DEVICES" >> "$GOT"; exec sleep 300
 """
 

@@ -10,7 +10,7 @@ import pytest
 
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
 from launch.script import image, nodes, render, segment, srun_flags, tasks_per_node
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPTS = {

@@ -19,7 +19,7 @@ import pytest
 from launch.job import write_job
 from launch.script import render
 from recipes.code import PROJECT
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import PORT_TAKEN, SESSION
 
 pytestmark = pytest.mark.xdist_group("slurm")  # holds ports that a Slurm may be about to take

@@ -11,9 +11,9 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from analysis import import_logs
-from analysis.runs import load_run
+from analysis.runs.load import load_run
 from launch.__main__ import main
-from recipes.fp8_gemms import fp8_gemms
+from recipes.estimate.fp8_gemms import fp8_gemms
 from recipes.run_folder import read_plan, rows_of, sha256, status_of
 from recipes.training.data import main as prepare
 from tests.recipes.test_evaluate import write_corpus

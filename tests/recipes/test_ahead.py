@@ -15,11 +15,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from torch import Tensor
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import rows_of
 from recipes.training import stop
-from recipes.training.ahead import Moment, Number, _to_tensor, log_without_waiting
 from recipes.training.callback import RunFolderCallback
+from recipes.training.deferred import Moment, Number, _to_tensor, log_without_waiting
 
 pytestmark = pytest.mark.nemo
 PLAN = compose_plan(["gpu=cpu", "model=llama3_tiny", "data=text", "settings=convergence", "train.diagnostics_interval=1000"])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from recipes.axes import with_axes
-from recipes.compose import compose_plan, sweep
+from recipes.compose.axes import with_axes
+from recipes.compose.tree import compose_plan, sweep
 from recipes.errors import InputError
 
 FIVE = "model=llama3_8b,llama3_70b,llama31_405b,nemotron4_15b,nemotron4_340b"

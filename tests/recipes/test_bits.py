@@ -17,21 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis import bits as analysis
-from recipes.bits import main
-from recipes.bits_rows import AS_CHOSEN, COLUMN_WISE, OUTPUT, ROLES, ROW_WISE, STATE, Difference, Row, facts
-from recipes.compose import CONF
+from analysis.convergence import te_parity as analysis
+from recipes.compose.tree import CONF
 from recipes.errors import InputError
-from recipes.training import bits, bits_linear, bits_tensors
-from recipes.training import bits_numbers as numbers
-from recipes.training.bits_numbers import Copy
+from recipes.measure.gpu import byte_differences as numbers
+from recipes.measure.gpu import casts, linear_layers, sample_tensors
+from recipes.measure.gpu.byte_differences import Copy
+from recipes.measure.te_parity import main
+from recipes.te_parity_rows import AS_CHOSEN, COLUMN_WISE, OUTPUT, ROLES, ROW_WISE, STATE, Difference, Row, facts
 from recipes.training.fp8 import scaling
 from recipes.training.fp8.formats import E4M3, E5M2, Format
 from recipes.training.fp8.recipe import format_of, quantiser
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
 ML_DTYPES = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-RECIPES = {recipe.name: recipe for recipe in bits.recipes()}
+RECIPES = {recipe.name: recipe for recipe in casts.recipes()}
 TILE_ROW = (1, 4)
 
 
@@ -134,11 +134,11 @@ def test_skipping_nan_is_the_cause_where_the_scale_is_that_of_the_other_elements
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("kind", [kind for kind in bits_tensors.KINDS if "NaN" not in kind])
+@pytest.mark.parametrize("kind", [kind for kind in sample_tensors.KINDS if "NaN" not in kind])
 def test_our_bytes_times_their_scales_are_our_values(name: str, role: str, kind: str) -> None:
     recipe, shape = RECIPES[name], (96, 160)
     fmt = format_of(recipe.fp8, role)
-    x = bits_tensors.make(kind, shape, fmt, "cpu").float()
+    x = sample_tensors.make(kind, shape, fmt, "cpu").float()
     operand = quantiser(recipe.fp8)(x, role, False)
     for what, values in ((ROW_WISE, operand.row), (COLUMN_WISE, operand.col)):
         block = recipe.block(role, what, shape)
@@ -146,7 +146,7 @@ def test_our_bytes_times_their_scales_are_our_values(name: str, role: str, kind:
             rule = numbers.mx_rules(x, block, fmt, "up")[0]
         else:
             rule = numbers.tensor_or_block_rules(x, block, fmt, recipe.fp8.power_of_two_scales)[0]
-        found = bits.our_copy(operand, what, rule, block, fmt)
+        found = casts.our_copy(operand, what, rule, block, fmt)
         scale_inv = scaling.exp2_biased(found.stored) if name == "mxfp8" else found.stored
         back = found.data.view(fmt.dtype).float() * (1 if recipe.per_tensor else numbers.spread(scale_inv, block, shape))
         assert torch.equal(back, values)
@@ -173,30 +173,30 @@ def test_transformer_engines_layouts_come_to_the_operands_rows_and_columns(what:
         stored = torch.rand(groups)
         kept = _padded(stored.t() if is_transposed else stored, *in_memory)
         quantized = SimpleNamespace(**{f"_{side}_data": transposed, f"_{side}_scale_inv": kept})
-        found = bits.te_copy(quantized, what, role, RECIPES["fp8_subchannel"], shape)
+        found = casts.te_copy(quantized, what, role, RECIPES["fp8_subchannel"], shape)
         assert torch.equal(found.data, data) and torch.equal(found.stored, stored)
     exponents = torch.randint(0, 255, (272, 13) if what == ROW_WISE else (9, 400), dtype=torch.uint8)
     kept = _padded(exponents, 384, 16) if what == ROW_WISE else _padded(exponents, 12, 512)
-    found = bits.te_copy(SimpleNamespace(**{f"_{side}_data": data, f"_{side}_scale_inv": kept}), what, "input", RECIPES["mxfp8"], shape)
+    found = casts.te_copy(SimpleNamespace(**{f"_{side}_data": data, f"_{side}_scale_inv": kept}), what, "input", RECIPES["mxfp8"], shape)
     assert torch.equal(found.data, data) and torch.equal(found.stored, exponents.int())
     per_tensor = SimpleNamespace(_data=data, _transpose=data.t().contiguous(), _scale_inv=torch.tensor([0.5]))
-    found = bits.te_copy(per_tensor, what, "grad", RECIPES["fp8_current"], shape)
+    found = casts.te_copy(per_tensor, what, "grad", RECIPES["fp8_current"], shape)
     assert torch.equal(found.data, data) and found.stored.tolist() == [[0.5]]
 
 
 def test_a_copy_that_was_not_made_is_named() -> None:
     without = SimpleNamespace(_data=torch.zeros(2, 2, dtype=torch.uint8), _transpose=None, _scale_inv=torch.ones(1))
     with pytest.raises(ValueError, match="makes no transpose on this GPU"):
-        bits.te_copy(without, COLUMN_WISE, "input", RECIPES["fp8_current"], (2, 2))
+        casts.te_copy(without, COLUMN_WISE, "input", RECIPES["fp8_current"], (2, 2))
 
 
 def test_an_error_in_a_case_is_a_row_with_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> str:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(bits, "_cast", fails)
-    monkeypatch.setattr(bits, "unavailable", lambda recipe: "")
-    rows = list(bits.casts(RECIPES["fp8_current"], "input", "normal", (256, 512)))
+    monkeypatch.setattr(casts, "_cast", fails)
+    monkeypatch.setattr(casts, "unavailable", lambda recipe: "")
+    rows = list(casts.casts(RECIPES["fp8_current"], "input", "normal", (256, 512)))
     assert [row.refused for row in rows] == ["RuntimeError: first line"] * 2 and rows[0].share is None
 
 
@@ -204,16 +204,16 @@ def test_states_are_compared_step_by_step() -> None:
     ours = [torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 0.0, math.nan])]
     theirs = [torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 0.0, 5.0])]
     clean = [torch.tensor([1.0, 0.0, 3.0]), torch.tensor([2.0, 0.0, 5.0])]
-    found = bits.state_difference(ours, clean, theirs)
+    found = casts.state_difference(ours, clean, theirs)
     assert (found.identical, found.elements, found.scales_identical) == (3, 4, 2) and found.explained == {numbers.SKIPS_NAN: 1}
     near = [ours[0], torch.tensor([float(np.nextafter(np.float32(2), np.float32(3))), 0.0, 7.0])]
-    found = bits.state_difference(near, near, theirs)
+    found = casts.state_difference(near, near, theirs)
     assert found.scales_explained == {numbers.NEIGHBOUR: 1} and found.unexplained == 1
 
 
 @FORMATS
 def test_ties_are_ties_and_a_power_of_two_scales_every_group(fmt: Format) -> None:
-    x = bits_tensors.make("ties", (128, 256), fmt, "cpu").float()
+    x = sample_tensors.make("ties", (128, 256), fmt, "cpu").float()
     assert set(numbers.largest(x, (1, 32)).flatten().tolist()) == {fmt.max} == set(numbers.largest(x, (32, 1)).flatten().tolist())
     nearest = numbers.quantise(x, torch.ones(()), fmt).view(fmt.dtype).float()
     assert ((nearest != x).float().mean()) > 0.3
@@ -223,8 +223,8 @@ def test_tensors_are_the_same_again_and_leave_the_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    for kind in bits_tensors.KINDS:
-        first, second = (bits_tensors.make(kind, (272, 400), E4M3, "cpu").view(torch.int16) for _ in range(2))
+    for kind in sample_tensors.KINDS:
+        first, second = (sample_tensors.make(kind, (272, 400), E4M3, "cpu").view(torch.int16) for _ in range(2))
         assert torch.equal(first, second)
     assert torch.equal(torch.rand(3), expected)
 
@@ -232,11 +232,11 @@ def test_tensors_are_the_same_again_and_leave_the_generator_alone() -> None:
 def test_gemms_differences_are_classed_by_their_distance_from_the_exact_product() -> None:
     magnitude = torch.full((1, 4), 40.0, dtype=torch.float64)
     boundary = 1 + 2.0**-8  # between two BF16 numbers
-    found = bits_linear.Exact(torch.tensor([[boundary, boundary, boundary, 1.0]], dtype=torch.float64), magnitude, 64)
+    found = linear_layers.Exact(torch.tensor([[boundary, boundary, boundary, 1.0]], dtype=torch.float64), magnitude, 64)
     low, high = 1.0, 1 + 2.0**-7
     ours, theirs = (torch.tensor([x], dtype=torch.bfloat16) for x in ([low, low, low, 1.0], [high, high + 2.0**-7, 1.5, 1.0]))
-    got = bits_linear.difference(found, ours, theirs)
-    assert got.identical == 1 and got.explained == {bits_linear.ORDER: 1, bits_linear.FEWER_BITS: 1} and got.unexplained == 1
+    got = linear_layers.difference(found, ours, theirs)
+    assert got.identical == 1 and got.explained == {linear_layers.ORDER: 1, linear_layers.FEWER_BITS: 1} and got.unexplained == 1
     assert got.largest == 0.5 * 2**7 and got.unit == "BF16 ULP"
 
 
@@ -245,39 +245,39 @@ def test_ulp_is_the_distance_of_neighbours_in_bf16() -> None:
     rounded = x.bfloat16()
     toward_zero = (rounded.view(torch.int16) & ~0x7F).view(torch.bfloat16)  # the power of two below
     expected = ((toward_zero.view(torch.int16) + 1).view(torch.bfloat16).double() - toward_zero.double()).tolist()
-    got = bits_linear.ulp(x.double()).tolist()
+    got = linear_layers.ulp(x.double()).tolist()
     assert got[:3] == expected[:3] == [2.0**-7, 2.0**-7, 2.0**-6] and got[3:5] == [2.0**-133] * 2 and got[5:] == expected[5:]
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != bits.FP32_SCALES])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != casts.FP32_SCALES])
 def test_the_exact_product_is_what_our_layer_rounds(name: str) -> None:
     fp8 = RECIPES[name].fp8
     torch.manual_seed(0)
     x, weight, grad = torch.randn(64, 96).bfloat16(), torch.randn(160, 96).bfloat16(), torch.randn(64, 160).bfloat16()
     recipe = quantiser(fp8)
     operands = {role: recipe(value.float(), role, False) for role, value in zip(ROLES, (x, weight, grad), strict=True)}
-    outputs = bits_linear._step(recipe, x, weight, grad)
+    outputs = linear_layers._step(recipe, x, weight, grad)
     for gemm, output in outputs.items():
-        found = bits_linear.exact(gemm, operands)
-        compared = bits_linear._compared(found, output, found.product.bfloat16())
+        found = linear_layers.exact(gemm, operands)
+        compared = linear_layers._compared(found, output, found.product.bfloat16())
         assert compared["share"] > 0.99 and compared["unexplained"] == 0 and 0.23 < compared["our_error"] < 0.27
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU, so nothing is refused")
 def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: recipes.bits compares with Transformer Engine on a CUDA GPU")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: recipes.measure.te_parity compares with Transformer Engine on a CUDA GPU")
 
 
 def test_without_transformer_engine_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bits.te_quantizers, "version", lambda: None)
+    monkeypatch.setattr(casts.te_quantizers, "version", lambda: None)
     with pytest.raises(InputError, match="needs Transformer Engine"):
-        bits.check()
+        casts.check()
 
 
 def test_asking_for_help_needs_no_torch() -> None:
-    code = "import sys; import recipes.bits, analysis.bits; print('torch' in sys.modules)"
+    code = "import sys; import recipes.measure.te_parity, analysis.convergence.te_parity; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)
     assert done.stdout.strip() == "False"
 
@@ -300,7 +300,7 @@ def _folder(path: Path) -> Path:
 
 def test_the_table_adds_up_tensors_and_says_why_bits_differ(tmp_path: Path) -> None:
     rows = analysis.load(_folder(tmp_path))
-    found = analysis.table(rows)
+    found = analysis.convergence.comparison(rows)
     assert found.index.tolist() == [("fp8_current", "input")]
     line = found.iloc[0]
     assert (line["elements"], line["identical bytes"], line["same value"], line["identical scales"]) == (400, 390 / 400, 396 / 400, 0.75)

@@ -6,7 +6,7 @@ from analysis import import_logs, predict, throughput
 from analysis.post import __main__ as post
 from launch import __main__ as launch
 from launch import cancel
-from recipes import gemm
+from recipes.measure import gemm
 from tests.faults.commands import Main
 
 

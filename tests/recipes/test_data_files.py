@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from launch.__main__ import main as launch
-from recipes import indexed
-from recipes.compose import compose_plan
-from recipes.data_files import bounds, check_data
+from launch.preflight import main as preflight
+from recipes.compose.tree import compose_plan
+from recipes.data import indexed
+from recipes.data.files import bounds, check_data
 from recipes.errors import InputError
-from recipes.preflight import main as preflight
 from recipes.run_folder import open_folder, status_of
 from recipes.training.data import main as prepare
 

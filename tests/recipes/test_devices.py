@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.gpu_record import UNKNOWN, GpuRecord, Others
 from recipes.manifest_record import Manifest, is_looked_at
 from recipes.run_folder import flatten, read_json
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_keeps_what_it_computed_with_before(tmp_path: Path) -
 
 
 def test_a_manifest_holds_fields_of_its_record_alone(tmp_path: Path) -> None:
-    """What analysis/effects.py declares are the fields of the record."""
+    """What analysis/runs/effects.py declares are the fields of the record."""
     write(tmp_path, [GpuRecord(rank=0)], resumed=True)
     complete(tmp_path, attention="a backend")
     written = read_json(tmp_path / "manifest.json")

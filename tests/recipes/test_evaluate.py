@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.evaluation import load_evaluation, set_rows, task_rows
+from analysis.convergence.tasks import load_evaluation, set_rows, task_rows
 from launch.__main__ import main as launch
-from recipes.evaluate import checkpoints, main
+from recipes.evaluation.evaluate import checkpoints, main
 from recipes.run_folder import rows_of, set_status
 from recipes.training.text import documents, source_files
 
@@ -79,7 +79,7 @@ def write_task(folder: Path, corpus: Path, count: int) -> None:
 
 
 def run(*args: object) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "recipes.evaluate", *map(str, args), "--json"]
+    command = [sys.executable, "-m", "recipes.evaluation.evaluate", *map(str, args), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return list(json.loads(done.stdout))
@@ -170,7 +170,7 @@ def test_bf16_and_fp8_are_paired_question_by_question(evaluated: dict[str, Any])
 
 BAD = """
 import sys
-from recipes.evaluate import main
+from recipes.evaluation.evaluate import main
 run, root = sys.argv[1:]
 cases = [[run, "--tasks", "continuatoin", "--task-dir", f"{root}/tasks"],
          [run, "--tasks", "broken", "--task-dir", f"{root}/tasks"],

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.compose import compose_plan
-from recipes.flops import attention_flops_per_token, flops_per_token, mfu, peak_tflops, visible_keys
+from recipes.compose.tree import compose_plan
+from recipes.estimate.flops import attention_flops_per_token, flops_per_token, mfu, peak_tflops, visible_keys
 from recipes.plan import Model, Plan
 
 TABLE = Path(__file__).parents[2] / "analysis" / "reference" / "nemo_performance_summary.csv"

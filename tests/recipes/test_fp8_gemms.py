@@ -10,11 +10,11 @@ import pytest
 from analysis.compare import main as compare
 from analysis.report import main as report
 from analysis.throughput import main as throughput
-from recipes.compose import compose_plan
-from recipes.fp8_gemms import fp8_gemms, refusal
+from recipes.compose.tree import compose_plan
+from recipes.estimate.fp8_gemms import fp8_gemms, refusal
+from recipes.measure.memory import main as validation
 from recipes.plan import Plan
 from recipes.run_folder import read_plan, rows_of
-from recipes.validation import main as validation
 
 RESULTS = Path(__file__).parents[2] / "analysis" / "results"
 WHOLE = RESULTS / "llama3_8b_h200"

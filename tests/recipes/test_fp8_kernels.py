@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from recipes.training.fp8 import bench
+from recipes.measure.gpu import emulation_gpu
 from recipes.training.fp8.linear import Calls, fp8_linear
 from recipes.training.fp8.recipe import MxScaling, quantiser
 
@@ -23,7 +23,7 @@ recipe.on_gpu = lambda x: True
 print(*bench.differences(bench.recipes()[sys.argv[1]].model_copy(update=eval(sys.argv[2])), "cpu", eval(sys.argv[3])), sep="\\n")
 """
 VARIANTS = [
-    *((name, {}) for name in bench.recipes()),
+    *((name, {}) for name in emulation_gpu.recipes()),
     ("fp8_current", {"power_of_two_scales": True}),
     ("fp8_delayed", {"amax_history_len": 4, "amax_compute_algo": "most_recent", "margin": 1}),
     ("fp8_delayed", {"amax_history_len": 1}),
@@ -42,19 +42,19 @@ def test_the_kernels_give_the_numbers_of_the_cpu_for_ordinary_and_extreme_tensor
 
 def test_the_comparison_sees_another_rounding_and_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tests above and the GPU's rest on: two recipes that differ are told apart."""
-    found = bench.recipes()
-    assert not list(bench.differences(found["mxfp8"], "cpu", SHAPES[:1], ["normal"]))
+    found = emulation_gpu.recipes()
+    assert not list(emulation_gpu.differences(found["mxfp8"], "cpu", SHAPES[:1], ["normal"]))
     others = iter([quantiser(found["mxfp8"]), quantiser(found["mxfp8, ocp_floor"])] * 3)
-    monkeypatch.setattr(bench, "quantiser", lambda fp8: next(others))
-    wrong = list(bench.differences(found["mxfp8"], "cpu", SHAPES[:1], ["normal"]))
+    monkeypatch.setattr(emulation_gpu, "quantiser", lambda fp8: next(others))
+    wrong = list(emulation_gpu.differences(found["mxfp8"], "cpu", SHAPES[:1], ["normal"]))
     assert len(wrong) == 3 and all("row, col" in line for line in wrong)
     x = torch.tensor([0.0, torch.nan, 1.0])
-    assert bench.same(x, -x * torch.tensor([1.0, 1.0, -1.0])) and not bench.same(x, x.roll(1))
+    assert emulation_gpu.same(x, -x * torch.tensor([1.0, 1.0, -1.0])) and not emulation_gpu.same(x, x.roll(1))
 
 
 def test_without_a_gpu_the_benchmark_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main([]) == 2
+    assert emulation_gpu.main([]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -71,7 +71,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_gradients_are_added_to_main_grad_in_fp32_and_the_hooks_are_told() -> None:
-    fp8, w, plain, parts = bench.recipes()["mxfp8"], weight(grad_added_to_main_grad=False), weight(), []
+    fp8, w, plain, parts = emulation_gpu.recipes()["mxfp8"], weight(grad_added_to_main_grad=False), weight(), []
     for tokens in (32, 64):  # two micro-batches
         x, g, quantise = random(tokens, 96), random(tokens, 64), MxScaling(fp8)
         fp8_linear(x, w, MxScaling(fp8), Calls(), into_main_grad=True).backward(g)
@@ -84,8 +84,8 @@ def test_gradients_are_added_to_main_grad_in_fp32_and_the_hooks_are_told() -> No
 
 def test_without_hooks_that_wait_no_gradient_is_returned() -> None:
     w, x = weight(), torch.randn(32, 96).bfloat16()
-    fp8_linear(x, w, MxScaling(bench.recipes()["mxfp8"]), Calls(), into_main_grad=True).backward(torch.ones(32, 64).bfloat16())
+    fp8_linear(x, w, MxScaling(emulation_gpu.recipes()["mxfp8"]), Calls(), into_main_grad=True).backward(torch.ones(32, 64).bfloat16())
     assert w.grad is None and w.main_grad.any()
     told = weight(grad_added_to_main_grad=False, zero_out_wgrad=True)
-    fp8_linear(x, told, MxScaling(bench.recipes()["mxfp8"]), Calls(), into_main_grad=True).backward(torch.ones(32, 64).bfloat16())
+    fp8_linear(x, told, MxScaling(emulation_gpu.recipes()["mxfp8"]), Calls(), into_main_grad=True).backward(torch.ones(32, 64).bfloat16())
     assert told.grad is not None and not told.grad.any() and torch.equal(told.main_grad, w.main_grad)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.training.fp8 import scaling
 from recipes.training.fp8.formats import E4M3, E5M2, Format, round_saturate_
 from recipes.training.fp8.linear import Calls, bf16_linear, fp8_linear

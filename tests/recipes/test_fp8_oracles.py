@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.training.fp8 import scaling
 from recipes.training.fp8.formats import E4M3, E5M2, Format
 from recipes.training.fp8.recipe import format_of, quantiser

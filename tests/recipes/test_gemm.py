@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis import gemm as analysis
-from recipes.compose import CONF, compose_plan
+from analysis.speed import gemm as analysis
+from recipes.compose.tree import CONF, compose_plan
 from recipes.errors import InputError
-from recipes.gemm import MODELS, main, relabelled, shapes, summary
+from recipes.estimate.sizes import Shape, layer_parameters, linear_layers, training_gemms
 from recipes.gemm_rows import BLOCKS, OPERANDS, ROLES, TE_ACCUMULATION, TILES, Cast, Gemm, layer_rows
-from recipes.sizes import Shape, layer_parameters, linear_layers, training_gemms
-from recipes.training.gemm import bytes_of_cast, channel_cast, kinds
+from recipes.measure.gemm import MODELS, main, relabelled, shapes, summary
+from recipes.measure.gpu.gemm import bytes_of_cast, channel_cast, kinds
 
 LAYER = Shape("toy linear_fc1", 256, 512, 128, "toy", "linear_fc1")
 SECONDS = {"bf16": 6.0, "fast": 2.0, "precise": 3.0}
@@ -177,7 +177,7 @@ def test_folders_from_before_the_layers_are_read_and_others_are_refused(tmp_path
 
 
 def test_asking_for_help_needs_no_torch() -> None:
-    code = "import sys; import recipes.gemm as g; g.shapes(['llama3_8b'], []); print('torch' in sys.modules)"
+    code = "import sys; import recipes.measure.gemm as g; g.shapes(['llama3_8b'], []); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)
     assert done.stdout.strip() == "False"
 
@@ -185,7 +185,7 @@ def test_asking_for_help_needs_no_torch() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU, so nothing is refused")
 def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rounds", "1"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: recipes.gemm measures a CUDA GPU")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: recipes.measure.gemm measures a CUDA GPU")
 
 
 def test_counts_below_one_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis.predict import main as predict
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 
 STACKS = ("nemo_25_04", "nemo_25_07", "nemo_25_04_te_2_11")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from recipes.measure.gpu.interleaved_steps import HookClock, Times, unwatched
+from recipes.measure.gpu.overhead import cost_of, main, rows_of_blocks, steps_of
 from recipes.run_folder import rows_of
-from recipes.training.harness_cost import cost_of, main, rows_of_blocks, steps_of
-from recipes.training.interleaved import HookClock, Times, unwatched
 from recipes.training.te_layers import Watched
 from tests.recipes.test_evaluate import write_corpus
 
@@ -168,7 +168,7 @@ def test_a_bare_step_is_the_same_step(tmp_path: Path, warm_python: str) -> None:
     """Losses of harness and bare steps, in turn, equal those of a run without bare steps: same data, FP8 state, clipping, schedule."""
     data = [f"data.sources=[{write_corpus(tmp_path / 'corpus')}]", f"data.root={tmp_path}/data", "data=text"]
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = [sys.executable, "-m", "recipes.training.harness_cost", *SMALL, *data, "--rounds", str(ROUNDS), "--json", "--out", str(out)]
+    command = [sys.executable, "-m", "recipes.measure.gpu.overhead", *SMALL, *data, "--rounds", str(ROUNDS), "--json", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     cost = json.loads(done.stdout)  # nothing else on stdout

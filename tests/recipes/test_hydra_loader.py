@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from recipes.compose import CONF, UNUSABLE, compose_plan
-from recipes.hydra_loader import composed, without_hydra
+from recipes.compose.hydra_loader import composed, without_hydra
+from recipes.compose.tree import CONF, UNUSABLE, compose_plan
 
 
 def answer(config: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from recipes.errors import InputError
-from recipes.training.layer_profile import kernels_of_a_layer
+from recipes.measure.gpu.layer_profile import kernels_of_a_layer
 
 NORM = "void transformer_engine::normalization::{}_tuned_kernel<int>(int)"
 FORWARD = [NORM.format("rmsnorm_fwd"), "nvjet_a", "cudnn_sdpa_fprop", NORM.format("rmsnorm_fwd"), "nvjet_b", "triton_silu"]

@@ -10,14 +10,14 @@ import pytest
 
 from launch.matrix import matrix
 from launch.summary import summary, table
-from recipes.compose import compose_plan, compose_tree
-from recipes.data_files import check_data
-from recipes.defaults import fill, recommended
+from recipes.compose.defaults import fill, recommended
+from recipes.compose.fit import margin, state
+from recipes.compose.layout_rules import excluded
+from recipes.compose.nearest import RESOLVED, differing
+from recipes.compose.tree import compose_plan, compose_tree
+from recipes.data.files import check_data
 from recipes.errors import InputError
-from recipes.fit import margin, state
-from recipes.mapping_rules import excluded
-from recipes.memory import estimate, usable_gb
-from recipes.nearest import RESOLVED, differing
+from recipes.estimate.memory import estimate, usable_gb
 
 Rows = list[dict[str, Any]]
 STACKS = ("nemo_25_04", "nemo_25_07")

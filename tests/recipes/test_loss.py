@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from recipes.training import cpu
+from recipes.training.compat import cpu
 
 cpu.activate()
 from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.modules.common.megatron import utils  # noqa: E402
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
 
-from recipes.training import loss  # noqa: E402
+from recipes.training.compat import loss  # noqa: E402
 
 pytestmark = pytest.mark.nemo
 SHAPE = (2, 64)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from recipes import memory
-from recipes.compose import compose_plan, compose_tree, plan_from_tree
-from recipes.defaults import fill, recommended
-from recipes.fit import ESTIMATE_ERROR, WORST_MEASURED, fits, margin
-from recipes.memory import estimate, layer_bytes_per_token, usable_gb
+from recipes.compose.defaults import fill, recommended
+from recipes.compose.fit import ESTIMATE_ERROR, WORST_MEASURED, fits, margin
+from recipes.compose.rules import model_fits_gpu as does_not_fit
+from recipes.compose.tree import compose_plan, compose_tree, plan_from_tree
+from recipes.estimate import memory
+from recipes.estimate.memory import estimate, layer_bytes_per_token, usable_gb
+from recipes.measure.memory import PEAKS, summary, validation
+from recipes.measure.memory import main as command
 from recipes.plan import Plan
-from recipes.rules import model_fits_gpu as does_not_fit
-from recipes.validation import PEAKS, summary, validation
-from recipes.validation import main as command
 
 TINY = [
     *("model=llama3_tiny", "gpu=h100", "mapping=single", "num_gpus=2", "data=mock", "mapping.micro_batch=1", "mapping.global_batch=2"),
@@ -372,7 +372,7 @@ def test_a_device_of_unknown_memory_fits_everything() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, recipes.memory; sys.exit(any(name in sys.modules for name in ('torch', 'nemo', 'megatron')))"
+    code = "import sys, recipes.estimate.memory; sys.exit(any(name in sys.modules for name in ('torch', 'nemo', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

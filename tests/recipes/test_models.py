@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from recipes.compose import compose_plan
-from recipes.fp8_gemms import fp8_gemms
+from recipes.compose.tree import compose_plan
+from recipes.estimate.fp8_gemms import fp8_gemms
+from recipes.estimate.sizes import parameters
 from recipes.nemo_recipes import recipes_of
 from recipes.plan import Plan
 from recipes.run_folder import open_folder, read_plan, rows_of, status_of
-from recipes.sizes import parameters
 
 pytestmark = pytest.mark.nemo
 ROOT = Path(__file__).parents[2]

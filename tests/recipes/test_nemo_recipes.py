@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes import nemo_page
-from recipes.compose import CONF, compose_plan
+from recipes.compose.tree import CONF, compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
 from recipes.nemo_recipes import ARCHITECTURE, NEMO_RECIPES, SIZES, by_version, recipes_of
 from recipes.plan import Plan, plan_from_json
+from recipes.upstream import models_page
 
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "mxfp8")
 SMALL = ("num_layers=4", "vocab_size=32000", "seq_length=4096")
@@ -125,8 +125,8 @@ def test_the_list_is_sorted_and_written_as_the_command_writes_it(version: str) -
 
 
 def test_the_page_of_models_is_made_from_the_list() -> None:
-    page = nemo_page.text()
-    assert nemo_page.PAGE.read_text(encoding="utf-8") == page
+    page = models_page.text()
+    assert models_page.PAGE.read_text(encoding="utf-8") == page
     assert all(f"| {name} |" in page for recipes in by_version().values() for name in recipes)
 
 
@@ -134,7 +134,7 @@ def test_the_page_of_models_is_made_from_the_list() -> None:
 def test_a_model_file_that_the_command_prints_composes(recipe: str, tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
-    command = [sys.executable, "-m", "recipes.nemo_source", "--model", recipe]
+    command = [sys.executable, "-m", "recipes.upstream.nemo_source", "--model", recipe]
     done = subprocess.run(command, capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
     (conf / "model" / "mine.yaml").write_text(done.stdout)
     plan = compose_plan(["model=mine", "gpu=b200", "num_gpus=8", "mapping.tp=2", "seq_length=4096", "experiment=throughput"], conf)
@@ -142,7 +142,9 @@ def test_a_model_file_that_the_command_prints_composes(recipe: str, tmp_path: Pa
 
 
 def test_a_source_without_nemo_is_one_clear_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "recipes.nemo_source", str(tmp_path)], capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.upstream.nemo_source", str(tmp_path)], capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2]
+    )
     assert done.returncode == 2 and "nemo/package_info.py" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -153,7 +155,7 @@ def test_a_source_with_an_activation_that_is_not_known_is_one_clear_line(tmp_pat
     (tmp_path / "nemo/package_info.py").write_text("MAJOR = 9\nMINOR = 1\n")
     (models / "new.py").write_text(NEW_MODEL)
     (recipes / "new_1b.py").write_text(NEW_RECIPE)
-    command = [sys.executable, "-m", "recipes.nemo_source", str(tmp_path)]
+    command = [sys.executable, "-m", "recipes.upstream.nemo_source", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
     assert done.returncode == 2 and "new_1b: NewConfig" in done.stderr and "mish" in done.stderr and "Traceback" not in done.stderr
     (models / "new.py").write_text(NEW_MODEL.replace("mish", "silu"))
@@ -186,14 +188,14 @@ def pretrain_recipe(dir=None, name="x", num_nodes=1, num_gpus_per_node=8):
 
 @pytest.mark.nemo
 def test_the_shipped_list_is_what_the_command_makes_of_the_installed_nemo() -> None:
-    done = subprocess.run([sys.executable, "-m", "recipes.nemo_source"], capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
+    done = subprocess.run([sys.executable, "-m", "recipes.upstream.nemo_source"], capture_output=True, text=True, cwd=NEMO_RECIPES.parents[2])
     assert done.returncode == 0 and "0 difference(s)" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.nemo
 def test_the_list_is_what_nemos_own_objects_have() -> None:
     """The list comes from NeMo's source text; here NeMo itself is asked."""
-    from recipes.training import cpu
+    from recipes.training.compat import cpu
 
     cpu.activate()
     from recipes.training.architecture import architecture
@@ -214,7 +216,7 @@ def test_the_list_is_what_nemos_own_objects_have() -> None:
 @pytest.mark.nemo
 def test_every_dense_recipe_builds_for_a_gpu() -> None:
     """What NeMo's performance mode adds is there, whether or not the recipe has that mode, and the architecture stays NeMo's."""
-    from recipes.training import cpu
+    from recipes.training.compat import cpu
 
     cpu.activate()
     from recipes.training.architecture import architecture

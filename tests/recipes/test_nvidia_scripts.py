@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.nvidia_scripts import deliberate, listed, main, reason, shipped
+from recipes.upstream.nvidia_scripts import deliberate, listed, main, reason, shipped
 
 SCRIPT = """
 import nemo_run as run

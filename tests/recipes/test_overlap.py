@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from analysis.predictor.price import LATENCY
-from analysis.predictor.step import predict
-from analysis.predictor.stored import constants
-from analysis.predictor.work import COLLECTIVES
+from analysis.predictor.calibration.store import constants
+from analysis.predictor.model.cost import LATENCY
+from analysis.predictor.model.step import predict
+from analysis.predictor.model.work import COLLECTIVES
 from launch.__main__ import main
 from launch.matrix import MODELS, PRECISIONS, options
-from recipes.compose import compose_plan, compose_tree, plan_from_tree
-from recipes.defaults import fill
+from recipes.compose.defaults import fill
+from recipes.compose.rules import RULES, model_fits_gpu
+from recipes.compose.tree import compose_plan, compose_tree, plan_from_tree
 from recipes.errors import InputError
-from recipes.memory import estimate
+from recipes.estimate.memory import estimate
 from recipes.overlap import MXFP8_ROWS, overlaps_tp, resolved
 from recipes.plan import Plan
-from recipes.rules import RULES, model_fits_gpu
 
 # What each stack's Transformer Engine overlaps where no layer is kept in BF16, read from its source by
 # hand: "raises" is what its modules do otherwise.

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from recipes.compose import CONF, compose_plan, sweep
+from recipes.compose.tree import CONF, compose_plan, sweep
 from recipes.errors import InputError
+from recipes.estimate.sizes import parameters
 from recipes.plan import Plan
-from recipes.sizes import parameters
 
 MODELS = sorted(p.stem for p in (CONF / "model").glob("*.yaml"))
 PRECISIONS = sorted(p.stem for p in (CONF / "precision").glob("*.yaml"))
@@ -140,7 +140,7 @@ def test_sweep_is_the_product_of_its_axes() -> None:
 
 def test_composing_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from recipes.compose import compose_plan; compose_plan(['precision=mxfp8']);"
+        "import sys; from recipes.compose.tree import compose_plan; compose_plan(['precision=mxfp8']);"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'nemo', 'megatron', 'transformer_engine', 'lightning'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import open_folder, status_of
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_the_job_asks_for_the_cuda_of_its_pytorch(
 ) -> None:
     plan = compose_plan(["model=llama3_8b", *overrides, f"runs_dir={tmp_path}"])
     run = open_folder(plan)
-    command = [sys.executable, "-m", "recipes.preflight", str(run)]
+    command = [sys.executable, "-m", "launch.preflight", str(run)]
     env = node(tmp_path / "site", run / "plan.json", cuda)
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     if says is None:
@@ -89,7 +89,7 @@ DEVICES = [
 def test_the_job_asks_for_the_name_of_its_gpus(gpu: str, device: str, is_right: bool, tmp_path: Path) -> None:
     run = open_folder(compose_plan(["model=llama32_1b", f"gpu={gpu}", "cluster.container_image=/images/own.sqsh", f"runs_dir={tmp_path}"]))
     env = node(tmp_path / "site", run / "plan.json", "'12.9'", device)
-    command = [sys.executable, "-m", "recipes.preflight", str(run)]
+    command = [sys.executable, "-m", "launch.preflight", str(run)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == (0 if is_right else 2), done.stderr
     assert is_right or f"the GPUs are {device}, the plan is for {gpu}" in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
 from recipes.plan import Plan
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("on_cpu")]
 @pytest.fixture(scope="module")
 def on_cpu() -> None:
     """NeMo's import wants the adapter on a machine without a GPU."""
-    from recipes.training import cpu
+    from recipes.training.compat import cpu
 
     cpu.activate()
 

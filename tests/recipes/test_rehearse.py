@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes.rehearse import main
+from launch.rehearse import main
 
 pytestmark = pytest.mark.nemo
 PARAMETERS = 8_030_261_248  # of meta-llama/Meta-Llama-3-8B, model.safetensors.index.json: 16,060,522,496 bytes of BF16
@@ -23,7 +23,7 @@ REFUSED = "NVTE_APPLY_QK_LAYER_SCALING"  # Megatron-Core extensions/transformer_
 def outcome() -> subprocess.CompletedProcess[str]:
     """Rehearse Llama 3 8B in BF16, and in FP8 with and without a variable that Megatron-Core refuses."""
     overrides = ["model=llama3_8b", "gpu=h100", *LAYOUT, "precision=bf16,fp8_current", f"cluster.environment={{}},{{{REFUSED}:'1'}}"]
-    command = [sys.executable, "-m", "recipes.rehearse", "-m", *overrides, "--rank", "5", "--json"]
+    command = [sys.executable, "-m", "launch.rehearse", "-m", *overrides, "--rank", "5", "--json"]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
 
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from recipes import rules
-from recipes.compose import compose_plan
-from recipes.defaults import recommended
+from recipes.compose import rules
+from recipes.compose.defaults import recommended
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 from recipes.run_folder import comparable, differences
 

@@ -6,7 +6,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
 from recipes.plan import Plan
 from recipes.run_folder import comparable, differences

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from recipes.training.serialization import adapt_writer
+from recipes.training.compat.checkpoint_writer import adapt_writer
 
 pytestmark = pytest.mark.nemo
 Writer = filesystem_async.FileSystemWriterAsync

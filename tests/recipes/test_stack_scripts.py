@@ -2,10 +2,10 @@
 
 import pytest
 
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.environment import variables
 from recipes.errors import InputError
-from recipes.memory import estimate
+from recipes.estimate.memory import estimate
 from recipes.plan import Plan
 
 CUDNN = {"NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"}
@@ -113,7 +113,7 @@ def built(*overrides: str) -> dict[str, object]:
 
     from fiddle import printing
 
-    from recipes.training import cpu
+    from recipes.training.compat import cpu
     from recipes.training.recipe import build
 
     cpu.activate()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from recipes.training.te import _no_walk_over_arguments, accumulate_weight_gradient
+from recipes.training.compat.transformer_engine import _no_walk_over_arguments, accumulate_weight_gradient
 
 MODULE = "transformer_engine.pytorch.quantized_tensor"
 

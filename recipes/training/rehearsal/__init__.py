@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipes.errors import InputError, one_line
+from recipes.estimate.rank_facts import RankFacts
 from recipes.plan import Data, Logger, Plan
-from recipes.rank_facts import RankFacts
 
 UPSTREAM = ("megatron", "nemo", "lightning", "nemo_run", "fiddle", "transformer_engine")
 
@@ -29,7 +29,7 @@ def rehearse(plan: Plan, rank: int) -> RankFacts:
     from recipes.training.rehearsal import stand_ins
 
     stand_ins.install(plan.stack.versions["transformer_engine"])
-    from recipes.training import cpu
+    from recipes.training.compat import cpu
 
     cpu.activate()
     from recipes.training.rehearsal.build import built

@@ -15,8 +15,8 @@ import nemo_run as run
 from recipes.plan import Plan
 from recipes.training import recipe as nemo_recipe
 from recipes.training.callback import RunFolderCallback
+from recipes.training.compat.transformer_engine import know_block_scaling
 from recipes.training.rehearsal.world import as_rank
-from recipes.training.te import know_block_scaling
 
 
 class Built(Exception):

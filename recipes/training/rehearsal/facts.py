@@ -14,8 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from recipes.memory import Weights
-from recipes.rank_facts import RankFacts
+from recipes.estimate.memory import Weights
+from recipes.estimate.rank_facts import RankFacts
 
 VOCABULARY = ("word_embeddings.", "position_embeddings.", "output_layer.")
 LINEAR = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")

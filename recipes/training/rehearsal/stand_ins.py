@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recipes.rules import BF16_MOMENTS_SINCE
+from recipes.compose.rules import BF16_MOMENTS_SINCE
 
 # A stack's version of Transformer Engine -> what its `__version__` says.  Megatron-Core compares it:
 # the development version of 25.04 is older than 2.2 (fp8_utils.py:72 and :96, core_v0.12).

@@ -1,6 +1,6 @@
 """What a training process imports, imported once in the server that forks them.  Nothing is computed: threads do not survive a fork."""
 
-from recipes.training import cpu
+from recipes.training.compat import cpu
 
 cpu.activate()
 

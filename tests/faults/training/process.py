@@ -2,7 +2,7 @@
 
 Importing takes twenty seconds, a short run three; so a fault can be injected a hundred times.  A process may be told to die at a
 place in the code, which no clock can hit.  About half of the runs, by their names, write their steps as on a GPU, each while the next is under way
-(recipes/training/ahead.py), which on a CPU nothing asks for.
+(recipes/training/deferred.py), which on a CPU nothing asks for.
 """
 
 from __future__ import annotations

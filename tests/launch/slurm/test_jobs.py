@@ -22,7 +22,7 @@ from launch.__main__ import main
 from launch.matrix import GPUS, MODELS, PRECISIONS, cell
 from launch.script import nodes, render
 from launch.state import submitted
-from recipes.compose import compose_plan
+from recipes.compose.tree import compose_plan
 from recipes.run_folder import rows_of, status_of
 from tests.launch.slurm.cluster import Slurm
 

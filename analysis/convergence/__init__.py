@@ -1,0 +1,1 @@
+"""Does the loss hold?  Verdicts, comparisons and their figures."""

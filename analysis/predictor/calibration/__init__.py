@@ -1,0 +1,1 @@
+"""How the predictor's constants are fitted, validated and stored."""

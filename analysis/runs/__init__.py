@@ -1,0 +1,1 @@
+"""What a run is, ours, imported or published: its files, numbers and times, and what two differ in."""

@@ -1,0 +1,1 @@
+"""How much faster is it?  Step times, layers, GEMMs and full-depth estimates."""

@@ -1,0 +1,1 @@
+"""What can be known of training data without torch: files, indexed sets, tokenizers."""

@@ -1,0 +1,1 @@
+"""The part of evaluation that imports torch and NeMo."""

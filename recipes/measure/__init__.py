@@ -1,0 +1,1 @@
+"""Measurements of one machine or GPU, a command each; the work is in `gpu`."""

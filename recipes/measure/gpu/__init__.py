@@ -1,0 +1,1 @@
+"""What the measuring commands run, with torch and Transformer Engine."""

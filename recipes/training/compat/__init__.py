@@ -1,0 +1,1 @@
+"""Replacements in other people's code: what they replace, and why."""

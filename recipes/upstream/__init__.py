@@ -1,0 +1,1 @@
+"""Facts read from NVIDIA's sources: NeMo's recipes and NVIDIA's performance scripts."""
