@@ -12,13 +12,14 @@ import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-NEMO_RECIPES = Path(__file__).resolve().parent / "reference" / "nemo_recipes.csv"
-STACKS = Path(__file__).resolve().parent.parent / "conf" / "stack"
+from recipes.paths import CONF, REFERENCE
+
+NEMO_RECIPES = REFERENCE / "nemo_recipes.csv"
+STACKS = CONF / "stack"
 
 # A kind of scaling -> `fp8_recipe` of NeMo and Megatron-Core.
 NEMO_NAMES = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}

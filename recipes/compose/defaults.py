@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import csv
 import functools
-from pathlib import Path
 from typing import Any
 
 from recipes.compose.layout_rules import OFF, excluded
 from recipes.estimate.schedule import fill_batch, fill_rates
 from recipes.nemo_recipes import with_architecture
+from recipes.paths import REFERENCE
 
 Tree = dict[str, Any]
-RECOMMENDED = Path(__file__).resolve().parents[1] / "reference" / "recommended_mappings.csv"
+RECOMMENDED = REFERENCE / "recommended_mappings.csv"
 FOR_BF16 = "recommended_for_bf16"
 LOOKED_UP = ("recommended", FOR_BF16)  # a mapping's source where its row is looked up
 DROPPED = "dropped: "  # begins the note of what a layout gave up for a field that was asked for

@@ -35,9 +35,9 @@ from recipes.compose.secrets import refuse_secrets
 from recipes.data.files import wrong_data
 from recipes.errors import InputError, one_line
 from recipes.overlap import resolved
+from recipes.paths import CONF as CONF
 from recipes.plan import Data, Frozen, Plan, Positive
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 # What composing raises on values that cannot be used: Hydra checks few of them before it takes them for names of files or for lists.
 UNUSABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, OSError, RecursionError)
 # Mappings whose keys are the user's own.  Hydra adds a key to a composed mapping only where the override begins with + or ++.

@@ -26,10 +26,11 @@ from recipes.errors import InputError, one_line
 from recipes.estimate.memory import OUTSIDE_PYTORCH, estimate
 from recipes.estimate.possible import refuse_impossible
 from recipes.exit_codes import EXIT_WRONG_INPUT
+from recipes.paths import REFERENCE
 from recipes.plan import Plan
 from recipes.run_folder import read_json, read_plan, rows_of
 
-PEAKS = Path(__file__).resolve().parents[1] / "reference" / "peak_memory.csv"
+PEAKS = REFERENCE / "peak_memory.csv"
 WIDTH = 180  # columns
 Row = dict[str, str | float]
 

@@ -37,10 +37,10 @@ from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.nemo_recipes import NEMO_NAMES
 from recipes.overlap import overlaps_tp
+from recipes.paths import REFERENCE
 from recipes.plan import Frozen, Name, Plan, Text
 from recipes.upstream.nemo_source import numbers
 
-REFERENCE = Path(__file__).parents[1] / "reference"
 SETTINGS = REFERENCE / "nvidia_settings.csv"
 DIFFERENCES = REFERENCE / "nvidia_differences.csv"
 DELIBERATE = REFERENCE / "nvidia_differences.yaml"
