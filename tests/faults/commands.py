@@ -83,6 +83,8 @@ def _default_warnings() -> Iterator[None]:
         warnings.resetwarnings()
         for category in UNSEEN:
             warnings.simplefilter("ignore", category)
+        # PyTorch's first import warns of a package that lies beside it here, whatever the command.
+        warnings.filterwarnings("ignore", "The pynvml package is deprecated")
         yield
 
 
