@@ -1,7 +1,8 @@
-"""`python -m analysis.report RUN RUN…`: one HTML page with verdicts, figures, what differed, and what ran.
+"""`python -m analysis.report RUN RUN…`: one HTML page with verdicts, figures, what differed, and
+what ran.
 
-The page needs nothing beside itself: figures are inline SVG, there is no script and no link.  Runs that are not sound
-are left out and listed with the reason.
+The page needs nothing beside itself: figures are inline SVG, there is no script and no link.  Runs
+that are not sound are left out and listed with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from typing import Any
 from rich.console import Console
 
 from analysis.convergence import numerics_figures
-from analysis.convergence.comparison import Comparison, all_notes, compare, headline, shown, terminal_table
+from analysis.convergence.comparison import (
+    Comparison,
+    all_notes,
+    compare,
+    headline,
+    shown,
+    terminal_table,
+)
 from analysis.convergence.figures import figures
 from analysis.convergence.tasks import section
 from analysis.render.figure import Figure
@@ -42,7 +50,9 @@ def page(found: Comparison, drawn: Sequence[Figure], left_out: Sequence[str]) ->
         notes=all_notes(found),
         headline=headline(rows),
         evaluation=section(found.bases, found.verdicts),
-        figures=[(figure, Markup(figure.svg())) for figure in drawn],  # drawn here, by matplotlib, which escapes its text
+        figures=[
+            (figure, Markup(figure.svg())) for figure in drawn
+        ],  # drawn here, by matplotlib, which escapes its text
         runs=[(run, facts(run)) for run in found.runs],
         left_out=left_out,
     )
@@ -54,16 +64,24 @@ def facts(run: Run) -> dict[str, Any]:
     code, data = m.get("code") or {}, m.get("data") or {}
     return {
         "folder": str(run.folder),
-        "commit": f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}",
+        "commit": (
+            f"{code.get('commit') or 'unknown'}{' with changes' if code.get('dirty') else ''}"
+        ),
         "device": m.get("device", "unknown"),
         "attention": m.get("attention") or UNKNOWN,
         **devices.described(run),
         "versions": ", ".join(f"{k} {v}" for k, v in (m.get("versions") or {}).items() if v),
-        "environment": ", ".join(f"{k}={v}" for k, v in (m.get("environment") or {}).items()) or UNKNOWN,
+        "environment": (
+            ", ".join(f"{k}={v}" for k, v in (m.get("environment") or {}).items()) or UNKNOWN
+        ),
         "data": json.dumps(data.get("source", "unknown")),
         "steps, tokens": f"{int(run.steps['step'][-1]):,}, {int(run.steps['tokens'][-1]):,}",
-        "FP8 GEMMs": f"{int(run.steps['fp8_gemms'].sum()):,}" if "fp8_gemms" in run.steps else "not recorded",
-        "peak memory": f"{run.steps['memory_gb'].max():.2f} GB" if "memory_gb" in run.steps else "unknown",
+        "FP8 GEMMs": (
+            f"{int(run.steps['fp8_gemms'].sum()):,}" if "fp8_gemms" in run.steps else "not recorded"
+        ),
+        "peak memory": (
+            f"{run.steps['memory_gb'].max():.2f} GB" if "memory_gb" in run.steps else "unknown"
+        ),
     }
 
 
@@ -86,7 +104,9 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
 
 
 def _compared(runs: Sequence[Run], left_out: Sequence[str]) -> Comparison:
-    """Return the comparison; where none can be made of the sound runs, InputError that names those left out too."""
+    """Return the comparison; where none can be made of the sound runs, InputError that names those
+    left out too.
+    """
     try:
         return compare(runs)
     except InputError as error:
@@ -96,9 +116,22 @@ def _compared(runs: Sequence[Run], left_out: Sequence[str]) -> Comparison:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
     parser = ArgumentParser(prog="python -m analysis.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, at least one BF16 and one FP8")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page is written (default: report.html)")
-    parser.add_argument("--png", type=Path, metavar="DIR", help="write the figures there as PNG too")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, at least one BF16 and one FP8",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        help="where the page is written (default: report.html)",
+    )
+    parser.add_argument(
+        "--png", type=Path, metavar="DIR", help="write the figures there as PNG too"
+    )
     args = parser.parse_args(argv)
     try:
         report(args.runs, args.out, args.png)

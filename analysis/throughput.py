@@ -1,9 +1,10 @@
 """`python -m analysis.throughput RUN…`: the throughput table from real runs.
 
-A step time is worth what it was taken from: the table gives its median and quartiles and the steps that were timed, compares
-each run with the BF16 run of its own model, GPU, stack and settings, and says whether the two have one layout (iso-mapping) or not
-(best-mapping), and what else differs.  TFLOP/s and MFU stand beside the convention and the peak that they use, and the
-published figure of the same cell beside ours.  Runs that cannot carry a number are left out, with the reason.
+A step time is worth what it was taken from: the table gives its median and quartiles and the steps
+that were timed, compares each run with the BF16 run of its own model, GPU, stack and settings, and
+says whether the two have one layout (iso-mapping) or not (best-mapping), and what else differs.
+TFLOP/s and MFU stand beside the convention and the peak that they use, and the published figure of
+the same cell beside ours.  Runs that cannot carry a number are left out, with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from typing import Any
 from analysis.render.table import Table, number, print_json, write
 from analysis.runs import devices, published
 from analysis.runs.load import Run
-from analysis.runs.pairing import LAYOUT, asserted, mapping_label, recorded_differences, records_notes
+from analysis.runs.pairing import (
+    LAYOUT,
+    asserted,
+    mapping_label,
+    recorded_differences,
+    records_notes,
+)
 from analysis.runs.published import Published, layout_of
 from analysis.runs.soundness import sound
 from analysis.runs.timing import MAX_SPREAD, Interval, speedup, step_time, window
@@ -30,24 +37,46 @@ from recipes.estimate.flops import flops_per_token, mfu, peak_tflops
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.gpu_record import UNKNOWN
 
-TEXT = frozenset(["model", "precision", "GPUs", "layout", "pair", "clock, power", "published, source"])
-BY_NVML = frozenset(["J/step", "J/token", "clock, power"])  # columns that a table has where a run recorded any of them
+TEXT = frozenset(
+    ["model", "precision", "GPUs", "layout", "pair", "clock, power", "published, source"]
+)
+BY_NVML = frozenset(
+    ["J/step", "J/token", "clock, power"]
+)  # columns that a table has where a run recorded any of them
 Row = dict[str, Any]
 
 
 def own_base(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Return the BF16 run of the same model, depth, GPU, stack and settings that differs least, on the same GPU if any is; None: there is none."""
+    """Return the BF16 run of the same model, depth, GPU, stack and settings that differs least, on
+    the same GPU if any is; None: there is none.
+    """
     if run.is_base:
         return run
     found = [
-        base for base in runs if base.is_base and experiment(base) == experiment(run) and base.plan.model.num_layers == run.plan.model.num_layers
+        base
+        for base in runs
+        if base.is_base
+        and experiment(base) == experiment(run)
+        and base.plan.model.num_layers == run.plan.model.num_layers
     ]
-    return min(found, key=lambda base: (len(beside_precision(base, run)), devices.together(base, run) != devices.SAME), default=None)
+    return min(
+        found,
+        key=lambda base: (
+            len(beside_precision(base, run)),
+            devices.together(base, run) != devices.SAME,
+        ),
+        default=None,
+    )
 
 
 def faster(base: Run, run: Run) -> Interval:
-    """Return the speedup in tokens/s/GPU: that of the step time, corrected for another batch or number of GPUs."""
-    time, scale = speedup(base, run).wider(devices.apart(base, run)), _tokens_a_gpu(run) / _tokens_a_gpu(base)
+    """Return the speedup in tokens/s/GPU: that of the step time, corrected for another batch or
+    number of GPUs.
+    """
+    time, scale = (
+        speedup(base, run).wider(devices.apart(base, run)),
+        _tokens_a_gpu(run) / _tokens_a_gpu(base),
+    )
     return Interval(time.value * scale, time.low * scale, time.high * scale)
 
 
@@ -56,11 +85,21 @@ def _tokens_a_gpu(run: Run) -> float:
 
 
 def published_of(run: Run) -> Published | None:
-    """Return the published row of a run's cell: model at full depth, GPU, precision, GPUs, sequence, layout and batch; the nearest NeMo."""
+    """Return the published row of a run's cell: model at full depth, GPU, precision, GPUs,
+    sequence, layout and batch; the nearest NeMo.
+    """
     plan, whole = run.plan, reference_of(run.plan)
     if whole is None or not whole.model.is_built_as(plan.model):
         return None
-    cell, layout = (plan.model.name, plan.gpu.name, plan.precision.name, plan.seq_length), layout_of(plan)
+    cell, layout = (
+        (
+            plan.model.name,
+            plan.gpu.name,
+            plan.precision.name,
+            plan.seq_length,
+        ),
+        layout_of(plan),
+    )
     same = (layout.num_gpus, layout.global_batch)
     found = (
         row
@@ -73,11 +112,18 @@ def published_of(run: Run) -> Published | None:
 
 
 def rows(runs: Sequence[Run], causal: bool = False) -> list[Row]:
-    """Return a row a run, BF16 first within an experiment; `causal`: count half of the attention's FLOPs."""
-    ordered = sorted(runs, key=lambda run: (experiment(run), run.plan.model.num_layers, order(run), run.name))
+    """Return a row a run, BF16 first within an experiment; `causal`: count half of the attention's
+    FLOPs.
+    """
+    ordered = sorted(
+        runs, key=lambda run: (experiment(run), run.plan.model.num_layers, order(run), run.name)
+    )
     found = [_row(run, own_base(run, ordered), causal) for run in ordered]
     if any(run.imported for run in ordered):
-        found = [row | expected.columns(run, row["tokens_per_s_per_gpu"]) for run, row in zip(ordered, found, strict=True)]
+        found = [
+            row | expected.columns(run, row["tokens_per_s_per_gpu"])
+            for run, row in zip(ordered, found, strict=True)
+        ]
     return found
 
 
@@ -124,23 +170,46 @@ def _layout(run: Run) -> str:
 
 def _against(base: Run | None, run: Run) -> Row:
     if base is None or base is run:
-        pair = "its own base" if base is run else "no BF16 run of its model, depth, GPU, stack and settings"
-        alone: Row = {"base": base.name if base else None, "pair": pair, "pair_gpu": None, "also_differs": []}
+        pair = (
+            "its own base"
+            if base is run
+            else "no BF16 run of its model, depth, GPU, stack and settings"
+        )
+        alone: Row = {
+            "base": base.name if base else None,
+            "pair": pair,
+            "pair_gpu": None,
+            "also_differs": [],
+        }
         return {**alone, "speedup_over_bf16": 1.0 if base else None, **_ends(None)}
     differs = beside_precision(base, run)
     ratio = faster(base, run) if base.has_rate and run.has_rate else None
     recorded = recorded_differences(base, run)
-    other = [*(each for each in differs if not each.startswith(LAYOUT)), *recorded.named, *recorded.speed]
-    named = {"base": base.name, "pair": mapping_label(differs), "pair_gpu": devices.together(base, run), "also_differs": other}
+    other = [
+        *(each for each in differs if not each.startswith(LAYOUT)),
+        *recorded.named,
+        *recorded.speed,
+    ]
+    named = {
+        "base": base.name,
+        "pair": mapping_label(differs),
+        "pair_gpu": devices.together(base, run),
+        "also_differs": other,
+    }
     return {**named, "speedup_over_bf16": ratio and ratio.value, **_ends(ratio)}
 
 
 def _ends(interval: Interval | None) -> Row:
-    return {"speedup_low": interval.low if interval else None, "speedup_high": interval.high if interval else None}
+    return {
+        "speedup_low": interval.low if interval else None,
+        "speedup_high": interval.high if interval else None,
+    }
 
 
 def _flops(run: Run, rate: float | None, causal: bool) -> Row:
-    """Return model TFLOP/s a GPU and MFU, against the dense peak of the format that the linear layers multiply in."""
+    """Return model TFLOP/s a GPU and MFU, against the dense peak of the format that the linear
+    layers multiply in.
+    """
     model, gpu, length = run.plan.model, run.plan.gpu, run.plan.seq_length
     peak = peak_tflops(gpu, run.plan.precision)
     return {
@@ -154,7 +223,11 @@ def _flops(run: Run, rate: float | None, causal: bool) -> Row:
 
 def _peak(run: Run) -> float | None:
     """Return the peak of allocated memory in GB; a log may print it once and not with each step."""
-    return float(run.steps["memory_gb"].max()) if "memory_gb" in run.steps else run.imported.get("memory_gb")
+    return (
+        float(run.steps["memory_gb"].max())
+        if "memory_gb" in run.steps
+        else run.imported.get("memory_gb")
+    )
 
 
 def _published(run: Run, rate: float | None) -> Row:
@@ -168,21 +241,34 @@ def _published(run: Run, rate: float | None) -> Row:
 
 def cells(values: Row) -> dict[str, str]:
     """Return a row as the columns that people read."""
-    cut = f" ({values['num_layers']} of {values['model_layers']} layers)" if values["model_layers"] not in (None, values["num_layers"]) else ""
+    cut = (
+        f" ({values['num_layers']} of {values['model_layers']} layers)"
+        if values["model_layers"] not in (None, values["num_layers"])
+        else ""
+    )
     share, against = values["share_of_published"], values["memory_gb_bf16"]
     return {
         "model": f"{values['model']}{cut}",
         "precision": values["precision"],
         "GPUs": f"{values['num_gpus'] or '?'} {values['gpu']}",
         "layout": f"{values['layout']} seq{values['seq_length']}",
-        "step, s": f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to {values['step_time_high_s']:.3f}){devices.mark(values)}",
+        "step, s": (
+            f"{values['step_time_s']:.3f} ({values['step_time_low_s']:.3f} to"
+            f" {values['step_time_high_s']:.3f}){devices.mark(values)}"
+        ),
         "steps": f"{values['first_timed_step']} to {values['last_timed_step']}",
-        "tokens/s/GPU": "–" if values["tokens_per_s_per_gpu"] is None else f"{values['tokens_per_s_per_gpu']:,.0f}",
+        "tokens/s/GPU": (
+            "–"
+            if values["tokens_per_s_per_gpu"] is None
+            else f"{values['tokens_per_s_per_gpu']:,.0f}"
+        ),
         "speedup": _speedup(values),
         "pair": _pair(values) if values["base"] != values["run"] else "–",
         "TFLOP/s": number(values["tflops_per_gpu"], 0),
         "MFU": "–" if values["mfu"] is None else f"{values['mfu']:.1%}",
-        "J/step": "–" if values["energy_per_step_j"] is None else f"{values['energy_per_step_j']:,.0f}",
+        "J/step": (
+            "–" if values["energy_per_step_j"] is None else f"{values['energy_per_step_j']:,.0f}"
+        ),
         "J/token": devices.per_token(values),
         "clock, power": devices.clocks(values).replace(UNKNOWN, "–"),
         "peak GB (BF16)": f"{number(values['memory_gb'], 1)} ({number(against, 1)})",
@@ -200,29 +286,48 @@ def _pair(values: Row) -> str:
 def _speedup(values: Row) -> str:
     if values["speedup_low"] is None:
         return "–" if values["speedup_over_bf16"] is None else "1"
-    return f"{values['speedup_over_bf16']:.2f}x ({values['speedup_low']:.2f} to {values['speedup_high']:.2f})"
+    return (
+        f"{values['speedup_over_bf16']:.2f}x ({values['speedup_low']:.2f} to"
+        f" {values['speedup_high']:.2f})"
+    )
 
 
 def notes(found: Sequence[Row], left_out: Sequence[str]) -> list[str]:
-    """Return what the columns rest on, what pairs differ in, where published figures are from, and what was left out."""
+    """Return what the columns rest on, what pairs differ in, where published figures are from, and
+    what was left out.
+    """
     names, peaks, labels, conventions = (
         ", ".join(sorted({text(row) for row in found}))
         for text in (
             lambda row: row["device"],
-            lambda row: f"{row['peak']} {row['peak_tflops']:g} TFLOP/s" if row["peak_tflops"] else f"{row['peak']} unknown",
+            lambda row: (
+                f"{row['peak']} {row['peak_tflops']:g} TFLOP/s"
+                if row["peak_tflops"]
+                else f"{row['peak']} unknown"
+            ),
             lambda row: row["label"],
             lambda row: row["flops_convention"],
         )
     )
     said = [
-        f"Step time {labels} on {names}: median with quartiles over the steps named; runs whose quartiles, or whose first and last third, lie "
-        f"more than {MAX_SPREAD:.0%} apart are refused. "
-        "Speedup: tokens/s/GPU over the BF16 run of the same model, depth, GPU, stack and settings, with its 95 % interval.",
-        f"TFLOP/s of the model's FLOPs with {conventions}; MFU against {peaks}. Peak memory in GB of 10⁹ bytes, as PyTorch's allocator saw it.",
+        (
+            f"Step time {labels} on {names}: median with quartiles over the steps named; runs whose"
+            f" quartiles, or whose first and last third, lie more than {MAX_SPREAD:.0%} apart are"
+            " refused. Speedup: tokens/s/GPU over the BF16 run of the same model, depth, GPU,"
+            " stack and settings, with its 95 % interval."
+        ),
+        (
+            f"TFLOP/s of the model's FLOPs with {conventions}; MFU against {peaks}. Peak memory in"
+            " GB of 10⁹ bytes, as PyTorch's allocator saw it."
+        ),
     ]
     said += _pairs(found)
     said += devices.notes((row["run"], row["pair_gpu"]) for row in found if row["pair_gpu"])
-    said += [f"{row['run']}: imported; asserted, not proved: {', '.join(row['asserted'])}" for row in found if row["asserted"]]
+    said += [
+        f"{row['run']}: imported; asserted, not proved: {', '.join(row['asserted'])}"
+        for row in found
+        if row["asserted"]
+    ]
     if any(row.get("expected") for row in found):
         said.append(expected.RANGES)
     said += [row["expected"] for row in found if row.get("expected")]
@@ -236,7 +341,10 @@ def _pairs(found: Sequence[Row]) -> list[str]:
     named = dict[str, list[str]]()
     for row in found:
         layout = [row["pair"]] if row["pair"].startswith("best-mapping") else []
-        for what in (*layout, *(f"Beside precision and layout: {each}" for each in row["also_differs"])):
+        for what in (
+            *layout,
+            *(f"Beside precision and layout: {each}" for each in row["also_differs"]),
+        ):
             named.setdefault(what, []).append(row["run"])
     return [f"{what}: {', '.join(names)}" for what, names in named.items()]
 
@@ -250,17 +358,38 @@ def table(folders: Sequence[Path], causal: bool = False) -> Table:
     shown, said = [cells(row) for row in found], notes(found, left_out)
     measured = devices.energy_notes(runs)
     if not measured:
-        shown = [{column: cell for column, cell in line.items() if column not in BY_NVML} for line in shown]
-    return Table("Throughput", shown, found, [*said, *records_notes(runs), *devices.shared_notes(runs), *measured], TEXT)
+        shown = [
+            {column: cell for column, cell in line.items() if column not in BY_NVML}
+            for line in shown
+        ]
+    return Table(
+        "Throughput",
+        shown,
+        found,
+        [*said, *records_notes(runs), *devices.shared_notes(runs), *measured],
+        TEXT,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = ArgumentParser(prog="python -m analysis.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, BF16 ones among them")
+    parser = ArgumentParser(
+        prog="python -m analysis.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, BF16 ones among them"
+    )
     parser.add_argument("--out", type=Path, help="write the table there: .csv, .md or .html")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--causal", action="store_true", help="count causal attention (half), as Megatron-LM does; default: full, as NeMo 25.04 does")
+    parser.add_argument(
+        "--causal",
+        action="store_true",
+        help=(
+            "count causal attention (half), as Megatron-LM does; default: full, as NeMo 25.04 does"
+        ),
+    )
     args = parser.parse_args(argv)
     try:
         made = table(args.runs, args.causal)

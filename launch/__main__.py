@@ -1,7 +1,8 @@
-"""`python -m launch model=… precision=… gpu=…`: plan, check, and run here or submit; `-m` for a sweep, `dry_run=true` to look first.
+"""`python -m launch model=… precision=… gpu=…`: plan, check, and run here or submit; `-m` for a
+sweep, `dry_run=true` to look first.
 
-The job's script goes to standard output in a dry run, and what it will do to standard error, so that the script can be
-piped.  The same command again continues what has not ended.
+The job's script goes to standard output in a dry run, and what it will do to standard error, so
+that the script can be piped.  The same command again continues what has not ended.
 """
 
 from __future__ import annotations
@@ -32,10 +33,28 @@ PROBE_S = 1  # launch.status takes a folder's lock for an instant, to see whethe
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; what is no flag is a Hydra override."""
-    parser = ArgumentParser(prog="python -m launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, e.g. precision=mxfp8 train.max_steps=50")
-    parser.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of comma-separated values")
-    parser.add_argument("--json", action="store_true", help="print plan, summary and script as JSON, and start nothing")
+    parser = ArgumentParser(
+        prog="python -m launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Hydra overrides, e.g. precision=mxfp8 train.max_steps=50",
+    )
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="one run for each combination of comma-separated values",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print plan, summary and script as JSON, and start nothing",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -43,11 +62,16 @@ def plans(overrides: Sequence[str], multirun: bool) -> list[Plan]:
     """Return the checked plans of a command line; nothing is started unless all of them pass."""
     if not multirun:
         check_single(overrides)
-    found = [compose_plan(one) for one in (sweep(with_axes(overrides)) if multirun else [list(overrides)])]
+    found = [
+        compose_plan(one)
+        for one in (sweep(with_axes(overrides)) if multirun else [list(overrides)])
+    ]
     names = [folder_of(plan) for plan in found]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice:
-        raise InputError(f"two plans of this sweep share the folder {twice}; put what differs into run_name")
+        raise InputError(
+            f"two plans of this sweep share the folder {twice}; put what differs into run_name"
+        )
     for plan in found:
         check_folder(plan)
     return found
@@ -57,7 +81,9 @@ def dry_run(overrides: Sequence[str]) -> bool:
     """Return whether the command line asks for a dry run."""
     asked = compose_tree(sweep(overrides)[0]).get("dry_run")
     if not isinstance(asked, bool):
-        raise InputError(f"dry_run={asked}: it is true or false; write dry_run=true to look and start nothing")
+        raise InputError(
+            f"dry_run={asked}: it is true or false; write dry_run=true to look and start nothing"
+        )
     return asked
 
 
@@ -65,7 +91,10 @@ def show(found: Sequence[Plan], as_json: bool) -> int:
     """Print what would be launched."""
     facts = checked(found)
     if as_json:
-        jobs = [{"plan": p.model_dump(), "summary": summary(p, data), "script": render(p)} for p, data in zip(found, facts, strict=True)]
+        jobs = [
+            {"plan": p.model_dump(), "summary": summary(p, data), "script": render(p)}
+            for p, data in zip(found, facts, strict=True)
+        ]
         print(json.dumps(jobs, indent=1))
         return 0
     for plan, data in zip(found, facts, strict=True):
@@ -122,7 +151,10 @@ def launch(found: Sequence[Plan]) -> int:
         for plan in here:
             check_idle(folder_of(plan))
             (folder_of(plan) / "stop").unlink(missing_ok=True)
-        jobs = [Job(plan, folder_of(plan), write_job(plan), lock) for plan, lock in zip(here, locks, strict=True)]
+        jobs = [
+            Job(plan, folder_of(plan), write_job(plan), lock)
+            for plan, lock in zip(here, locks, strict=True)
+        ]
         code = run_all(jobs) if jobs else 0
     for plan in here:
         print(f"{folder_of(plan)}: {status_of(folder_of(plan))}")

@@ -1,4 +1,6 @@
-"""`python -m launch.cancel RUN…`: cancel the Slurm jobs of runs; what was trained stays, and can be continued."""
+"""`python -m launch.cancel RUN…`: cancel the Slurm jobs of runs; what was trained stays, and can be
+continued.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from recipes.run_folder import event, read_plan
 def cancel(folder: Path) -> str:
     """Cancel the jobs of a run folder that wait or run; return what was done in a sentence.
 
-    InputError where Slurm does not tell which these are, or does not take the order, and for a run on this machine.
+    InputError where Slurm does not tell which these are, or does not take the order, and for a run
+    on this machine.
     """
     read_plan(folder)
     if not was_submitted(folder):
@@ -37,7 +40,9 @@ def cancel(folder: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: each folder is tried; a line and exit code 2 where one could not be cancelled."""
+    """Run the command: each folder is tried; a line and exit code 2 where one could not be
+    cancelled.
+    """
     parser = ArgumentParser(prog="python -m launch.cancel", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     args = parser.parse_args(argv)

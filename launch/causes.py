@@ -1,4 +1,5 @@
-"""What did a job die of, by its log: what is known of other people's logs, and what to do about each cause.
+"""What did a job die of, by its log: what is known of other people's logs, and what to do about
+each cause.
 
 A log holds the cause and what followed from it: a rank that runs out of memory is one line, the
 broken connections of the others are a thousand.  So the first line counts that names a cause.  Only
@@ -16,11 +17,19 @@ import string
 from collections.abc import Iterable
 
 SQSH = "cluster.container_image=FILE.sqsh, a file made by `enroot import`"
-GPU_MEMORY = "out of GPU memory: more mapping.recompute_layers, tp or pp, or a smaller mapping.micro_batch"
+GPU_MEMORY = (
+    "out of GPU memory: more mapping.recompute_layers, tp or pp, or a smaller mapping.micro_batch"
+)
 IMAGE = "the container image cannot be imported or started: check cluster.container_image"
 DISK = "the disk is full: make room, and the same launch command continues it"
-DRIVER = "the driver of a node does not serve the container's CUDA: update it, or use a container with an older CUDA"
-MPI = "MPI cannot start: set cluster.mpi to a plugin of `srun --mpi=list` that the container's Open MPI knows (pmix), or ask for PMIx"
+DRIVER = (
+    "the driver of a node does not serve the container's CUDA: update it, or use a container with"
+    " an older CUDA"
+)
+MPI = (
+    "MPI cannot start: set cluster.mpi to a plugin of `srun --mpi=list` that the container's Open"
+    " MPI knows (pmix), or ask for PMIx"
+)
 REGISTRY = r"(?:pyxis|enroot|curl|\[error\]).{0,300}(?:error code|returned error): "
 
 # In lower case, as the log is read.  Of a line that several match, the first listed is its cause.
@@ -40,7 +49,10 @@ ROOTS = (
     ),
     (
         r"ibv_reg_mr.{0,60}cannot allocate memory",
-        "the nodes let no job lock the memory that InfiniBand needs (ulimit -l): ask your administrators",
+        (
+            "the nodes let no job lock the memory that InfiniBand needs (ulimit -l): ask your"
+            " administrators"
+        ),
     ),
     (
         r"/dev/shm.{0,120}no space left|insufficient shared memory|"
@@ -68,7 +80,10 @@ ROOTS = (
     ),
     (
         r"opal_shmem|orte_session_dir|opal_init failed",
-        "Open MPI finds no folder to write to in the container: set cluster.environment.TMPDIR to one",
+        (
+            "Open MPI finds no folder to write to in the container: set cluster.environment.TMPDIR"
+            " to one"
+        ),
     ),
     (
         r"mpi_init|pmi2_init failed|pmix error|opal error|slurm's pmi support|orte_init failed"
@@ -77,11 +92,17 @@ ROOTS = (
     ),
     (
         r"option '?--(?:no-)?container-",
-        "this Slurm has no pyxis: set cluster.container_runtime=none where the stack is installed on the nodes, or ask your administrators for pyxis",
+        (
+            "this Slurm has no pyxis: set cluster.container_runtime=none where the stack is"
+            " installed on the nodes, or ask your administrators for pyxis"
+        ),
     ),
     (
         r"pyxis\.so: (?:dlopen|plugin|incompatible|failed to)",
-        "pyxis does not fit this Slurm: ask your administrators, or set cluster.container_runtime=none",
+        (
+            "pyxis does not fit this Slurm: ask your administrators, or set"
+            " cluster.container_runtime=none"
+        ),
     ),
     (
         r"srun: (?:error: )?(?:unrecognized|invalid|ambiguous) option",
@@ -89,7 +110,10 @@ ROOTS = (
     ),
     (
         REGISTRY + r"40[13]",
-        f"the registry refuses the container image: put its credentials into ~/.config/enroot/.credentials, or set {SQSH}",
+        (
+            "the registry refuses the container image: put its credentials into"
+            f" ~/.config/enroot/.credentials, or set {SQSH}"
+        ),
     ),
     (
         REGISTRY + r"404|\[error\].{0,40}(?:no such image|manifest unknown)",
@@ -109,11 +133,17 @@ ROOTS = (
     ),
     (
         r"(?:pyxis|enroot|squashfs).{0,200}(?:no space left|quota exceeded)",
-        "a node has no room for the container image: point ENROOT_CACHE_PATH and ENROOT_DATA_PATH to a larger disk (enroot.conf)",
+        (
+            "a node has no room for the container image: point ENROOT_CACHE_PATH and"
+            " ENROOT_DATA_PATH to a larger disk (enroot.conf)"
+        ),
     ),
     (
         r"(?:pyxis|enroot).{0,200}permission denied",
-        "enroot may not write its folders on a node: ask your administrators for ENROOT_RUNTIME_PATH and ENROOT_DATA_PATH",
+        (
+            "enroot may not write its folders on a node: ask your administrators for"
+            " ENROOT_RUNTIME_PATH and ENROOT_DATA_PATH"
+        ),
     ),
     (
         r"numactl: .{0,40}not found",
@@ -122,7 +152,10 @@ ROOTS = (
     (
         r"libnuma: .{0,60}out of range|numactl: .{0,80}invalid|"
         r"sched_setaffinity: invalid argument",
-        "a node has other processors than gpu.gpus_per_numa_node says: set cluster.numa_binding=false",
+        (
+            "a node has other processors than gpu.gpus_per_numa_node says: set"
+            " cluster.numa_binding=false"
+        ),
     ),
     (
         r"no space left on device|errno 28\b",
@@ -134,7 +167,10 @@ ROOTS = (
     ),
     (
         r"read-only file system",
-        "the file system of the run folder cannot be written: choose another runs_dir, or mount it (cluster.mounts)",
+        (
+            "the file system of the run folder cannot be written: choose another runs_dir, or mount"
+            " it (cluster.mounts)"
+        ),
     ),
     (
         r"stale file handle|input/output error",
@@ -166,7 +202,10 @@ ROOTS = (
     ),
     (
         r"node configuration is not available",
-        "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and cluster.partition",
+        (
+            "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and"
+            " cluster.partition"
+        ),
     ),
     (
         r"^(?:\S+: )?cat: (?:\S+): (?:no such file|permission denied)",
@@ -179,25 +218,40 @@ ROOTS = (
     ),
     (
         r"cuda_error_system_not_ready|system not yet initialized|cudaerrorsystemnotready",
-        "the GPUs of a node are not ready (NVSwitch's fabric manager): leave the node out with cluster.extra_sbatch=[--exclude=NODE]",
+        (
+            "the GPUs of a node are not ready (NVSwitch's fabric manager): leave the node out with"
+            " cluster.extra_sbatch=[--exclude=NODE]"
+        ),
     ),
     (
         r"no kernel image is available|found no nvidia driver|no cuda-capable device|"
         r"cuda_error_no_device",
-        "a node lacks the GPU or the driver that the stack was built for: check gpu, stack and cluster.gpus_flag",
+        (
+            "a node lacks the GPU or the driver that the stack was built for: check gpu, stack and"
+            " cluster.gpus_flag"
+        ),
     ),
     (
         r"uncorrectable ecc|fallen off the bus|\bxid\b.{0,40}\d|"
         r"unable to determine the device handle",
-        "a GPU failed: leave its node out with cluster.extra_sbatch=[--exclude=NODE]; the same launch command continues the run",
+        (
+            "a GPU failed: leave its node out with cluster.extra_sbatch=[--exclude=NODE]; the same"
+            " launch command continues the run"
+        ),
     ),
     (
         r"device-side assert|indexselectlargeindex",
-        "an index is out of range on the GPU: token ids beyond model.vocab_size? check data and data.tokenizer",
+        (
+            "an index is out of range on the GPU: token ids beyond model.vocab_size? check data and"
+            " data.tokenizer"
+        ),
     ),
     (
         r"illegal memory access|misaligned address|unspecified launch failure",
-        "a kernel failed on a GPU: CUDA_LAUNCH_BLOCKING=1 in cluster.environment shows which; on one node alone it is the GPU",
+        (
+            "a kernel failed on a GPU: CUDA_LAUNCH_BLOCKING=1 in cluster.environment shows which;"
+            " on one node alone it is the GPU"
+        ),
     ),
     (
         r"modulenotfounderror: no module named '?([\w.]+)",
@@ -211,16 +265,25 @@ ROOTS = (
     ),
     (
         r"gatedrepoerror|gated repo|40[13] client error.{0,60}huggingface",
-        "Hugging Face refuses the tokenizer: name a file with your token in cluster.token_files (HF_TOKEN)",
+        (
+            "Hugging Face refuses the tokenizer: name a file with your token in cluster.token_files"
+            " (HF_TOKEN)"
+        ),
     ),
     (
         r"couldn't connect to 'https://huggingface|localentrynotfounderror|"
         r"offlinemodeisenabled",
-        "the nodes do not reach Hugging Face: set data.tokenizer to a folder that holds the tokenizer",
+        (
+            "the nodes do not reach Hugging Face: set data.tokenizer to a folder that holds the"
+            " tokenizer"
+        ),
     ),
     (
         r"no socket interface found|no interface found",
-        "NCCL finds no network between the nodes: set cluster.environment.NCCL_SOCKET_IFNAME (`ip link` on a node lists them)",
+        (
+            "NCCL finds no network between the nodes: set cluster.environment.NCCL_SOCKET_IFNAME"
+            " (`ip link` on a node lists them)"
+        ),
     ),
 )
 CONSEQUENCES = (
@@ -252,12 +315,17 @@ CONSEQUENCES = (
     (
         r"unhandled system error|ncclsystemerror|ncclremoteerror|ncclinternalerror|"
         r"remote process exited|connection closed by",
-        "NCCL lost the connection to another rank, which died or is not reached: see the first "
-        "errors in log.txt, and cluster.environment.NCCL_SOCKET_IFNAME",
+        (
+            "NCCL lost the connection to another rank, which died or is not reached: see the first "
+            "errors in log.txt, and cluster.environment.NCCL_SOCKET_IFNAME"
+        ),
     ),
     (
         r"cannot open shared object file|undefined symbol",
-        "libraries of the nodes and of the stack do not fit together: use the stack's container (cluster.container_image)",
+        (
+            "libraries of the nodes and of the stack do not fit together: use the stack's container"
+            " (cluster.container_image)"
+        ),
     ),
 )
 
@@ -266,19 +334,25 @@ WHO = r"^(?:\d+: )?(?:\[(?:rank|default)\d+\]:? ?)?"  # who wrote a line: srun -
 REFUSAL = re.compile(WHO + r"((?:(?:srun|slurmstepd[\w.-]*): )?error: .{0,300})", re.MULTILINE)
 EXCEPTION = re.compile(WHO + r"((?:[\w]+\.)*[A-Z]\w*(?:Error|Exception): .{0,300})", re.MULTILINE)
 ENDS = re.compile(r"exited with exit code|terminat|cancelled at|killed$|aborted$", re.IGNORECASE)
-LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)  # keeps places, as lower() may not
+LOWER = str.maketrans(
+    string.ascii_uppercase, string.ascii_lowercase
+)  # keeps places, as lower() may not
 
 
 def known_cause(log: str) -> str | None:
-    """Return what the first line of a log that names a cause means, and what to do; None where no line is known."""
+    """Return what the first line of a log that names a cause means, and what to do; None where no
+    line is known.
+    """
     text = log.translate(LOWER)
     return _first(text, ROOTS) or _first(text, CONSEQUENCES)
 
 
 def cause_of(log: str, reason: str | None) -> str | None:
-    """Return what a run died of, by its log and by the exception that ended rank 0, if any; None where nothing tells.
+    """Return what a run died of, by its log and by the exception that ended rank 0, if any; None
+    where nothing tells.
 
-    A known cause goes before a line `error: …`, that before exceptions, and all before a known consequence of them.
+    A known cause goes before a line `error: …`, that before exceptions, and all before a known
+    consequence of them.
     """
     text = log.translate(LOWER)
     if known := _first(text, ROOTS):

@@ -1,8 +1,10 @@
-"""Which GPUs of this machine may a run have?  Each is locked while a run of any launch on this machine has it.
+"""Which GPUs of this machine may a run have?  Each is locked while a run of any launch on this
+machine has it.
 
-Two runs on one GPU slow each other evenly, so that their step times look sound.  The lock is a file for each GPU, named by its
-UUID, in a folder that all users of the machine share.  It is held by the run itself, and ends with it.  Processes that this
-project did not start hold no lock: a GPU without any is taken first, and a run that gets one with others is told so.
+Two runs on one GPU slow each other evenly, so that their step times look sound.  The lock is a file
+for each GPU, named by its UUID, in a folder that all users of the machine share.  It is held by the
+run itself, and ends with it.  Processes that this project did not start hold no lock: a GPU without
+any is taken first, and a run that gets one with others is told so.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ COMPUTES = re.compile(r"^(GPU-[\w-]+), *(\d+), *(.*)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as CUDA_VISIBLE_DEVICES names it, its UUID (or that name, where nothing tells), and who computes on it."""
+    """A GPU as CUDA_VISIBLE_DEVICES names it, its UUID (or that name, where nothing tells), and who
+    computes on it.
+    """
 
     name: str
     uuid: str
@@ -42,33 +46,57 @@ class HeldGpu:
 
 
 def visible() -> list[Gpu] | None:
-    """Return the GPUs that runs may have, those without processes first; None where nothing tells."""
+    """Return the GPUs that runs may have, those without processes first; None where nothing
+    tells.
+    """
     listed = LISTED.findall(_nvidia_smi("-L"))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None and not listed:
         return None
-    names = [index for index, _ in listed] if named is None else [name.strip() for name in named.split(",") if name.strip()]
+    names = (
+        [index for index, _ in listed]
+        if named is None
+        else [name.strip() for name in named.split(",") if name.strip()]
+    )
     busy: dict[str, str] = {}
-    for uuid, pid, process in COMPUTES.findall(_nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader")):
+    for uuid, pid, process in COMPUTES.findall(
+        _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader")
+    ):
         busy.setdefault(uuid, one_line(f"process {pid} ({process})"))
     found = [Gpu(name, uuid := _uuid(name, listed), busy.get(uuid, "")) for name in names]
     return sorted(found, key=lambda gpu: bool(gpu.others))
 
 
 def _uuid(name: str, listed: Sequence[tuple[str, str]]) -> str:
-    return next((uuid for index, uuid in listed if name == index or (name.startswith("GPU-") and uuid.startswith(name))), name)
+    return next(
+        (
+            uuid
+            for index, uuid in listed
+            if name == index or (name.startswith("GPU-") and uuid.startswith(name))
+        ),
+        name,
+    )
 
 
 def _nvidia_smi(*arguments: str) -> str:
     try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=60, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout
 
 
 def take(gpus: Sequence[Gpu], count: int, folder: Path) -> list[HeldGpu] | None:
-    """Lock so many of the GPUs for the run in `folder`; None, with none locked, where so many are not free."""
+    """Lock so many of the GPUs for the run in `folder`; None, with none locked, where so many are
+    not free.
+    """
     held: list[HeldGpu] = []
     try:
         for gpu in gpus:
@@ -131,7 +159,11 @@ def _locked(gpu: Gpu) -> int | None:
 
 def _sign(file: int, folder: Path) -> None:
     """Write into a lock's file who holds it."""
-    facts = {"run": str(folder.absolute()), "user": os.environ.get("USER") or os.geteuid(), "pid": os.getpid()}
+    facts = {
+        "run": str(folder.absolute()),
+        "user": os.environ.get("USER") or os.geteuid(),
+        "pid": os.getpid(),
+    }
     try:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(facts).encode(), 0)
@@ -145,7 +177,9 @@ def _open(path: Path) -> int:
         return _created(path)
     except OSError as error:
         why = f"{path} cannot be opened ({error.strerror})"
-        raise InputError(f"{why}, which locks a GPU for one run; remove it, or make {LOCKS} writable") from None
+        raise InputError(
+            f"{why}, which locks a GPU for one run; remove it, or make {LOCKS} writable"
+        ) from None
 
 
 def _created(path: Path) -> int:

@@ -1,7 +1,9 @@
-"""Runs on this machine: the scripts of their job folders, so many side by side as the plan and the GPUs allow.
+"""Runs on this machine: the scripts of their job folders, so many side by side as the plan and the
+GPUs allow.
 
-A run's output goes to log.txt in its folder.  Each run on GPUs has its own; interrupted, the launcher asks its runs to save a
-checkpoint and waits for that; killed, it leaves them running, each the only one that may write its folder.
+A run's output goes to log.txt in its folder.  Each run on GPUs has its own; interrupted, the
+launcher asks its runs to save a checkpoint and waits for that; killed, it leaves them running, each
+the only one that may write its folder.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ TORCHRUN_KILLS_S = 45  # it gives its processes 30 s after SIGTERM
 
 @dataclass
 class Job:
-    """A run on this machine; `lock` is the file descriptor that reserves its folder, `process` is None until it is started."""
+    """A run on this machine; `lock` is the file descriptor that reserves its folder, `process` is
+    None until it is started.
+    """
 
     plan: Plan
     folder: Path
@@ -43,7 +47,9 @@ class Job:
 
 
 def run_all(jobs: Sequence[Job]) -> int:
-    """Run the jobs, at most `executor.max_parallel` at once, each on GPUs of its own; return 0 if all are done, else 1."""
+    """Run the jobs, at most `executor.max_parallel` at once, each on GPUs of its own; return 0 if
+    all are done, else 1.
+    """
     waiting, running = list(jobs), list[Job]()
     limit = min(job.plan.executor.max_parallel for job in jobs)
     visible, told = _checked(jobs), False
@@ -73,27 +79,38 @@ def _needs(job: Job) -> int:
 
 
 def _checked(jobs: Sequence[Job]) -> list[Gpu] | None:
-    """Return the GPUs that can be seen; InputError where a job wants more, or another process still writes its folder."""
+    """Return the GPUs that can be seen; InputError where a job wants more, or another process still
+    writes its folder.
+    """
     for job in jobs:
         check_unwritten(job.folder)
     free = gpus.visible() if any(map(_needs, jobs)) else None
     most = max(jobs, key=_needs)
     if free is not None and len(free) < _needs(most):
         raise InputError(
-            f"{most.folder}: num_gpus={_needs(most)}, and {len(free)} GPU(s) can be seen here; lower num_gpus, or see CUDA_VISIBLE_DEVICES"
+            f"{most.folder}: num_gpus={_needs(most)}, and {len(free)} GPU(s) can be seen here;"
+            " lower num_gpus, or see CUDA_VISIBLE_DEVICES"
         )
     return free
 
 
 def _start(job: Job) -> Job:
-    """Start a job in a session of its own: an interrupt from the keyboard is for the launcher, which asks the runs to stop."""
+    """Start a job in a session of its own: an interrupt from the keyboard is for the launcher,
+    which asks the runs to stop.
+    """
     env = dict(os.environ)
     if job.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(held.gpu.name for held in job.gpus)
-        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's order, by which the GPU was locked
+        env.setdefault(
+            "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
+        )  # nvidia-smi's order, by which the GPU was locked
     for held in job.gpus:
         if held.gpu.others:
-            print(f"{job.folder}: {held.gpu.others} computes on GPU {held.gpu.name} too; step times will not be sound", file=sys.stderr)
+            print(
+                f"{job.folder}: {held.gpu.others} computes on GPU {held.gpu.name} too; step times"
+                " will not be sound",
+                file=sys.stderr,
+            )
     with (job.folder / "log.txt").open("ab") as log:
         log.write(f"{SESSION}\n".encode())
         log.flush()
@@ -111,7 +128,9 @@ def _start(job: Job) -> Job:
 
 @contextmanager
 def _ended(running: list[Job]) -> Iterator[None]:
-    """Have what still runs save a checkpoint when the launcher is interrupted or terminated; a second interrupt kills it."""
+    """Have what still runs save a checkpoint when the launcher is interrupted or terminated; a
+    second interrupt kills it.
+    """
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
@@ -141,7 +160,9 @@ def _stop(alive: Sequence[Job]) -> None:
 
 
 def _kill(job: Job) -> None:
-    """Kill a run; torchrun, whose ranks are in sessions of their own, takes half a minute to kill them."""
+    """Kill a run; torchrun, whose ranks are in sessions of their own, takes half a minute to kill
+    them.
+    """
     if not job.process or job.process.poll() is not None:
         return
     os.killpg(job.process.pid, signal.SIGTERM if job.plan.num_gpus > 1 else signal.SIGKILL)
@@ -157,7 +178,10 @@ class _Bars:
     def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {
-            str(j.folder): progress.add_task(j.plan.run_name, total=j.plan.train.max_steps, facts="waiting", start=False) for j in jobs
+            str(j.folder): progress.add_task(
+                j.plan.run_name, total=j.plan.train.max_steps, facts="waiting", start=False
+            )
+            for j in jobs
         }
 
     def show(self, job: Job) -> None:
@@ -175,12 +199,20 @@ class _Bars:
         self.show(job)
         status = status_of(job.folder)
         if status not in ("done", "paused"):
-            said = one_line(f"{job.plan.run_name}: {status}: {cause(job.folder)}; see {job.folder / 'log.txt'}")
+            said = one_line(
+                f"{job.plan.run_name}: {status}: {cause(job.folder)}; see {job.folder / 'log.txt'}"
+            )
             self.progress.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _bars(jobs: Sequence[Job]) -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[facts]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=2) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[facts]}"),
+    )
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=2
+    ) as progress:
         yield _Bars(progress, jobs)

@@ -1,7 +1,8 @@
-"""`python -m launch.resume RUN…`: continue runs from their last checkpoint, with the plan in their folder.
+"""`python -m launch.resume RUN…`: continue runs from their last checkpoint, with the plan in their
+folder.
 
-The same as the launch command that made them, for whoever no longer has it.  The code is that of today: its commit
-goes into the job folder, the manifest and the events again.
+The same as the launch command that made them, for whoever no longer has it.  The code is that of
+today: its commit goes into the job folder, the manifest and the events again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ def resume(folders: Sequence[Path]) -> int:
     plans = [check(read_plan(folder)) for folder in folders]
     for plan, folder in zip(plans, folders, strict=True):
         if folder_of(plan).resolve() != folder.resolve():
-            raise InputError(f"{folder} was moved: its plan writes to {folder_of(plan)}; move it back, or start from that folder")
+            raise InputError(
+                f"{folder} was moved: its plan writes to {folder_of(plan)}; move it back, or start"
+                " from that folder"
+            )
     return launch(plans)
 
 

@@ -1,8 +1,9 @@
 """Slurm's own commands, and what they answer as values: submit, look, find, cancel.
 
-A command that failed, did not answer, or printed what is no answer gives `NotKnown` with the reason.
-"Not known" is never "no job": only squeue's "Invalid job id" or a whole list without the job says that a job is gone.
-Nothing here waits for a job.  What Slurm refuses reaches the user as its own message on one line.
+A command that failed, did not answer, or printed what is no answer gives `NotKnown` with the
+reason. "Not known" is never "no job": only squeue's "Invalid job id" or a whole list without the
+job says that a job is gone. Nothing here waits for a job.  What Slurm refuses reaches the user as
+its own message on one line.
 
 States and message texts: Slurm 22.05 to 24.11, src/common/slurm_protocol_defs.c and slurm_errno.c.
 """
@@ -29,22 +30,45 @@ REMEDIES = {
     "partition": "set cluster.partition (sinfo lists them)",
     "qos": "set cluster.qos",
     "node count": "use fewer nodes (num_gpus) or another cluster.partition",
-    "node configuration": "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and cluster.partition (sinfo lists them)",
+    "node configuration": (
+        "the partition has no such nodes: check gpu, num_gpus, cluster.gpus_flag and"
+        " cluster.partition (sinfo lists them)"
+    ),
     "time limit": "lower executor.time_limit or choose another cluster.partition",
-    "unrecognized option": "remove it from cluster.extra_sbatch, or set cluster.segment=null on a Slurm older than 24.05",
-    "configuration source": "no slurm.conf is found here: launch on a login node, or set SLURM_CONF",
-    "container": "pyxis is not installed there: set cluster.container_runtime=none, or ask your administrators",
+    "unrecognized option": (
+        "remove it from cluster.extra_sbatch, or set cluster.segment=null on a Slurm older than"
+        " 24.05"
+    ),
+    "configuration source": (
+        "no slurm.conf is found here: launch on a login node, or set SLURM_CONF"
+    ),
+    "container": (
+        "pyxis is not installed there: set cluster.container_runtime=none, or ask your"
+        " administrators"
+    ),
 }
 ABSENT = "launch where Slurm is, or use gpu=cpu or executor=local; dry_run=true prints the job"
 
 WAITS = ("PENDING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "POWER_UP_NODE")
 HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNS = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING", "STOPPED", "EXPEDITING")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 GONE = "GONE"  # ours: Slurm no longer knows the job, or its number is another job's now
 UNDECIDED = {
     "REVOKED": "another cluster of the federation may run it; squeue --federation shows where",
-    "LAUNCH_FAILED": "it did not start on its nodes, and Slurm may queue it again; scontrol show job shows why",
+    "LAUNCH_FAILED": (
+        "it did not start on its nodes, and Slurm may queue it again; scontrol show job shows why"
+    ),
 }
 
 UNKNOWN_ID = "Invalid job id"  # ESLURM_INVALID_JOB_ID: slurmctld does not know this job
@@ -58,8 +82,11 @@ LOST = re.compile(
 )
 SCRIPT = re.compile(r"/job/job\.sbatch(?: |$)")  # how the script of every run of this project ends
 ENDED_ALREADY = re.compile(f"{UNKNOWN_ID}|already (?:completing|completed)")
-# These variables filter what the commands list, or ask back at the terminal, without a word on the command line.
-FILTERS = re.compile(r"SQUEUE_|SACCT_|SCANCEL_|SLURM_CLUSTERS$|SLURM_TIME_FORMAT$|SLURM_BITSTR_LEN$")
+# These variables filter what the commands list, or ask back at the terminal, without a word on the
+# command line.
+FILTERS = re.compile(
+    r"SQUEUE_|SACCT_|SCANCEL_|SLURM_CLUSTERS$|SLURM_TIME_FORMAT$|SLURM_BITSTR_LEN$"
+)
 QUEUE = "JobID:|,State:|,Reason:|,RestartCnt:|,UserName:\t,Cluster:\t,Command:\t"
 ACCOUNTS: tuple[str, ...] = ("JobIDRaw", "State", "Reason", "User", "Cluster", "SubmitLine")
 
@@ -80,7 +107,9 @@ class NotKnown:
 
 @dataclass(frozen=True)
 class Call:
-    """A command that was run: exit code (None where it could not be run or did not answer), output, and standard error."""
+    """A command that was run: exit code (None where it could not be run or did not answer), output,
+    and standard error.
+    """
 
     command: tuple[str, ...]
     code: int | None
@@ -120,7 +149,9 @@ class Job:
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm sees it: its state (PENDING, RUNNING, COMPLETED, …), Slurm's reason, and how often it was restarted."""
+    """A job as Slurm sees it: its state (PENDING, RUNNING, COMPLETED, …), Slurm's reason, and how
+    often it was restarted.
+    """
 
     job_id: int
     state: str
@@ -146,10 +177,13 @@ class _Row:
     state: JobState
     user: str = ""
     cluster: str = ""
-    command: str = ""  # squeue: the script's path and its arguments; sacct: the whole command line of sbatch
+    command: str = (
+        ""  # squeue: the script's path and its arguments; sacct: the whole command line of sbatch
+    )
 
     def is_of(self, job: Job) -> bool | None:
-        """Return whether a number is the job's: False where user or script is another's, None where a script is no run's.
+        """Return whether a number is the job's: False where user or script is another's, None where
+        a script is no run's.
 
         A site's wrapper may hand a copy of the script to sbatch, under a path of its own.
         """
@@ -165,7 +199,9 @@ class _Row:
 
 
 def call(*command: str) -> Call:
-    """Run one of Slurm's commands to its end; those that list or cancel jobs run without the filters of the user's shell."""
+    """Run one of Slurm's commands to its end; those that list or cancel jobs run without the
+    filters of the user's shell.
+    """
     kept = {k: v for k, v in os.environ.items() if command[0] == "sbatch" or not FILTERS.match(k)}
     try:
         done = subprocess.run(
@@ -189,13 +225,20 @@ def call(*command: str) -> Call:
 
 
 def _message(written: str) -> str:
-    """Return what a command wrote to standard error on one line, each message once and without its prefixes."""
-    lines = [re.sub(r"^(?:s\w+: )?(?:error: |fatal: )?", "", line.strip()) for line in written.splitlines()]
+    """Return what a command wrote to standard error on one line, each message once and without its
+    prefixes.
+    """
+    lines = [
+        re.sub(r"^(?:s\w+: )?(?:error: |fatal: )?", "", line.strip())
+        for line in written.splitlines()
+    ]
     return one_line("; ".join(dict.fromkeys(line for line in lines if line)))
 
 
 def user() -> str:
-    """Return the name of this process's user, as Slurm prints it; empty where this machine does not know it."""
+    """Return the name of this process's user, as Slurm prints it; empty where this machine does not
+    know it.
+    """
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -203,7 +246,9 @@ def user() -> str:
 
 
 def _named(printed: str) -> str:
-    """Return a name or a path that Slurm printed; empty for its words for "not known", and for a user id that it could not name."""
+    """Return a name or a path that Slurm printed; empty for its words for "not known", and for a
+    user id that it could not name.
+    """
     return "" if printed in ("nobody", "(null)", "(none)") or printed.isdecimal() else printed
 
 
@@ -215,12 +260,15 @@ def check_present() -> None:
 
 
 def submit(script: Path, *flags: str) -> Known[Job] | NotKnown:
-    """Submit `script` and return its job; NotKnown where the answer is lost, and Slurm may have the job or not.
+    """Submit `script` and return its job; NotKnown where the answer is lost, and Slurm may have the
+    job or not.
 
     InputError, with Slurm's message and a remedy, where it refuses.
     """
     asked = call("sbatch", "--parsable", *flags, str(script))
-    answer = re.findall(r"^(\d+)(?:;(\S+))?$", asked.out, re.MULTILINE)  # a site's wrapper may print lines beside it
+    answer = re.findall(
+        r"^(\d+)(?:;(\S+))?$", asked.out, re.MULTILINE
+    )  # a site's wrapper may print lines beside it
     if asked.code == 0 and len(answer) == 1:
         return Known(Job(int(answer[0][0]), answer[0][1], user(), str(script)))
     if asked.code is None and ABSENT in asked.message:
@@ -235,21 +283,32 @@ def submit(script: Path, *flags: str) -> Known[Job] | NotKnown:
 def refusal(message: str) -> str:
     """Return Slurm's message with what to do about it where that is known."""
     text = _message(message)
-    remedy = next((what for word, what in REMEDIES.items() if word in text.lower()), "see the script, and run sbatch on it by hand")
+    remedy = next(
+        (what for word, what in REMEDIES.items() if word in text.lower()),
+        "see the script, and run sbatch on it by hand",
+    )
     return f"{text}; {remedy}"
 
 
 def cancel(jobs: Iterable[Job]) -> None:
-    """Cancel jobs; jobs that have ended are left alone.  InputError where Slurm did not take the order."""
+    """Cancel jobs; jobs that have ended are left alone.
+
+    InputError where Slurm did not take the order.
+    """
     for cluster, ids in _by_cluster(jobs).items():
         asked = call("scancel", *_where(cluster), *map(str, ids))
         lines = [line for line in asked.err.splitlines() if line.strip()]
         if asked.code != 0 and not (lines and all(ENDED_ALREADY.search(line) for line in lines)):
-            raise InputError(f"{asked.why.reason}; job {', '.join(map(str, ids))} may still wait or run: try again")
+            raise InputError(
+                f"{asked.why.reason}; job {', '.join(map(str, ids))} may still wait or run: try"
+                " again"
+            )
 
 
 def look(jobs: Iterable[Job]) -> dict[Job, Answer]:
-    """Return what Slurm knows of each job: its state, from squeue and where that has forgotten it from sacct, or NotKnown."""
+    """Return what Slurm knows of each job: its state, from squeue and where that has forgotten it
+    from sacct, or NotKnown.
+    """
     found: dict[Job, Answer] = {}
     every = list(dict.fromkeys(jobs))
     for cluster in dict.fromkeys(job.cluster for job in every):
@@ -265,21 +324,27 @@ def look(jobs: Iterable[Job]) -> dict[Job, Answer]:
 
 
 def _judged(jobs: Sequence[Job], queued: Mapping[int, _Row], cluster: str) -> dict[Job, Answer]:
-    forgotten = [job for job in jobs if job.job_id not in queued or queued[job.job_id].is_of(job) is False]
+    forgotten = [
+        job for job in jobs if job.job_id not in queued or queued[job.job_id].is_of(job) is False
+    ]
     accounted = _accounted(cluster, [job.job_id for job in forgotten])
     found: dict[Job, Answer] = {}
     for job in jobs:
         row = queued[job.job_id] if job not in forgotten else accounted.get(job.job_id)
         if job not in forgotten and row:
             found[job] = _decided(row.state) if row.is_of(job) else NotKnown(_unclear(job, row))
-        else:  # squeue does not have it, so it neither waits nor runs, whatever accounting still says
+        # squeue does not have it, so it neither waits nor runs, whatever accounting still says
+        else:
             known = row is not None and row.is_of(job) and row.state.ended
             found[job] = Known(row.state if row and known else JobState(job.job_id, GONE))
     return found
 
 
 def _unclear(job: Job, row: _Row) -> str:
-    return one_line(f"job {job.job_id} is {row.state.state} with {row.command}, not with {job.script}: it may be this run's or another's")
+    return one_line(
+        f"job {job.job_id} is {row.state.state} with {row.command}, not with {job.script}: it may"
+        " be this run's or another's"
+    )
 
 
 def _decided(state: JobState) -> Answer:
@@ -293,13 +358,22 @@ def _queued(cluster: str, ids: Sequence[int]) -> Known[dict[int, _Row]] | NotKno
     """Return squeue's rows by job id; a job that is not among them is gone."""
     if not ids:
         return Known({})
-    asked = call("squeue", *_where(cluster), "--noheader", f"--jobs={','.join(map(str, ids))}", "--states=all", f"--Format={QUEUE}")
+    asked = call(
+        "squeue",
+        *_where(cluster),
+        "--noheader",
+        f"--jobs={','.join(map(str, ids))}",
+        "--states=all",
+        f"--Format={QUEUE}",
+    )
     if UNKNOWN_ID in asked.message and asked.code:
         if len(ids) == 1:
             return Known({})
         halves = [_queued(cluster, half) for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
         lost = next((half for half in halves if isinstance(half, NotKnown)), None)
-        return lost or Known({k: row for half in halves if isinstance(half, Known) for k, row in half.value.items()})
+        return lost or Known(
+            {k: row for half in halves if isinstance(half, Known) for k, row in half.value.items()}
+        )
     rows = _rows(asked)
     if isinstance(rows, NotKnown):
         return rows
@@ -310,14 +384,20 @@ def _queued(cluster: str, ids: Sequence[int]) -> Known[dict[int, _Row]] | NotKno
 
 
 def _rows(asked: Call) -> Known[list[_Row]] | NotKnown:
-    """Return the rows that squeue printed; NotKnown where it failed, or where a line is none of its rows."""
+    """Return the rows that squeue printed; NotKnown where it failed, or where a line is none of its
+    rows.
+    """
     if asked.code != 0:
         return asked.why
     rows = []
     for line in asked.out.splitlines():
-        if not line.strip() or line.startswith("CLUSTER: "):  # a title, where several clusters are asked
+        if not line.strip() or line.startswith(
+            "CLUSTER: "
+        ):  # a title, where several clusters are asked
             continue
-        job_id, state, reason, rest = [*(part.strip() for part in line.split("|", 3)), "", "", ""][:4]
+        job_id, state, reason, rest = [*(part.strip() for part in line.split("|", 3)), "", "", ""][
+            :4
+        ]
         restarts, _, owner = rest.partition("|")
         who, where, command = [*owner.split("\t"), "", "", ""][:3]
         if not job_id.isdecimal() or not state:
@@ -329,30 +409,62 @@ def _rows(asked: Call) -> Known[list[_Row]] | NotKnown:
 
 
 def _accounted(cluster: str, ids: Sequence[int], *flags: str) -> dict[int, _Row]:
-    """Return sacct's rows by job id; {} where accounting is off or does not answer: nothing is decided on its silence."""
+    """Return sacct's rows by job id; {} where accounting is off or does not answer: nothing is
+    decided on its silence.
+    """
     if not ids and not flags:
         return {}
     chosen = [f"--jobs={','.join(map(str, ids))}"] if ids else []
-    command = ["sacct", *_where(cluster), "--noheader", "--parsable2", "--allocations", *chosen, *flags]
+    command = [
+        "sacct",
+        *_where(cluster),
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        *chosen,
+        *flags,
+    ]
     fields: tuple[str, ...] = ACCOUNTS
     asked = call(*command, f"--format={','.join(fields)}")
     if asked.code and "Invalid field" in asked.message:  # SubmitLine came with Slurm 21.08
         fields = ACCOUNTS[:-1]
         asked = call(*command, f"--format={','.join(fields)}")
-    lines = [line.split("|", len(fields) - 1) for line in asked.out.splitlines()] if asked.code == 0 else []
-    whole = [[*line, "", "", ""] for line in lines if len(line) >= 3 and line[0].isdecimal() and line[1].strip()]
+    lines = (
+        [line.split("|", len(fields) - 1) for line in asked.out.splitlines()]
+        if asked.code == 0
+        else []
+    )
+    whole = [
+        [*line, "", "", ""]
+        for line in lines
+        if len(line) >= 3 and line[0].isdecimal() and line[1].strip()
+    ]
     return {
-        int(i): _Row(JobState(int(i), state.split()[0], "" if reason == "None" else reason), _named(who), where, _named(command))
+        int(i): _Row(
+            JobState(int(i), state.split()[0], "" if reason == "None" else reason),
+            _named(who),
+            where,
+            _named(command),
+        )
         for i, state, reason, who, where, command, *_ in whole
     }
 
 
 def find(script: str, since: datetime, clusters: str) -> Known[list[Job]] | NotKnown:
-    """Return this user's jobs of a script: those that squeue lists, and those that accounting has since a time.
+    """Return this user's jobs of a script: those that squeue lists, and those that accounting has
+    since a time.
 
-    `clusters` names where sbatch was asked to submit (a,b), or is empty.  NotKnown where squeue does not answer, or not for which scripts jobs are.
+    `clusters` names where sbatch was asked to submit (a,b), or is empty.  NotKnown where squeue
+    does not answer, or not for which scripts jobs are.
     """
-    asked = call("squeue", *_where(clusters), "--noheader", f"--user={user() or os.geteuid()}", "--states=all", f"--Format={QUEUE}")
+    asked = call(
+        "squeue",
+        *_where(clusters),
+        "--noheader",
+        f"--user={user() or os.geteuid()}",
+        "--states=all",
+        f"--Format={QUEUE}",
+    )
     rows = _rows(asked)
     if isinstance(rows, NotKnown):
         return rows
@@ -365,7 +477,12 @@ def find(script: str, since: datetime, clusters: str) -> Known[list[Job]] | NotK
     ended = _accounted(clusters, [], f"--user={user() or os.geteuid()}", f"--starttime={begun}")
     of_script = [row for row in (*ended.values(), *rows.value) if row.names(script)]
     several = "," in clusters
-    named = {row.state.job_id: Job(row.state.job_id, row.cluster if several else clusters, user(), script) for row in of_script}
+    named = {
+        row.state.job_id: Job(
+            row.state.job_id, row.cluster if several else clusters, user(), script
+        )
+        for row in of_script
+    }
     return Known([named[job_id] for job_id in sorted(named)])
 
 

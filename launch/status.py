@@ -1,7 +1,7 @@
 """`python -m launch.status [RUN…]`: what is queued, running, done or failed, and why.
 
-A run folder knows how far training came, Slurm knows what became of the job, the log knows what it died of; none of
-them knows all.  This command reads the three and says it in one line a run.
+A run folder knows how far training came, Slurm knows what became of the job, the log knows what it
+died of; none of them knows all.  This command reads the three and says it in one line a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ WIDTH = 170  # columns where it is not printed on a terminal
 class Row:
     """One run.
 
-    `status` is queued, starting, running, done, paused, failed, cancelled, new, unknown or unreadable; `why` is empty where nothing is to be told.
+    `status` is queued, starting, running, done, paused, failed, cancelled, new, unknown or
+    unreadable; `why` is empty where nothing is to be told.
     """
 
     run: str
@@ -47,7 +48,9 @@ class Row:
 
 
 def runs_under(folder: Path) -> list[Path]:
-    """Return the run folders in `folder`, at any depth but not inside one another; links are followed, each folder once."""
+    """Return the run folders in `folder`, at any depth but not inside one another; links are
+    followed, each folder once.
+    """
     found, seen = list[Path](), set[tuple[int, int]]()
     for place, inside, files in os.walk(folder, followlinks=True):
         here = os.stat(place)
@@ -63,7 +66,10 @@ def row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
     """Return what is known of a run, with Slurm's answers about its jobs."""
     plan, newest, jobs = read_plan(folder), last_step(folder), submitted(folder)
     status, why, job = judged(folder, answers)
-    step, loss = (value if isinstance(value, int | float) else None for value in (newest.get("step"), newest.get("loss")))
+    step, loss = (
+        value if isinstance(value, int | float) else None
+        for value in (newest.get("step"), newest.get("loss"))
+    )
     return Row(
         run=one_line(str(folder)),
         status=one_line(status),
@@ -88,7 +94,16 @@ def _row(folder: Path, answers: Sequence[slurm.Answer]) -> Row:
     except InputError as error:
         return Row(one_line(str(folder)), "unreadable", 0, 0, None, None, 0, str(error))
     except OSError as error:
-        return Row(one_line(str(folder)), "unreadable", 0, 0, None, None, 0, one_line(f"{error.filename}: {error.strerror}"))
+        return Row(
+            one_line(str(folder)),
+            "unreadable",
+            0,
+            0,
+            None,
+            None,
+            0,
+            one_line(f"{error.filename}: {error.strerror}"),
+        )
 
 
 def shown(found: Sequence[Row]) -> Table:
@@ -97,15 +112,30 @@ def shown(found: Sequence[Row]) -> Table:
     for name in ("run", "status", "step", "loss", "job", "restarts", "why"):
         table.add_column(name, overflow="fold")
     for r in found:
-        cells = (f"{r.step}/{r.max_steps}", "-" if r.loss is None else f"{r.loss:.3f}", str(r.job_id or "-"), str(r.restarts))
+        cells = (
+            f"{r.step}/{r.max_steps}",
+            "-" if r.loss is None else f"{r.loss:.3f}",
+            str(r.job_id or "-"),
+            str(r.restarts),
+        )
         table.add_row(escape(r.run), r.status, *cells, escape(r.why))
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
-    parser = ArgumentParser(prog="python -m launch.status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
+    parser = ArgumentParser(
+        prog="python -m launch.status",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folders, or folders of them (default: runs)",
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)
     try:
@@ -124,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unknown(found: Sequence[Row]) -> int:
-    """Report runs that could not be read, or whose state is not known, on one line; return the exit code."""
+    """Report runs that could not be read, or whose state is not known, on one line; return the exit
+    code.
+    """
     open_rows = [r for r in found if r.status in ("unknown", "unreadable")]
     if not open_rows:
         return 0
@@ -138,7 +170,10 @@ def _unknown(found: Sequence[Row]) -> int:
 def _runs(given: Path) -> list[Path]:
     found = runs_under(given)
     if not found:
-        raise InputError(f"{given}: no run folder there (none has a plan.json); launch one, or name another folder")
+        raise InputError(
+            f"{given}: no run folder there (none has a plan.json); launch one, or name another"
+            " folder"
+        )
     return found
 
 

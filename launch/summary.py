@@ -1,4 +1,6 @@
-"""What a job will do, before it does it: layout, batch, memory, and where its settings differ from those that train well."""
+"""What a job will do, before it does it: layout, batch, memory, and where its settings differ from
+those that train well.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from recipes.overlap import overlaps_tp, why_off
 from recipes.plan import Plan
 from recipes.run_folder import differences, flatten, folder_of
 
-DIFFER = ("settings.", "data.kind", "precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
+DIFFER = (
+    "settings.",
+    "data.kind",
+    "precision.fp8.first_layers_bf16",
+    "precision.fp8.last_layers_bf16",
+)
 
 
 DEMO_TEXT = "the sources of Python's standard library, a few million tokens for trying only"
@@ -56,9 +63,11 @@ def summary(plan: Plan, data: Facts) -> dict[str, Any]:
 
 
 def vboost_off(plan: Plan) -> str | None:
-    """Return why the GPUs of a plan that measures speed keep their usual clocks, and how to change it.
+    """Return why the GPUs of a plan that measures speed keep their usual clocks, and how to change
+    it.
 
-    NeMo's performance scripts ask for vboost in every run (v2.3.2 scripts/performance/llm, enable_vboost=True).
+    NeMo's performance scripts ask for vboost in every run (v2.3.2 scripts/performance/llm,
+    enable_vboost=True).
     """
     command = "sudo nvidia-smi boost-slider --vboost 1"
     if plan.on_cpu or plan.settings.batch != "layout" or boosts(plan):
@@ -83,15 +92,27 @@ def _memory_facts(plan: Plan, memory: Memory) -> dict[str, Any]:
 
 
 def settings_differences(plan: Plan) -> dict[str, tuple[Any, Any]]:
-    """Return what the plan sets otherwise than the convergence settings would for its cell: key -> (there, here)."""
-    axes = {"model": plan.model.name, "precision": plan.precision.name, "gpu": plan.gpu.name, "stack": plan.stack.name}
-    nowhere = ["cluster.container_runtime=none", "cluster.python=python"]  # a container need not know the GPU
+    """Return what the plan sets otherwise than the convergence settings would for its cell: key ->
+    (there, here).
+    """
+    axes = {
+        "model": plan.model.name,
+        "precision": plan.precision.name,
+        "gpu": plan.gpu.name,
+        "stack": plan.stack.name,
+    }
+    nowhere = [
+        "cluster.container_runtime=none",
+        "cluster.python=python",
+    ]  # a container need not know the GPU
     try:
         usual = compose_plan([*(f"{axis}={name}" for axis, name in axes.items()), *nowhere])
     except InputError:
         return {}  # a cell of the user's own, which the default mapping does not fit
     there, here = (flatten(p.model_dump()) for p in (usual, plan))
-    keys = [key for key in differences(there, here) if key.startswith(DIFFER) and key != "settings.name"]
+    keys = [
+        key for key in differences(there, here) if key.startswith(DIFFER) and key != "settings.name"
+    ]
     return {key: (there.get(key), here.get(key)) for key in keys}
 
 
@@ -110,7 +131,10 @@ def table(plan: Plan, data: Facts) -> str:
     memory = facts["memory_gb_per_gpu"]
     rows = {
         "run folder": facts["run_folder"],
-        "model": f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters, {plan.precision.name}, {plan.stack.name}",
+        "model": (
+            f"{plan.model.name}, {facts['parameters'] / 1e9:.2f} B parameters,"
+            f" {plan.precision.name}, {plan.stack.name}"
+        ),
         "devices": f"{facts['num_gpus']} x {plan.gpu.name} on {facts['nodes']} node(s)",
         "mapping": facts["mapping"],
         "layout": "; ".join([facts["layout"]["source"], *facts["layout"]["changed"]]),
@@ -131,8 +155,13 @@ def table(plan: Plan, data: Facts) -> str:
 
 
 def _schedule(facts: dict[str, Any]) -> str:
-    """Return steps, rates and warm-up, and where they are not those that the model was published with."""
-    text = f"{facts['max_steps']:,} steps, {facts['tokens']:,} tokens; learning rate {facts['max_lr']:g} to {facts['min_lr']:g}"
+    """Return steps, rates and warm-up, and where they are not those that the model was published
+    with.
+    """
+    text = (
+        f"{facts['max_steps']:,} steps, {facts['tokens']:,} tokens; learning rate"
+        f" {facts['max_lr']:g} to {facts['min_lr']:g}"
+    )
     text += f", warm-up {facts['warmup_steps']:,} steps"
     if facts["published"] is None:
         return f"{text}; the model's file has no published schedule"
@@ -157,16 +186,27 @@ def _known(plan: Plan, data: Facts) -> str:
         return ""
     if data.train_tokens is None:
         return f"; not checked here: {data.reason}"
-    counts = f"{data.train_tokens:,} tokens, {data.epochs:.2g} epochs; {data.heldout_tokens:,} held out"
+    counts = (
+        f"{data.train_tokens:,} tokens, {data.epochs:.2g} epochs; {data.heldout_tokens:,} held out"
+    )
     return f"; {counts}; checked: {data.checked}"
 
 
 def _memory(memory: dict[str, Any]) -> str:
-    parts = ", ".join(f"{name} {size:.0f}" for name, size in sorted(memory["terms"].items(), key=lambda item: -item[1]) if size >= 0.5)
+    parts = ", ".join(
+        f"{name} {size:.0f}"
+        for name, size in sorted(memory["terms"].items(), key=lambda item: -item[1])
+        if size >= 0.5
+    )
     within = f"within the {memory['margin']:.1%} by which the estimate may be off"
     tight = f"; tight: {within}; {memory['remedy']}" if memory["tight"] else ""
-    return f"{memory['predicted']:.0f} GB a GPU of {memory['usable']:.0f} usable (predicted): {parts}{tight}"
+    return (
+        f"{memory['predicted']:.0f} GB a GPU of {memory['usable']:.0f} usable (predicted):"
+        f" {parts}{tight}"
+    )
 
 
 def _differing(found: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(["", *(f"{key.removeprefix('settings.')} {a} → {b}" for key, (a, b) in found.items())]).replace("; ", ", differs: ", 1)
+    return "; ".join(
+        ["", *(f"{key.removeprefix('settings.')} {a} → {b}" for key, (a, b) in found.items())]
+    ).replace("; ", ", differs: ", 1)

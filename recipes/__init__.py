@@ -1,1 +1,3 @@
-"""What is trained: the plan and its rules (light, here), and how NeMo trains it (heavy, in `recipes.training`)."""
+"""What is trained: the plan and its rules (light, here), and how NeMo trains it (heavy, in
+`recipes.training`).
+"""

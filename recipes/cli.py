@@ -1,6 +1,8 @@
-"""What every command shares: the argument parser, and the end of the process with one line and no traceback.
+"""What every command shares: the argument parser, and the end of the process with one line and no
+traceback.
 
-A command's `main` returns its exit code.  `command` runs it for a user at a terminal, in a pipe or on a full disk.
+A command's `main` returns its exit code.  `command` runs it for a user at a terminal, in a pipe or
+on a full disk.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are one line on standard error and exit code 2; the usage is left to --help."""
+    """argparse's parser, whose errors are one line on standard error and exit code 2; the usage is
+    left to --help.
+    """
 
     def error(self, message: str) -> NoReturn:
         """End the command."""
@@ -33,8 +37,9 @@ class ArgumentParser(argparse.ArgumentParser):
 def command(main: Callable[[], int]) -> NoReturn:
     """Run a command's `main` and end the process with its exit code.
 
-    Characters that the terminal's encoding lacks are printed as "?".  A reader that leaves (`| head`) ends the command in
-    silence, as SIGPIPE would; output that cannot be written ends it with one line and code 2.
+    Characters that the terminal's encoding lacks are printed as "?".  A reader that leaves (`|
+    head`) ends the command in silence, as SIGPIPE would; output that cannot be written ends it with
+    one line and code 2.
     """
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -59,7 +64,9 @@ def _run(main: Callable[[], int]) -> int | str | None:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise
         _drop_output(1)
-        return _refuse(f"the output cannot be written ({error.strerror}); make room, or send it elsewhere")
+        return _refuse(
+            f"the output cannot be written ({error.strerror}); make room, or send it elsewhere"
+        )
     return code
 
 
@@ -79,13 +86,17 @@ def _refuse(line: str) -> int:
 
 
 def _drop_output(*numbers: int) -> None:
-    """Send what is still to be printed nowhere, so that the interpreter's end does not try again."""
+    """Send what is still to be printed nowhere, so that the interpreter's end does not try
+    again.
+    """
     for number in numbers:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null as each standard stream that was closed, or the next file that is opened would take its place."""
+    """Open /dev/null as each standard stream that was closed, or the next file that is opened would
+    take its place.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,7 +1,8 @@
 """Which code runs: the commit of this project, or None where none is known.
 
-A copy of this project may lie inside a checkout of another one, and variables of git may point to another one.  Their commit
-says nothing about this code, so a commit is named only where git tracks a file of this project in its place.
+A copy of this project may lie inside a checkout of another one, and variables of git may point to
+another one.  Their commit says nothing about this code, so a commit is named only where git tracks
+a file of this project in its place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ TIMEOUT_S = 30
 
 
 def code() -> dict[str, Any]:
-    """Return the commit that this code is at, and whether files of PARTS differ from it; None where that is not known.
+    """Return the commit that this code is at, and whether files of PARTS differ from it; None where
+    that is not known.
 
     A job runs a copy of the code, in which `code.json` holds what was known when it was made.
     """
@@ -31,7 +33,10 @@ def code() -> dict[str, Any]:
         return _copied(copied)
     commit = git("rev-parse", "HEAD") if is_tracked() else None
     changes = git("status", "--porcelain", "--", *PARTS) if commit else None
-    return {"commit": commit and commit.strip(), "dirty": None if changes is None else bool(changes.strip())}
+    return {
+        "commit": commit and commit.strip(),
+        "dirty": None if changes is None else bool(changes.strip()),
+    }
 
 
 def _copied(path: Path) -> dict[str, Any]:
@@ -39,11 +44,15 @@ def _copied(path: Path) -> dict[str, Any]:
         found = json.loads(read_text(path))
         return {"commit": found["commit"], "dirty": found["dirty"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} was changed or cut: the commit of this copy is not known; launch again") from None
+        raise InputError(
+            f"{path} was changed or cut: the commit of this copy is not known; launch again"
+        ) from None
 
 
 def sources_sha256() -> str:
-    """Return the SHA-256 over names and contents of what trains (recipes/**/*.py), committed or not, in a checkout or a copy."""
+    """Return the SHA-256 over names and contents of what trains (recipes/**/*.py), committed or
+    not, in a checkout or a copy.
+    """
     digest = hashlib.sha256()
     for path in sorted((PROJECT / "recipes").rglob("*.py")):
         digest.update(f"{path.relative_to(PROJECT).as_posix()}\0{path.stat().st_size}\0".encode())
@@ -57,12 +66,25 @@ def is_tracked() -> bool:
 
 
 def git(*args: str) -> str | None:
-    """Return what git prints about the project's folder, whatever GIT_DIR and its like name; None where it fails."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_") or key == "GIT_CEILING_DIRECTORIES"}
+    """Return what git prints about the project's folder, whatever GIT_DIR and its like name; None
+    where it fails.
+    """
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("GIT_") or key == "GIT_CEILING_DIRECTORIES"
+    }
     command = ["git", "-C", str(PROJECT), *args]
     try:
         done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace", check=True, timeout=TIMEOUT_S, env=environment
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=TIMEOUT_S,
+            env=environment,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,7 @@
 """`fewbits COMMAND …`: every command of the project under one name, from any folder.
 
-`fewbits compare RUN RUN` is `python -m analysis.compare RUN RUN`.  A command's module is imported when
-it is asked for, so that `fewbits predict` loads no torch.
+`fewbits compare RUN RUN` is `python -m analysis.compare RUN RUN`.  A command's module is imported
+when it is asked for, so that `fewbits predict` loads no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Command:
 
 
 COMMANDS = {
-    "plan": Command("launch.__main__", "show the plan and the job of an override list", ("dry_run=true",)),
+    "plan": Command(
+        "launch.__main__", "show the plan and the job of an override list", ("dry_run=true",)
+    ),
     "launch": Command("launch.__main__", "train here, or submit a job; -m for a sweep"),
     "matrix": Command("launch.matrix", "which cells run: model x precision x GPU"),
     "status": Command("launch.status", "what is queued, running, done or failed, and why"),
@@ -45,7 +47,9 @@ COMMANDS = {
     "import": Command("analysis.import_logs", "a run folder from another harness's log"),
     "evaluate": Command("recipes.evaluation.evaluate", "held-out loss and tasks of a checkpoint"),
     "gemm": Command("recipes.measure.gemm", "measure GEMM speedups on this GPU"),
-    "te-parity": Command("recipes.measure.te_parity", "compare FP8 numerics with Transformer Engine's"),
+    "te-parity": Command(
+        "recipes.measure.te_parity", "compare FP8 numerics with Transformer Engine's"
+    ),
     "memory": Command("recipes.measure.memory", "compare the memory estimate with measured peaks"),
     "overhead": Command("recipes.measure.gpu.overhead", "measure what the harness costs per step"),
 }
@@ -70,7 +74,9 @@ def usage() -> str:
     """Return the list of commands."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{one.does}" for name, one in COMMANDS.items()]
-    return "\n".join(["usage: fewbits COMMAND …", "", *lines, "", "fewbits COMMAND --help tells more of each."])
+    return "\n".join(
+        ["usage: fewbits COMMAND …", "", *lines, "", "fewbits COMMAND --help tells more of each."]
+    )
 
 
 def run() -> NoReturn:

@@ -1,8 +1,9 @@
 """Environment variables of a training job on GPUs, each with its reason.
 
-NeMo sets them in three places (v2.3.2 scripts/performance/utils.py:68-76, nemo/lightning/run/plugins.py
-PerfEnvPlugin, and the scripts of single models).  Here they follow from the plan alone, so that a job's script can be
-printed and tested without NeMo.  What versions of NeMo set differently is data of the stack (conf/stack).
+NeMo sets them in three places (v2.3.2 scripts/performance/utils.py:68-76,
+nemo/lightning/run/plugins.py PerfEnvPlugin, and the scripts of single models).  Here they follow
+from the plan alone, so that a job's script can be printed and tested without NeMo.  What versions
+of NeMo set differently is data of the stack (conf/stack).
 """
 
 from __future__ import annotations
@@ -27,28 +28,48 @@ class Variable:
 
 def variables(plan: Plan) -> list[Variable]:
     """Return the variables of the plan's job, the site's own last; on the CPU only those."""
-    own = [Variable(name, value, "cluster.environment") for name, value in plan.cluster.environment.items()]
+    own = [
+        Variable(name, value, "cluster.environment")
+        for name, value in plan.cluster.environment.items()
+    ]
     if plan.on_cpu:
         return own
-    return [*_always(plan), *_connections(plan), *_pipeline(plan), *_norms(plan), *_of_stack(plan), *own]
+    return [
+        *_always(plan),
+        *_connections(plan),
+        *_pipeline(plan),
+        *_norms(plan),
+        *_of_stack(plan),
+        *own,
+    ]
 
 
 def _always(plan: Plan) -> list[Variable]:
-    on_the_hub = plan.data.tokenizer is not None and not plan.data.tokenizer.startswith(("/", ".", "~"))
+    on_the_hub = plan.data.tokenizer is not None and not plan.data.tokenizer.startswith(
+        ("/", ".", "~")
+    )
     return [
-        Variable("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "do not cache the memory of NCCL's buffers"),
+        Variable(
+            "TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "do not cache the memory of NCCL's buffers"
+        ),
         Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP costs memory"),
         *_attention(plan),
         Variable("NEMO_LOG_MEMORY_USAGE", "1", "print the memory that each rank allocates"),
         Variable("TOKENIZERS_PARALLELISM", "False", "no warnings from forked data workers"),
-        Variable("HF_HUB_OFFLINE", "0" if on_the_hub else "1", "1: tokenizers come from disk; 0 where data.tokenizer names one on the hub"),
+        Variable(
+            "HF_HUB_OFFLINE",
+            "0" if on_the_hub else "1",
+            "1: tokenizers come from disk; 0 where data.tokenizer names one on the hub",
+        ),
     ]
 
 
 def _attention(plan: Plan) -> list[Variable]:
-    """Which attention Transformer Engine may choose; a recipe that chooses itself (Gemma: heads of 256) gets no other.
+    """Which attention Transformer Engine may choose; a recipe that chooses itself (Gemma: heads of
+    256) gets no other.
 
-    Megatron-Core (0.12.3 models/common/language_module/language_module.py:45) asserts that both agree.
+    Megatron-Core (0.12.3 models/common/language_module/language_module.py:45) asserts that both
+    agree.
     """
     recipe = recipe_of(plan.stack.versions["nemo"], plan.model.nemo_recipe)
     if recipe and recipe.attention_backend == "flash":
@@ -60,7 +81,8 @@ def _attention(plan: Plan) -> list[Variable]:
 
 
 def _connections(plan: Plan) -> list[Variable]:
-    """One queue before compute capability 10 keeps the order in which TP and CP overlap launch; from 10.0 on, many.
+    """One queue before compute capability 10 keeps the order in which TP and CP overlap launch;
+    from 10.0 on, many.
 
     Megatron-LM arguments.py refuses a single one under FSDP.
     """
@@ -69,24 +91,54 @@ def _connections(plan: Plan) -> list[Variable]:
         return []
     blackwell = int((plan.gpu.compute_capability or "0").split(".")[0]) >= 10
     if blackwell:
-        return [Variable("CUDA_DEVICE_MAX_CONNECTIONS", "32", "enough hardware queues for TP and CP communication to overlap")]
-    return [] if m.fsdp else [Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "launch in program order, so that TP and CP communication overlaps")]
+        return [
+            Variable(
+                "CUDA_DEVICE_MAX_CONNECTIONS",
+                "32",
+                "enough hardware queues for TP and CP communication to overlap",
+            )
+        ]
+    return (
+        []
+        if m.fsdp
+        else [
+            Variable(
+                "CUDA_DEVICE_MAX_CONNECTIONS",
+                "1",
+                "launch in program order, so that TP and CP communication overlaps",
+            )
+        ]
+    )
 
 
 def _pipeline(plan: Plan) -> list[Variable]:
     if plan.mapping.pp == 1:
         return []
-    return [Variable("NCCL_P2P_NET_CHUNKSIZE", str(PIPELINE_CHUNK_BYTES), "large chunks between pipeline stages")]
+    return [
+        Variable(
+            "NCCL_P2P_NET_CHUNKSIZE",
+            str(PIPELINE_CHUNK_BYTES),
+            "large chunks between pipeline stages",
+        )
+    ]
 
 
 def _norms(plan: Plan) -> list[Variable]:
-    """Leave multiprocessors to communication beside norms; not on one GPU, where nothing is communicated.
+    """Leave multiprocessors to communication beside norms; not on one GPU, where nothing is
+    communicated.
 
     There the margin costs about 1 % of an FP8 step of Llama 3 8B (H200, Transformer Engine 2.11).
     """
     if plan.num_gpus == 1:
         return []
-    return [Variable(f"NVTE_{way}_LAYERNORM_SM_MARGIN", str(NORM_SM_MARGIN), "leave multiprocessors to communication") for way in ("FWD", "BWD")]
+    return [
+        Variable(
+            f"NVTE_{way}_LAYERNORM_SM_MARGIN",
+            str(NORM_SM_MARGIN),
+            "leave multiprocessors to communication",
+        )
+        for way in ("FWD", "BWD")
+    ]
 
 
 def _of_stack(plan: Plan) -> list[Variable]:

@@ -1,8 +1,13 @@
-"""The one exception for what a user can mend: it carries a line that says what, why, and what to do instead."""
+"""The one exception for what a user can mend: it carries a line that says what, why, and what to do
+instead.
+"""
 
 
 class InputError(Exception):
-    """A wrong input or an illegal cell.  Commands print its text, which is one line whatever stands in it, and exit with code 2."""
+    """A wrong input or an illegal cell.
+
+    Commands print its text, which is one line whatever stands in it, and exit with code 2.
+    """
 
     def __str__(self) -> str:
         """Return the line."""
@@ -10,8 +15,10 @@ class InputError(Exception):
 
 
 def one_line(text: str) -> str:
-    """Return `text` with every run of white space folded to one blank, and what no terminal should be sent as U+FFFD.
+    """Return `text` with every run of white space folded to one blank, and what no terminal should
+    be sent as U+FFFD.
 
-    That is control characters, marks that turn the direction of text, and halves of surrogate pairs, which no encoding has.
+    That is control characters, marks that turn the direction of text, and halves of surrogate
+    pairs, which no encoding has.
     """
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

@@ -1,6 +1,8 @@
-"""Files that commands write and read where a user names the path: never a device replaced, a pipe waited for, or half a file left.
+"""Files that commands write and read where a user names the path: never a device replaced, a pipe
+waited for, or half a file left.
 
-`write_file` is what every `--out` goes through.  `read_file` is for files that others may have put into a run folder.
+`write_file` is what every `--out` goes through.  `read_file` is for files that others may have put
+into a run folder.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from pathlib import Path
 
 from recipes.errors import InputError
 
-MOST_BYTES = 1 << 28  # of a file that is read whole: 256 MiB; the largest that this project writes has 10 MB
+MOST_BYTES = (
+    1 << 28
+)  # of a file that is read whole: 256 MiB; the largest that this project writes has 10 MB
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
     """Write `content` (text as UTF-8) to `path`, whose folder is made if need be, and return it.
 
-    A file is replaced at once: a reader sees the old one or the new one.  A link is followed, and a character device or a
-    pipe written to; none of them is replaced.  InputError where it cannot be written, or a pipe has no reader.
+    A file is replaced at once: a reader sees the old one or the new one.  A link is followed, and a
+    character device or a pipe written to; none of them is replaced.  InputError where it cannot be
+    written, or a pipe has no reader.
     """
     data = content if isinstance(content, bytes) else content.encode(errors="replace")
     try:
@@ -35,12 +40,16 @@ def write_file(path: Path, content: str | bytes) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
         nobody = getattr(error, "errno", None) == errno.ENXIO
         why = "nothing reads the pipe" if nobody else getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written ({why}); choose another place or make room") from None
+        raise InputError(
+            f"{path} cannot be written ({why}); choose another place or make room"
+        ) from None
     return path
 
 
 def _is_stream(path: Path) -> bool:
-    """Return whether `path` is a pipe or a device, or an open file of a process, such as /dev/stdout."""
+    """Return whether `path` is a pipe or a device, or an open file of a process, such as
+    /dev/stdout.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -94,7 +103,9 @@ def _umask() -> int:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file to read bytes; OSError for anything else: a pipe would be waited for, a device has no end."""
+    """Open a regular file to read bytes; OSError for anything else: a pipe would be waited for, a
+    device has no end.
+    """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     with os.fdopen(file, "rb") as stream:
         if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -103,7 +114,9 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file; OSError where it is none, cannot be read, or is larger than MOST_BYTES."""
+    """Return the bytes of a regular file; OSError where it is none, cannot be read, or is larger
+    than MOST_BYTES.
+    """
     with open_file(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -112,5 +125,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a regular file in UTF-8; OSError as `read_file`, ValueError where it is none."""
+    """Return the text of a regular file in UTF-8; OSError as `read_file`, ValueError where it is
+    none.
+    """
     return read_file(path).decode("utf-8")

@@ -1,8 +1,9 @@
 """What does a manifest say of a run, and in which types?
 
-`recipes.training.manifest` writes it inside the job, `analysis` reads it.  A key that a manifest lacks was not recorded: by an
-earlier version of this project, or by the tool that wrote an imported log.  A value of None was asked for, and there was none
-(a package that is not installed), except where a field says otherwise.
+`recipes.training.manifest` writes it inside the job, `analysis` reads it.  A key that a manifest
+lacks was not recorded: by an earlier version of this project, or by the tool that wrote an imported
+log.  A value of None was asked for, and there was none (a package that is not installed), except
+where a field says otherwise.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def is_looked_at(variable: str, patterns: Iterable[str]) -> bool:
 
 
 class Code(BaseModel, strict=True):
-    """The code that ran: its commit, whether its files differ from it, and the SHA-256 of the files themselves; None: not known."""
+    """The code that ran: its commit, whether its files differ from it, and the SHA-256 of the files
+    themselves; None: not known.
+    """
 
     commit: Line | None = None
     dirty: bool | None = None
@@ -67,8 +70,8 @@ class Code(BaseModel, strict=True):
 class DataFacts(BaseModel, strict=True):
     """The data that a run read.
 
-    `sha256`: of whole files by name.  `sampled_sha256`: of a file's size and of blocks spread over it, by name.
-    `tokenizer_sha256`: of the vocabulary and the rules by which it parts text.
+    `sha256`: of whole files by name.  `sampled_sha256`: of a file's size and of blocks spread over
+    it, by name. `tokenizer_sha256`: of the vocabulary and the rules by which it parts text.
     """
 
     source: Line | list[Line] | None = None
@@ -84,9 +87,10 @@ class DataFacts(BaseModel, strict=True):
 class Session(BaseModel, strict=True):
     """What one process of a run computed with; a run that was continued has several.
 
-    `versions`: by package; None where it is not installed.  `environment`: the variables that `environment_looked_at` names by
-    pattern and that were set.  `attention`: the class that computes it, and which backend Transformer Engine chose in training.
-    `device`: the name of rank 0's.  `cudnn`: versions loaded and built with, by who loaded it.
+    `versions`: by package; None where it is not installed.  `environment`: the variables that
+    `environment_looked_at` names by pattern and that were set.  `attention`: the class that
+    computes it, and which backend Transformer Engine chose in training. `device`: the name of rank
+    0's.  `cudnn`: versions loaded and built with, by who loaded it.
     """
 
     code: Code | None = None
@@ -101,9 +105,9 @@ class Session(BaseModel, strict=True):
 class Manifest(Session, strict=True):
     """A run's manifest: its last session, what all sessions have in common, and the earlier ones.
 
-    `order_sha256`: of the index files that decide the order of batches; None where there are none (random tokens).
-    `gpus`: one a rank, of the last session; `gpus_before`: the UUIDs of earlier ones.  `before`: earlier sessions.
-    `imported`: what analysis.import_logs recorded.
+    `order_sha256`: of the index files that decide the order of batches; None where there are none
+    (random tokens). `gpus`: one a rank, of the last session; `gpus_before`: the UUIDs of earlier
+    ones.  `before`: earlier sessions. `imported`: what analysis.import_logs recorded.
     """
 
     data: DataFacts | None = None

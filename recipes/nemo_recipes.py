@@ -1,8 +1,9 @@
 """Which recipes a stack's NeMo has, and what model each of them builds.
 
-The list is data, so that a login node knows it without NeMo: `reference/nemo_recipes.csv`, a row for a version of NeMo
-and a recipe, written by `python -m recipes.upstream.nemo_source`.  `ARCHITECTURE` names the fields of `model` that a plan takes
-from it; NeMo's own configuration of the recipe sets them in the job.
+The list is data, so that a login node knows it without NeMo: `reference/nemo_recipes.csv`, a row
+for a version of NeMo and a recipe, written by `python -m recipes.upstream.nemo_source`.
+`ARCHITECTURE` names the fields of `model` that a plan takes from it; NeMo's own configuration of
+the recipe sets them in the job.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ NEMO_RECIPES = REFERENCE / "nemo_recipes.csv"
 STACKS = CONF / "stack"
 
 # A kind of scaling -> `fp8_recipe` of NeMo and Megatron-Core.
-NEMO_NAMES = {"delayed": "delayed", "current": "tensorwise", "subchannel": "blockwise", "mxfp8": "mxfp8"}
+NEMO_NAMES = {
+    "delayed": "delayed",
+    "current": "tensorwise",
+    "subchannel": "blockwise",
+    "mxfp8": "mxfp8",
+}
 SIZES = (
     "num_layers",
     "hidden_size",
@@ -32,7 +38,11 @@ SIZES = (
     "vocab_size",
     "seq_length",
 )
-CHOSEN = ("head_size", "tied_embeddings", "sliding_window")  # a plan may choose other values, NeMo's layers take them
+CHOSEN = (
+    "head_size",
+    "tied_embeddings",
+    "sliding_window",
+)  # a plan may choose other values, NeMo's layers take them
 FIXED = (
     "activation",
     "fused_activation",
@@ -51,8 +61,26 @@ FIXED = (
     "dropout",
 )
 ARCHITECTURE = (*CHOSEN, *FIXED)
-TEXTS = ("nemo", "recipe", "refused", "config", "activation", "normalization", "position_embedding", "attention_backend")
-COLUMNS = ("nemo", "recipe", "refused", "config", "performance_mode", *SIZES, *ARCHITECTURE, "attention_backend")
+TEXTS = (
+    "nemo",
+    "recipe",
+    "refused",
+    "config",
+    "activation",
+    "normalization",
+    "position_embedding",
+    "attention_backend",
+)
+COLUMNS = (
+    "nemo",
+    "recipe",
+    "refused",
+    "config",
+    "performance_mode",
+    *SIZES,
+    *ARCHITECTURE,
+    "attention_backend",
+)
 
 Value = str | int | float | bool | None
 
@@ -61,9 +89,10 @@ Value = str | int | float | bool | None
 class NemoRecipe:
     """A module of nemo.collections.llm.recipes.
 
-    `refused`: why this project does not train it; empty for a dense decoder.  `config`: NeMo's class of its
-    configuration.  `performance_mode`: whether its `pretrain_recipe` takes that argument.  `model`: sizes and
-    architecture, by the names of the plan's fields; a size that is None comes from the tokenizer.
+    `refused`: why this project does not train it; empty for a dense decoder.  `config`: NeMo's
+    class of its configuration.  `performance_mode`: whether its `pretrain_recipe` takes that
+    argument.  `model`: sizes and architecture, by the names of the plan's fields; a size that is
+    None comes from the tokenizer.
     """
 
     name: str
@@ -87,7 +116,14 @@ def by_version() -> dict[str, dict[str, NemoRecipe]]:
 def _recipe(row: dict[str, str]) -> NemoRecipe:
     model = {name: value_of(name, row[name]) for name in (*SIZES, *ARCHITECTURE)}
     performance_mode = row["performance_mode"] == "true"
-    return NemoRecipe(row["recipe"], row["refused"], row["config"], performance_mode, row["attention_backend"], model)
+    return NemoRecipe(
+        row["recipe"],
+        row["refused"],
+        row["config"],
+        performance_mode,
+        row["attention_backend"],
+        model,
+    )
 
 
 def value_of(name: str, text: str) -> Value:
@@ -110,7 +146,8 @@ def recipe_of(nemo: str, name: str) -> NemoRecipe | None:
 
 
 def with_architecture(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a plan's tree whose model states what its NeMo recipe has, where the tree leaves it open.
+    """Return a plan's tree whose model states what its NeMo recipe has, where the tree leaves it
+    open.
 
     Plans of older versions lack these fields; what they trained is what the recipe had.
     """
@@ -132,10 +169,20 @@ def _stacks_with(nemo: str) -> list[str]:
 
 
 def unknown(name: str, stack: str, nemo: str) -> str:
-    """Return the sentence that refuses a recipe which NeMo does not have, with the names that come close."""
-    elsewhere = next((version for version, recipes in by_version().items() if name in recipes), None)
+    """Return the sentence that refuses a recipe which NeMo does not have, with the names that come
+    close.
+    """
+    elsewhere = next(
+        (version for version, recipes in by_version().items() if name in recipes), None
+    )
     what = f"model.nemo_recipe={name}: {stack} has NeMo {nemo}, which has no such recipe"
     if elsewhere:
-        return f"{what}; NeMo {elsewhere} has it, use {' or '.join(_stacks_with(elsewhere)) or 'a stack with that version'}"
+        return (
+            f"{what}; NeMo {elsewhere} has it, use"
+            f" {' or '.join(_stacks_with(elsewhere)) or 'a stack with that version'}"
+        )
     close = difflib.get_close_matches(name, recipes_of(nemo) or (), n=3)
-    return f"{what}; {'use ' + ' or '.join(close) if close else 'docs/models.md lists those that there are'}"
+    return (
+        f"{what};"
+        f" {'use ' + ' or '.join(close) if close else 'docs/models.md lists those that there are'}"
+    )

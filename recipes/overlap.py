@@ -1,14 +1,16 @@
 """Does tensor-parallel communication overlap with GEMMs in a plan, and if not, why?
 
-Transformer Engine overlaps it by userbuffers: buffers of one data type, set up once for all layers.  What a
-stack's versions do with which number format stands in `conf/stack`; the rest is the layout's and the GPU's.
+Transformer Engine overlaps it by userbuffers: buffers of one data type, set up once for all layers.
+What a stack's versions do with which number format stands in `conf/stack`; the rest is the layout's
+and the GPU's.
 """
 
 from __future__ import annotations
 
 from recipes.plan import Plan, Userbuffers
 
-# Transformer Engine gathers the scales of MXFP8 in whole tiles of 128 rows (pytorch/module/base.py:516 @ f05f12c).
+# Transformer Engine gathers the scales of MXFP8 in whole tiles of 128 rows
+# (pytorch/module/base.py:516 @ f05f12c).
 MXFP8_ROWS = 128
 FIRST_BLACKWELL = 10  # major compute capability
 
@@ -25,7 +27,9 @@ def resolved(plan: Plan) -> Plan:
 
 
 def reopened(plan: Plan) -> Plan:
-    """Return a resolved plan to be given another layout: only an overlap that the user turned off stays set."""
+    """Return a resolved plan to be given another layout: only an overlap that the user turned off
+    stays set.
+    """
     turned_off = plan.mapping.tp_overlap is False and why_not(plan) is None
     return plan if turned_off else _with(plan, None)
 
@@ -44,7 +48,9 @@ def tp_overlap_is_possible(plan: Plan) -> str | None:
 
 
 def why_off(plan: Plan) -> str | None:
-    """Return why tensor-parallel communication does not overlap; None where it does, or where there is none."""
+    """Return why tensor-parallel communication does not overlap; None where it does, or where there
+    is none.
+    """
     if plan.mapping.tp == 1 or overlaps_tp(plan):
         return None
     return why_not(plan) or "mapping.tp_overlap=false"
@@ -65,7 +71,10 @@ def _group(plan: Plan, userbuffers: Userbuffers) -> str | None:
     gpu, tp = plan.gpu, plan.mapping.tp
     domain, node = gpu.nvlink_domain or gpu.devices_per_node, gpu.devices_per_node
     if tp > domain or (node % tp and tp % node):
-        return f"userbuffers work inside an NVLink domain: mapping.tp={tp} does not divide the {domain} GPUs of {gpu.name}'s"
+        return (
+            f"userbuffers work inside an NVLink domain: mapping.tp={tp} does not divide the"
+            f" {domain} GPUs of {gpu.name}'s"
+        )
     if not gpu.nvlink_multicast:
         return f"userbuffers need NVLink with multicast (an NVSwitch), which {gpu.name} has not"
     if tp not in userbuffers.sizes:
@@ -80,7 +89,10 @@ def _fsdp(plan: Plan, userbuffers: Userbuffers) -> str | None:
     if "fsdp" in userbuffers.fails:
         return _named(plan, userbuffers, "fsdp")
     if int((plan.gpu.compute_capability or "0").split(".")[0]) < FIRST_BLACKWELL:
-        return "before Blackwell it needs CUDA_DEVICE_MAX_CONNECTIONS=1, which FSDP excludes (Megatron-LM megatron/training/arguments.py:766-777)"
+        return (
+            "before Blackwell it needs CUDA_DEVICE_MAX_CONNECTIONS=1, which FSDP excludes"
+            " (Megatron-LM megatron/training/arguments.py:766-777)"
+        )
     return None
 
 
@@ -95,7 +107,9 @@ def _operands(plan: Plan, userbuffers: Userbuffers) -> str | None:
         return _named(plan, userbuffers, "bf16_layers")
     rows = m.micro_batch * plan.seq_length // (m.cp * m.tp)
     if fp8.scaling == "mxfp8" and rows % MXFP8_ROWS:
-        return f"userbuffers gather MXFP8 in multiples of {MXFP8_ROWS} tokens, and a rank has {rows}"
+        return (
+            f"userbuffers gather MXFP8 in multiples of {MXFP8_ROWS} tokens, and a rank has {rows}"
+        )
     return None
 
 

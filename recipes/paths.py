@@ -1,4 +1,6 @@
-"""Where the project's own files lie: in a checkout, or beside the modules of an installed package."""
+"""Where the project's own files lie: in a checkout, or beside the modules of an installed
+package.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The rows that `python -m recipes.measure.te_parity` writes: how many bits of this project's numerics are Transformer Engine's, and why not all.
+"""The rows that `python -m recipes.measure.te_parity` writes: how many bits of this project's
+numerics are Transformer Engine's, and why not all.
 
-A row holds one comparison: a cast's copy of an operand (bytes and scales), the state of delayed scaling after some steps, or the
-output of one of a linear layer's three GEMMs.  What differs is put into classes by code that looks at the elements; what fits in
-no class is `unexplained`.
+A row holds one comparison: a cast's copy of an operand (bytes and scales), the state of delayed
+scaling after some steps, or the output of one of a linear layer's three GEMMs.  What differs is put
+into classes by code that looks at the elements; what fits in no class is `unexplained`.
 
 bits.jsonl    a row for each comparison
 """
@@ -24,8 +25,9 @@ AS_CHOSEN, PRECISE = "as Transformer Engine chooses", "split accumulator in all 
 class Difference:
     """Two arrays side by side.
 
-    `explained` and `scales_explained` count the differing elements and scales by cause, `unexplained` those without one, of both.
-    `largest` is the largest difference between elements in `unit`.
+    `explained` and `scales_explained` count the differing elements and scales by cause,
+    `unexplained` those without one, of both. `largest` is the largest difference between elements
+    in `unit`.
     """
 
     elements: int
@@ -43,12 +45,13 @@ class Difference:
 class Row:
     """One comparison.
 
-    case: the tensor or layer.  operand: a role of ROLES or GEMMS.  what: what of it was compared.  shape: of the tensor, or tokens,
-    inputs, outputs of a layer.  share, scales_identical: of identical elements and scales.  te_error, our_error: of a GEMM's two
-    outputs, the median distance from the exact product in steps of BF16 there (0.25 is rounding alone).  te_bias, our_bias: by how
-    much an output is larger than the exact one, as a share of it, over all: 0 where sums are rounded to nearest, below it where
-    bits are cut off.
-    largest_over_rms: of a GEMM, the largest difference over the root mean square of the output.
+    case: the tensor or layer.  operand: a role of ROLES or GEMMS.  what: what of it was compared.
+    shape: of the tensor, or tokens, inputs, outputs of a layer.  share, scales_identical: of
+    identical elements and scales.  te_error, our_error: of a GEMM's two outputs, the median
+    distance from the exact product in steps of BF16 there (0.25 is rounding alone).  te_bias,
+    our_bias: by how much an output is larger than the exact one, as a share of it, over all: 0
+    where sums are rounded to nearest, below it where bits are cut off. largest_over_rms: of a GEMM,
+    the largest difference over the root mean square of the output.
     """
 
     case: str

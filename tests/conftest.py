@@ -1,7 +1,7 @@
 """How the tests are run: in parallel, without leftovers, and without NeMo where the marks say so.
 
-`pytest -n 2 --dist loadgroup` gives each worker whole files, for their tests share runs, and whole groups: those that share
-a Slurm or NeMo's processes.
+`pytest -n 2 --dist loadgroup` gives each worker whole files, for their tests share runs, and whole
+groups: those that share a Slurm or NeMo's processes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ HEAVY = {"nemo", "megatron", "lightning", "transformer_engine"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing with them")
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the golden files anew instead of comparing with them",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make each file a group of its own where it names none, and start with the groups that take longest."""
+    """Make each file a group of its own where it names none, and start with the groups that take
+    longest.
+    """
     groups = defaultdict[str, list[pytest.Item]](list)
     for item in items:
         mark = item.get_closest_marker("xdist_group")
@@ -62,24 +68,36 @@ def _weight(group: list[pytest.Item]) -> int:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave a module alone that is marked as a whole with what `-m` excludes: importing it imports NeMo, or PyTorch."""
+    """Leave a module alone that is marked as a whole with what `-m` excludes: importing it imports
+    NeMo, or PyTorch.
+    """
     if collection_path.suffix != ".py" or not (excluded := _excluded(config)):
         return None
-    marks = re.search(r"^pytestmark = .*$", collection_path.read_text(encoding="utf-8"), re.MULTILINE)
+    marks = re.search(
+        r"^pytestmark = .*$", collection_path.read_text(encoding="utf-8"), re.MULTILINE
+    )
     found = set(re.findall(r"pytest\.mark\.(\w+)", marks[0])) if marks else set[str]()
     return True if found & excluded else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Where tests that import NeMo are excluded, none may import it, nor a module while it is collected."""
+    """Where tests that import NeMo are excluded, none may import it, nor a module while it is
+    collected.
+    """
     result = yield
     if "nemo" in _excluded(item.config) and (imported := HEAVY & sys.modules.keys()):
-        pytest.fail(f"{', '.join(sorted(imported))} is imported; mark the test, or its module, as nemo")
+        pytest.fail(
+            f"{', '.join(sorted(imported))} is imported; mark the test, or its module, as nemo"
+        )
     return result
 
 
 def _excluded(config: pytest.Config) -> set[str]:
     """Return the marks that an expression like `-m "not nemo and not slow"` excludes."""
     parts = str(config.option.markexpr).split(" and ")
-    return {part.strip().removeprefix("not ").strip() for part in parts if re.fullmatch(r"\s*not \w+\s*", part)}
+    return {
+        part.strip().removeprefix("not ").strip()
+        for part in parts
+        if re.fullmatch(r"\s*not \w+\s*", part)
+    }

@@ -1,9 +1,10 @@
-"""An interpreter for tests that has imported NeMo already: `interpreter()` is a program to be called as `python` is.
+"""An interpreter for tests that has imported NeMo already: `interpreter()` is a program to be
+called as `python` is.
 
-Importing NeMo takes twenty seconds of a processor, a short run three, and the tests train a hundred runs.  Called as
-`-m recipes.training.run FOLDER`, the program has a server fork a process that trains, with the caller's environment,
-directory and open files.  It passes signals on, ends as that process does, and takes it along when it is killed.
-Called otherwise, it is Python.
+Importing NeMo takes twenty seconds of a processor, a short run three, and the tests train a hundred
+runs.  Called as `-m recipes.training.run FOLDER`, the program has a server fork a process that
+trains, with the caller's environment, directory and open files.  It passes signals on, ends as that
+process does, and takes it along when it is killed. Called otherwise, it is Python.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ sys.exit(code)
 
 @contextlib.contextmanager
 def interpreter() -> Iterator[str]:
-    """Start the server and give the path of the program; the first run waits until NeMo is imported."""
+    """Start the server and give the path of the program; the first run waits until NeMo is
+    imported.
+    """
     with tempfile.TemporaryDirectory(prefix="warm") as folder:  # Unix sockets want short paths
         path, program = Path(folder) / "socket", Path(folder) / "python"
         program.write_text(CLIENT.format(python=sys.executable, trains=TRAINS, path=str(path)))
@@ -58,7 +61,14 @@ def interpreter() -> Iterator[str]:
         listener.listen(64)
         command = [sys.executable, "-m", "tests.warm", str(listener.fileno())]
         with (Path(folder) / "log").open("wb") as log:
-            server = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[listener.fileno()])
+            server = subprocess.Popen(
+                command,
+                cwd=PROJECT,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+            )
         listener.close()
         try:
             yield str(program)
@@ -74,9 +84,13 @@ class Server:
         self.callers = dict[int, socket.socket]()  # by the process that trains
 
     def request(self) -> dict[str, Any] | None:
-        """Return in a new process what it is to train; in the server None, when its input has ended."""
+        """Return in a new process what it is to train; in the server None, when its input has
+        ended.
+        """
         while True:
-            ready, _, _ = select.select([sys.stdin, self.listener, *self.callers.values()], [], [], 0.05)
+            ready, _, _ = select.select(
+                [sys.stdin, self.listener, *self.callers.values()], [], [], 0.05
+            )
             if sys.stdin in ready:
                 for pid in self.callers:
                     _kill(pid)

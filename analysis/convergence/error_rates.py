@@ -1,12 +1,13 @@
-"""`python -m analysis.convergence.error_rates [--pairs N] [--out FILE]`: how often is a verdict wrong?
+"""`python -m analysis.convergence.error_rates [--pairs N] [--out FILE]`: how often is a verdict
+wrong?
 
 Pairs of loss curves are made up: a true gap plus noise of a known kind.  The functions that judge
-real runs (analysis/convergence/verdict.py) judge them, one pair or several seeds at a time.  A pass is wrong where
-the true gap is beyond the tolerance, a fail where it is inside.  Two gaps lie at the tolerance
-(0.98 and 1.02 of it), where errors are likeliest; at 0 and 2 a user wants a decision.
+real runs (analysis/convergence/verdict.py) judge them, one pair or several seeds at a time.  A pass
+is wrong where the true gap is beyond the tolerance, a fail where it is inside.  Two gaps lie at the
+tolerance (0.98 and 1.02 of it), where errors are likeliest; at 0 and 2 a user wants a decision.
 
-The random numbers have a fixed seed.  The constants of analysis/stats/low_frequency.py were chosen on
-others (docs/converging.md).
+The random numbers have a fixed seed.  The constants of analysis/stats/low_frequency.py were chosen
+on others (docs/converging.md).
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def _verdicts(noise: Sequence[Array]) -> dict[float, str]:
     if len(noise) == 1:
         base = np.full(steps, LOSS)
         found = gaps_of(base, base + noise[0], TAIL)
-        return {gap: decide({k: _moved(v, gap) for k, v in found.items()}, TOLERANCE) for gap in GAPS}
+        return {
+            gap: decide({k: _moved(v, gap) for k, v in found.items()}, TOLERANCE) for gap in GAPS
+        }
     tail = round(steps * TAIL)
     windows = (tail, round(tail * END_OF_TAIL))
     tails, ends = (np.array([n[-w:].mean() for n in noise]) / TOLERANCE for w in windows)
@@ -172,7 +175,9 @@ def _moved(gap: Gap, by: float) -> Gap:
 
 
 def all_rates(pairs: int) -> Iterator[Rate]:
-    """Yield the rates of every kind of noise: one seed for each length, several for the middle one."""
+    """Yield the rates of every kind of noise: one seed for each length, several for the middle
+    one.
+    """
     for kind in KINDS:
         for steps in STEPS:
             yield rates(kind, steps, 1, pairs)
@@ -186,7 +191,9 @@ def load(path: Path) -> Table:
     with path.open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     kinds = {"noise": str, "steps": int, "seeds": int, "pairs": int}
-    return table([Rate(**{key: kinds.get(key, float)(line[key]) for key in types}) for line in lines])
+    return table(
+        [Rate(**{key: kinds.get(key, float)(line[key]) for key in types}) for line in lines]
+    )
 
 
 def table(found: Sequence[Rate]) -> Table:
@@ -220,7 +227,9 @@ def _cells(rate: Rate) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(prog="python -m analysis.convergence.error_rates", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"verdicts a row (default {PAIRS})")
+    parser.add_argument(
+        "--pairs", type=int, default=PAIRS, help=f"verdicts a row (default {PAIRS})"
+    )
     parser.add_argument("--out", type=Path, help="write .csv, .md or .html instead of printing")
     args = parser.parse_args(argv)
     try:

@@ -24,8 +24,12 @@ SMOOTHING = 0.05  # share of the run in the moving average
 
 
 def colour(run: Run, runs: Sequence[Run]) -> str:
-    """Return a run's colour: that of its precision, or the next free one for a precision of the user's own."""
-    own = [name for name in dict.fromkeys(r.plan.precision.name for r in runs) if name not in COLOURS]
+    """Return a run's colour: that of its precision, or the next free one for a precision of the
+    user's own.
+    """
+    own = [
+        name for name in dict.fromkeys(r.plan.precision.name for r in runs) if name not in COLOURS
+    ]
     name = run.plan.precision.name
     return COLOURS.get(name) or OTHER[own.index(name) % len(OTHER)]
 
@@ -45,32 +49,50 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
 
 def _style(run: Run, runs: Sequence[Run]) -> Any:
     """Return a solid line, or a broken one for each further run of a precision."""
-    place = [other for other in runs if other.plan.precision.name == run.plan.precision.name].index(run)
+    place = [other for other in runs if other.plan.precision.name == run.plan.precision.name].index(
+        run
+    )
     return BROKEN[(place - 1) % len(BROKEN)] if place else "-"
 
 
 def _legend_below(drawing: Drawing, axis: Axes) -> None:
-    drawing.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=4)
+    drawing.legend(
+        *axis.get_legend_handles_labels(),
+        loc="outside lower center",
+        fontsize=8,
+        frameon=False,
+        ncols=4,
+    )
 
 
 def loss_curves(found: Comparison) -> Figure:
-    """Smoothed training loss of every run over tokens, the whole run and its last quarter enlarged."""
+    """Smoothed training loss of every run over tokens, the whole run and its last quarter
+    enlarged.
+    """
     title = f"Training loss, {found.bases[0].plan.model.name} on {found.bases[0].plan.gpu.name}"
     drawing, (whole, close) = axes(title, "tokens, millions", "loss, nats per token", panels=2)
     for run in found.runs:
         x, y = _millions(run), smooth(run.steps["loss"], _window(run))
         start = len(x) * 3 // 4
-        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "lw": 1.4, "label": _name(run, found.runs)}
+        style: Any = {
+            "color": colour(run, found.runs),
+            "ls": _style(run, found.runs),
+            "lw": 1.4,
+            "label": _name(run, found.runs),
+        }
         whole.plot(x, y, **style)
         close.plot(x[start:], y[start:], **style)
     entropy = (found.bases[0].manifest.get("data") or {}).get("unigram_entropy_nats")
     if entropy:
-        whole.axhline(entropy, color="#777777", lw=0.8, ls=":", label="unigram entropy of the held-out text")
+        whole.axhline(
+            entropy, color="#777777", lw=0.8, ls=":", label="unigram entropy of the held-out text"
+        )
     close.set_title("the last quarter", fontsize=9)
     _legend_below(drawing, whole)
     caption = (
-        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the grey dotted line, the loss of a model that only "
-        "knows how often each token occurs. Curves that lie on each other are the wanted result: the next figure shows their distance."
+        f"Moving average over {SMOOTHING:.0%} of the run. A run that learns falls below the grey"
+        " dotted line, the loss of a model that only knows how often each token occurs. Curves"
+        " that lie on each other are the wanted result: the next figure shows their distance."
     )
     return Figure("loss", title, caption, drawing)
 
@@ -88,7 +110,12 @@ def gap(found: Comparison) -> Figure:
             continue
         y = smooth(run.steps["loss"] - pair.steps["loss"], _window(run)) / reference * 100
         faint = run in found.bases
-        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "lw": 1.0 if faint else 1.5, "alpha": 0.6 if faint else 1}
+        style: Any = {
+            "color": colour(run, found.runs),
+            "ls": _style(run, found.runs),
+            "lw": 1.0 if faint else 1.5,
+            "alpha": 0.6 if faint else 1,
+        }
         axis.plot(_millions(run), y, label=_name(run, found.runs), **style)
     limit = first.candidate.plan.bar.relative * 100
     axis.axhspan(-limit, limit, color="#009E73", alpha=0.08, lw=0, label=f"tolerance ±{limit:g} %")
@@ -96,8 +123,9 @@ def gap(found: Comparison) -> Figure:
     axis.axvspan(*_tail(first), color="#777777", alpha=0.07, lw=0, label="tail, which decides")
     _legend_below(drawing, axis)
     caption = (
-        "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over the grey tail: inside the green "
-        "band a recipe passes. Black and broken: a BF16 run with another seed, which is how far seed noise moves a curve."
+        "Loss minus the BF16 loss on the same batches, smoothed. The verdict takes the mean over"
+        " the grey tail: inside the green band a recipe passes. Black and broken: a BF16 run with"
+        " another seed, which is how far seed noise moves a curve."
     )
     return Figure("gap", title, caption, drawing)
 
@@ -116,11 +144,18 @@ def heldout(found: Comparison) -> Figure | None:
         steps, gaps = heldout_gaps(verdict.base, verdict.candidate)
         points += len(steps)
         run = verdict.candidate
-        style: Any = {"color": colour(run, found.runs), "ls": _style(run, found.runs), "label": _name(run, found.runs)}
+        style: Any = {
+            "color": colour(run, found.runs),
+            "ls": _style(run, found.runs),
+            "label": _name(run, found.runs),
+        }
         axis.plot(steps, gaps, marker="o", ms=4, lw=1.2, **style)
     axis.axhline(0, color="#222222", lw=0.8)
     _legend_below(drawing, axis)
-    caption = "Loss on text that was held out, minus that of BF16 at the same step. Below zero the recipe is the better one."
+    caption = (
+        "Loss on text that was held out, minus that of BF16 at the same step. Below zero the recipe"
+        " is the better one."
+    )
     return Figure("heldout", title, caption, drawing) if points else None
 
 
@@ -132,14 +167,27 @@ def step_times(found: Comparison) -> Figure:
     for place, run in enumerate(reversed(found.runs)):
         time = step_time(run)
         reach = [[time.value - time.low], [time.high - time.value]]
-        axis.barh(place, time.value, xerr=reach, color=colour(run, found.runs), alpha=0.85, height=0.6, error_kw={"lw": 1, "ecolor": "#555555"})
+        axis.barh(
+            place,
+            time.value,
+            xerr=reach,
+            color=colour(run, found.runs),
+            alpha=0.85,
+            height=0.6,
+            error_kw={"lw": 1, "ecolor": "#555555"},
+        )
         axis.annotate(f" {time.value:.3f} s", (time.high, place), va="center", fontsize=9)
-    axis.set_yticks(range(len(found.runs)), [_name(run, found.runs) for run in reversed(found.runs)])
+    axis.set_yticks(
+        range(len(found.runs)), [_name(run, found.runs) for run in reversed(found.runs)]
+    )
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)
     caption = "The first tenth of the steps is left out, three at least."
     if any(run.emulated for run in found.runs):
-        caption += " FP8 is emulated here: its times say what the emulation costs on this machine, nothing about FP8 in hardware."
+        caption += (
+            " FP8 is emulated here: its times say what the emulation costs on this machine, nothing"
+            " about FP8 in hardware."
+        )
     return Figure("step_time", title, caption, drawing)
 
 

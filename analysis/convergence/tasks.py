@@ -1,14 +1,16 @@
-"""BF16 against FP8 on the same held-out text and the same questions, from what `recipes.evaluation.evaluate` left in the run folders.
+"""BF16 against FP8 on the same held-out text and the same questions, from what
+`recipes.evaluation.evaluate` left in the run folders.
 
-Two accuracies of 2,000 questions each have standard errors of a point, so two tables side by side show little.  But both
-models answered the same questions, and most of the answers agree; only the questions on which exactly one is right say
-anything about the difference.  Its interval is Tango's score interval for paired proportions (Statistics in Medicine 17,
-1998), which stays honest with few or no disagreements, where the usual one has no width.  The verdict is that interval
-against a bar for accuracy that was set when the runs were evaluated; McNemar's exact test is reported beside it.
+Two accuracies of 2,000 questions each have standard errors of a point, so two tables side by side
+show little.  But both models answered the same questions, and most of the answers agree; only the
+questions on which exactly one is right say anything about the difference.  Its interval is Tango's
+score interval for paired proportions (Statistics in Medicine 17, 1998), which stays honest with few
+or no disagreements, where the usual one has no width.  The verdict is that interval against a bar
+for accuracy that was set when the runs were evaluated; McNemar's exact test is reported beside it.
 
-    pass        the interval of the difference lies inside the bar
-    fail        it lies wholly outside
-    undecided   anything else, with the questions that would decide it if the answers went on as they do
+    pass        the interval of the difference lies inside the bar fail        it lies wholly
+    outside undecided   anything else, with the questions that would decide it if the answers went
+    on as they do
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from recipes.files import read_file
 from recipes.manifest_record import Line
 from recipes.run_folder import read_json
 
-CONFIDENCE = 0.99  # of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
+# of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
+CONFIDENCE = 0.99
 MOST_TIMES = 1000.0  # more questions than so many times those asked are not worth naming
 FILE = "evaluation.json"
 ALL = "all tasks"
@@ -41,7 +44,9 @@ SHOWN_DIGITS = 4
 
 @dataclass(frozen=True)
 class Answers:
-    """A task's questions in order: what they are (hashes of document and prompt), and whether each was answered right (0 or 1)."""
+    """A task's questions in order: what they are (hashes of document and prompt), and whether each
+    was answered right (0 or 1).
+    """
 
     questions: tuple[tuple[int, str, str], ...]
     correct: NDArray[np.int64]
@@ -58,7 +63,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same `n` questions: right in both `both`, in the candidate alone `won`, in the base alone `lost`.
+    """Two models on the same `n` questions: right in both `both`, in the candidate alone `won`, in
+    the base alone `lost`.
 
     Counts are floats, so that they can be scaled.
     """
@@ -76,7 +82,10 @@ class Paired:
     @property
     def stderr(self) -> float:
         """Standard error of the difference."""
-        return math.sqrt(max(0.0, self.won + self.lost - (self.won - self.lost) ** 2 / self.n)) / self.n
+        return (
+            math.sqrt(max(0.0, self.won + self.lost - (self.won - self.lost) ** 2 / self.n))
+            / self.n
+        )
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Return the ends of Tango's score interval of the difference."""
@@ -84,21 +93,35 @@ class Paired:
         from scipy.stats import norm
 
         z, edge = float(norm.ppf(0.5 + confidence / 2)), 1 - 1e-12
-        low = -1.0 if self.difference <= -edge else float(brentq(lambda d: self._score(d) - z, -edge, self.difference))
-        high = 1.0 if self.difference >= edge else float(brentq(lambda d: self._score(d) + z, self.difference, edge))
+        low = (
+            -1.0
+            if self.difference <= -edge
+            else float(brentq(lambda d: self._score(d) - z, -edge, self.difference))
+        )
+        high = (
+            1.0
+            if self.difference >= edge
+            else float(brentq(lambda d: self._score(d) + z, self.difference, edge))
+        )
         return low, high
 
     def _score(self, delta: float) -> float:
-        """Return the score statistic of the hypothesis that the difference is `delta`: about standard normal where it holds."""
+        """Return the score statistic of the hypothesis that the difference is `delta`: about
+        standard normal where it holds.
+        """
         n, b, c = self.n, self.won, self.lost
         linear = -b - c + (2 * n - b + c) * delta
-        lost_rate = (math.sqrt(max(0.0, linear**2 + 8 * n * c * delta * (1 - delta))) - linear) / (4 * n)
+        lost_rate = (math.sqrt(max(0.0, linear**2 + 8 * n * c * delta * (1 - delta))) - linear) / (
+            4 * n
+        )
         variance = n * (2 * lost_rate + delta * (1 - delta))
         distance = b - c - n * delta
         return 0.0 if distance == 0 else distance / math.sqrt(max(variance, 1e-300))
 
     def mcnemar(self) -> float:
-        """Return the p-value of McNemar's exact test: how often chance alone parts the disagreements so unevenly."""
+        """Return the p-value of McNemar's exact test: how often chance alone parts the
+        disagreements so unevenly.
+        """
         from scipy.stats import binomtest
 
         disagreements = int(self.won + self.lost)
@@ -112,7 +135,12 @@ class Paired:
 def pair(base: Answers, candidate: Answers) -> Paired:
     """Return the counts of two sets of answers to the same questions."""
     right, ours = base.correct.astype(bool), candidate.correct.astype(bool)
-    return Paired(len(right), int((right & ours).sum()), int((ours & ~right).sum()), int((right & ~ours).sum()))
+    return Paired(
+        len(right),
+        int((right & ours).sum()),
+        int((ours & ~right).sum()),
+        int((right & ~ours).sum()),
+    )
 
 
 def decide(found: Paired, bar: float) -> str:
@@ -124,7 +152,9 @@ def decide(found: Paired, bar: float) -> str:
 
 
 def more_questions(found: Paired, bar: float) -> int | None:
-    """Return about how many further questions would decide an undecided difference; None if too many to be worth naming."""
+    """Return about how many further questions would decide an undecided difference; None if too
+    many to be worth naming.
+    """
     for factor in np.geomspace(1.0, MOST_TIMES, 121).tolist():
         if decide(found.scaled(factor), bar) != UNDECIDED:
             return math.ceil(found.n * (float(factor) - 1))
@@ -144,7 +174,9 @@ class _Items(BaseModel, strict=True):
 
 
 class _Facts(BaseModel, strict=True):
-    """What analysis reads of evaluation.json, with the types that it must have; what else stands there is left out."""
+    """What analysis reads of evaluation.json, with the types that it must have; what else stands
+    there is left out.
+    """
 
     run: Line
     precision: Line
@@ -165,20 +197,35 @@ class _Item(BaseModel, strict=True):
 
 
 def load_evaluation(folder: Path) -> Evaluation:
-    """Return the evaluation in a run folder; InputError where it is missing, changed, or not of this form."""
+    """Return the evaluation in a run folder; InputError where it is missing, changed, or not of
+    this form.
+    """
     path = folder / FILE
     try:
         facts = _Facts.model_validate(read_json(path))
         content = read_file(folder / facts.items.file)
         if hashlib.sha256(content).hexdigest() != facts.items.sha256:
-            raise InputError(f"{folder}: the answers are not those that {FILE} names (sha256); evaluate the run again")
-        answers = _answers([_Item.model_validate_json(line) for line in content.splitlines()], folder)
+            raise InputError(
+                f"{folder}: the answers are not those that {FILE} names (sha256); evaluate the run"
+                " again"
+            )
+        answers = _answers(
+            [_Item.model_validate_json(line) for line in content.splitlines()], folder
+        )
     except OSError as error:
-        raise InputError(f"{folder}: {FILE} or its answers cannot be read ({error.strerror}); run python -m recipes.evaluation.evaluate") from None
+        raise InputError(
+            f"{folder}: {FILE} or its answers cannot be read ({error.strerror}); run python -m"
+            " recipes.evaluation.evaluate"
+        ) from None
     except ValidationError as error:
-        raise InputError(f"{path} is no evaluation of this version ({first_problem(error)}); evaluate the run again") from None
+        raise InputError(
+            f"{path} is no evaluation of this version ({first_problem(error)}); evaluate the run"
+            " again"
+        ) from None
     except ValueError as error:
-        raise InputError(f"{path} is no evaluation of this version ({error}); evaluate the run again") from None
+        raise InputError(
+            f"{path} is no evaluation of this version ({error}); evaluate the run again"
+        ) from None
     return Evaluation(folder, facts.model_dump(), answers)
 
 
@@ -199,16 +246,34 @@ def _answers(items: list[_Item], folder: Path) -> dict[str, Answers]:
 
 
 def check_same(base: Evaluation, candidate: Evaluation) -> None:
-    """Raise InputError where two evaluations did not ask the same at the same step, or not by the same bar."""
+    """Raise InputError where two evaluations did not ask the same at the same step, or not by the
+    same bar.
+    """
     where = f"{candidate.folder} and {base.folder}"
-    for key, what in (("step", "the step of the checkpoint"), ("accuracy_bar", "the bar for accuracy")):
+    for key, what in (
+        ("step", "the step of the checkpoint"),
+        ("accuracy_bar", "the bar for accuracy"),
+    ):
         if base.facts[key] != candidate.facts[key]:
-            raise InputError(f"{where} differ in {what} ({base.facts[key]} and {candidate.facts[key]}); evaluate both alike")
-    ours, theirs = ({name: s["sha256"] for name, s in e.facts["sets"].items()} for e in (candidate, base))
+            raise InputError(
+                f"{where} differ in {what} ({base.facts[key]} and {candidate.facts[key]}); evaluate"
+                " both alike"
+            )
+    ours, theirs = (
+        {name: s["sha256"] for name, s in e.facts["sets"].items()} for e in (candidate, base)
+    )
     if ours != theirs:
-        raise InputError(f"{where} were evaluated on other sets, or other text under one name; evaluate both alike")
-    if {t: a.questions for t, a in base.answers.items()} != {t: a.questions for t, a in candidate.answers.items()}:
-        raise InputError(f"{where} were asked other questions (task, document or prompt); evaluate both with the same --tasks and --limit")
+        raise InputError(
+            f"{where} were evaluated on other sets, or other text under one name; evaluate both"
+            " alike"
+        )
+    if {t: a.questions for t, a in base.answers.items()} != {
+        t: a.questions for t, a in candidate.answers.items()
+    }:
+        raise InputError(
+            f"{where} were asked other questions (task, document or prompt); evaluate both with the"
+            " same --tasks and --limit"
+        )
 
 
 def set_rows(base: Evaluation, candidate: Evaluation) -> list[dict[str, Any]]:
@@ -239,19 +304,34 @@ def task_rows(base: Evaluation, candidate: Evaluation) -> list[dict[str, Any]]:
     check_same(base, candidate)
     pairs = {task: pair(answers, candidate.answers[task]) for task, answers in base.answers.items()}
     if len(pairs) > 1:
-        pairs[ALL] = Paired(*(sum(getattr(found, field) for found in pairs.values()) for field in ("n", "both", "won", "lost")))
-    return [{**_who(base, candidate), "task": task, **_row(found, candidate.facts["accuracy_bar"])} for task, found in pairs.items()]
+        pairs[ALL] = Paired(
+            *(
+                sum(getattr(found, field) for found in pairs.values())
+                for field in ("n", "both", "won", "lost")
+            )
+        )
+    return [
+        {**_who(base, candidate), "task": task, **_row(found, candidate.facts["accuracy_bar"])}
+        for task, found in pairs.items()
+    ]
 
 
 def _who(base: Evaluation, candidate: Evaluation) -> dict[str, Any]:
-    names = {"run": candidate.facts["run"], "base": base.facts["run"], "precision": candidate.facts["precision"]}
+    names = {
+        "run": candidate.facts["run"],
+        "base": base.facts["run"],
+        "precision": candidate.facts["precision"],
+    }
     return {**names, "step": candidate.facts["step"], "label": candidate.facts["label"]}
 
 
 def _row(found: Paired, bar: float) -> dict[str, Any]:
     low, high = found.interval()
     verdict = decide(found, bar)
-    accuracy, base_accuracy = (found.both + found.won) / found.n, (found.both + found.lost) / found.n
+    accuracy, base_accuracy = (
+        (found.both + found.won) / found.n,
+        (found.both + found.lost) / found.n,
+    )
     return {
         "n": int(found.n),
         "accuracy": accuracy,
@@ -280,7 +360,9 @@ def _stderr(accuracy: float, n: float) -> float | None:
 
 @dataclass(frozen=True)
 class Section:
-    """What the report shows: rows for sets and tasks, or the one line that says why there are none."""
+    """What the report shows: rows for sets and tasks, or the one line that says why there are
+    none.
+    """
 
     sets: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
@@ -350,8 +432,13 @@ def section(bases: Sequence[Run], verdicts: Sequence[Verdict]) -> Section | None
         return None
     try:
         found = {run.folder: _of_run(run) for run in runs}
-        pairs = [(found[verdict.base.folder], found[verdict.candidate.folder]) for verdict in verdicts]
-        return Section([row for two in pairs for row in set_rows(*two)], [row for two in pairs for row in task_rows(*two)])
+        pairs = [
+            (found[verdict.base.folder], found[verdict.candidate.folder]) for verdict in verdicts
+        ]
+        return Section(
+            [row for two in pairs for row in set_rows(*two)],
+            [row for two in pairs for row in task_rows(*two)],
+        )
     except InputError as error:
         return Section([], [], str(error))
 

@@ -3,26 +3,26 @@
 The gap is candidate minus BF16, step by step on the same batches, which takes the noise between
 batches out.  It is compared with a tolerance that was set before the run.
 
-One pair of runs (`judge`).  Three windows: the whole run, which is reported; the tail, which decides;
-its last fifth, the end, which shows a divergence that is small in a mean.
+One pair of runs (`judge`).  Three windows: the whole run, which is reported; the tail, which
+decides; its last fifth, the end, which shows a divergence that is small in a mean.
 
     pass        the tail's interval lies inside the tolerance, and the end's mean too
     fail        the interval of the tail, or of the end, lies outside, and beyond seed noise
     undecided   anything else, with what would decide it
 
-The interval allows for a gap that wanders slowly (analysis/stats/low_frequency.py).  It does not know what
-another seed would do.  Seed noise is estimated where BF16 was run with other seeds: where training
-is unsettled, the last bit of a sum drives two runs of one seed as far apart as two seeds, and a gap
-that another seed of BF16 could have is no failure.  It lets nothing pass.
+The interval allows for a gap that wanders slowly (analysis/stats/low_frequency.py).  It does not
+know what another seed would do.  Seed noise is estimated where BF16 was run with other seeds: where
+training is unsettled, the last bit of a sum drives two runs of one seed as far apart as two seeds,
+and a gap that another seed of BF16 could have is no failure.  It lets nothing pass.
 
-Several pairs of one recipe, each with its own seed (`judge_seeds`).  The tail's gaps of k pairs are k
-independent draws, whatever happens within a run, so Student's t over them holds: two one-sided tests
-(Schuirmann 1987) as for clinical equivalence.  Where the gaps of seeds are about Gaussian, a pass is
-wrong in at most 2.5 % of cases.  So is a fail, and in 0.5 % more by the mean over the ends, which can
-fail a recipe too.  A statement about a recipe needs this evidence.
+Several pairs of one recipe, each with its own seed (`judge_seeds`).  The tail's gaps of k pairs are
+k independent draws, whatever happens within a run, so Student's t over them holds: two one-sided
+tests (Schuirmann 1987) as for clinical equivalence.  Where the gaps of seeds are about Gaussian, a
+pass is wrong in at most 2.5 % of cases.  So is a fail, and in 0.5 % more by the mean over the ends,
+which can fail a recipe too.  A statement about a recipe needs this evidence.
 
-A loss that was printed with few digits (an imported console log) may be off by half of the last one,
-always in the same direction at worst: that much, for both runs, is added to either side of the
+A loss that was printed with few digits (an imported console log) may be off by half of the last
+one, always in the same direction at worst: that much, for both runs, is added to either side of the
 interval, and no length of run removes it.
 """
 
@@ -36,7 +36,14 @@ import numpy as np
 from scipy.stats import t
 
 from analysis.runs.load import Run
-from analysis.runs.pairing import Differences, check_pair, layout_label, platform_differences, precision_differences, run_differences
+from analysis.runs.pairing import (
+    Differences,
+    check_pair,
+    layout_label,
+    platform_differences,
+    precision_differences,
+    run_differences,
+)
 from analysis.stats.series import Array, Mean, end_with_interval, mean_with_interval, spikes
 from recipes.errors import InputError
 from recipes.plan import Bar
@@ -76,7 +83,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last evaluation's gap in nats.
+    """What a comparison found; gaps by window ("run", "tail", "end"), `heldout` the last
+    evaluation's gap in nats.
 
     `noise_floor`: the largest distance in nats of any two BF16 runs over the tail.
     `seed_noise`: the gap in nats that BF16 with yet another seed could have; None without other
@@ -104,17 +112,30 @@ class Verdict:
 
 def limits_in_nats(bar: Bar, base_loss: float) -> dict[str, float]:
     """Return each limit of the bar as a gap in nats at a BF16 loss."""
-    return {"relative": bar.relative * base_loss, "perplexity": math.log1p(bar.perplexity), "absolute": bar.absolute}
+    return {
+        "relative": bar.relative * base_loss,
+        "perplexity": math.log1p(bar.perplexity),
+        "absolute": bar.absolute,
+    }
 
 
 def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
-    """Return the verdict on `candidate` against `base`, whose tolerance holds; `others` are BF16 runs with other seeds."""
+    """Return the verdict on `candidate` against `base`, whose tolerance holds; `others` are BF16
+    runs with other seeds.
+    """
     check_pair(base, candidate)
     bar = base.plan.bar
-    gaps = gaps_of(base.steps["loss"], candidate.steps["loss"], bar.tail_fraction, base.rounding() + candidate.rounding())
+    gaps = gaps_of(
+        base.steps["loss"],
+        candidate.steps["loss"],
+        bar.tail_fraction,
+        base.rounding() + candidate.rounding(),
+    )
     limits = limits_in_nats(bar, gaps["tail"].base_loss)
     seeds = seed_gaps(base, others, gaps["tail"].nats.count)
-    by_limit = {name: decide(gaps, limit, seed_noise(seeds) or 0.0) for name, limit in limits.items()}
+    by_limit = {
+        name: decide(gaps, limit, seed_noise(seeds) or 0.0) for name, limit in limits.items()
+    }
     decides = bar.decides
     within_noise = by_limit[decides] == UNDECIDED and decide(gaps, limits[decides]) == FAIL
     heldout = heldout_gaps(base, candidate)
@@ -129,7 +150,11 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
         noise_floor=float(np.ptp([0.0, *seeds])) if len(seeds) else None,
         seed_noise=seed_noise(seeds),
         within_noise=within_noise,
-        tokens_to_decide=_tokens_to_decide(gaps["tail"], limits[decides], candidate) if by_limit[decides] == UNDECIDED and not within_noise else None,
+        tokens_to_decide=(
+            _tokens_to_decide(gaps["tail"], limits[decides], candidate)
+            if by_limit[decides] == UNDECIDED and not within_noise
+            else None
+        ),
         spikes=spikes(candidate.steps["loss"]),
         base_spikes=spikes(base.steps["loss"]),
         layout=layout_label(base, candidate),
@@ -139,14 +164,20 @@ def judge(base: Run, candidate: Run, others: Sequence[Run] = ()) -> Verdict:
     )
 
 
-def gaps_of(base: Array, candidate: Array, tail_fraction: float, rounding: Array | None = None) -> dict[str, Gap]:
-    """Return the gap between two loss curves (a value a step) over the run, its tail, and the end of the tail.
+def gaps_of(
+    base: Array, candidate: Array, tail_fraction: float, rounding: Array | None = None
+) -> dict[str, Gap]:
+    """Return the gap between two loss curves (a value a step) over the run, its tail, and the end
+    of the tail.
 
-    `rounding`: by how much each gap may be off in nats, for the digits that the losses were printed with.
+    `rounding`: by how much each gap may be off in nats, for the digits that the losses were printed
+    with.
     """
     steps = len(base)
     if steps < MIN_STEPS:
-        raise InputError(f"{steps} common steps say nothing about a loss curve; run at least {MIN_STEPS}")
+        raise InputError(
+            f"{steps} common steps say nothing about a loss curve; run at least {MIN_STEPS}"
+        )
     tail = max(1, round(steps * tail_fraction))
     end = max(1, round(tail * END_OF_TAIL))
     gap = candidate - base
@@ -183,12 +214,15 @@ def decide(gaps: dict[str, Gap], limit: float, noise: float = 0.0) -> str:
 
 
 def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
-    """Return the further tokens after which an interval that shrinks with the root of the steps would clear the limit.
+    """Return the further tokens after which an interval that shrinks with the root of the steps
+    would clear the limit.
 
-    None where there is no interval, where the gap wanders as slowly as the run is long, and where it
-    lies so near the limit that it would take MOST_RUNS runs or more.
+    None where there is no interval, where the gap wanders as slowly as the run is long, and where
+    it lies so near the limit that it would take MOST_RUNS runs or more.
     """
-    distance = abs(limit - abs(gap.nats.value)) - gap.rounding  # longer runs do not print more digits
+    distance = (
+        abs(limit - abs(gap.nats.value)) - gap.rounding
+    )  # longer runs do not print more digits
     if not np.isfinite(gap.nats.half_width) or distance <= 0 or gap.wanders:
         return None
     tokens = candidate.steps["tokens"][-1]
@@ -197,7 +231,9 @@ def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
 
 
 def seed_gaps(base: Run, others: Sequence[Run], tail: int) -> Array:
-    """Return the mean gaps in nats over the last `tail` steps of BF16 runs with other seeds to `base`."""
+    """Return the mean gaps in nats over the last `tail` steps of BF16 runs with other seeds to
+    `base`.
+    """
     for other in others:
         check_pair(base, other)
     return np.array([(other.steps["loss"] - base.steps["loss"])[-tail:].mean() for other in others])
@@ -242,7 +278,9 @@ def judge_seeds(verdicts: Sequence[Verdict]) -> SeedsVerdict:
     tails = [verdict.gaps["tail"] for verdict in verdicts]
     in_limits = np.array([_in_limits(verdict, "tail") for verdict in verdicts])
     ends = np.array([_in_limits(verdict, "end") for verdict in verdicts])
-    printed = float(np.mean([verdict.gaps["tail"].rounding / limit_of(verdict) for verdict in verdicts]))
+    printed = float(
+        np.mean([verdict.gaps["tail"].rounding / limit_of(verdict) for verdict in verdicts])
+    )
     found = decide_seeds(in_limits, ends, printed)
     relative = student(np.array([gap.relative.value for gap in tails]))
     relative = relative.widened(float(np.mean([gap.rounding / gap.base_loss for gap in tails])))
@@ -290,7 +328,9 @@ def _further_seeds(in_limits: Array) -> int | None:
     """Return how many more seeds would bring the interval clear of the tolerance on its side."""
     distance = abs(1 - abs(float(in_limits.mean())))
     deviation = float(in_limits.std(ddof=1))
-    enough = (k for k in range(len(in_limits) + 1, MOST_SEEDS + 1) if _reach(k, deviation) < distance)
+    enough = (
+        k for k in range(len(in_limits) + 1, MOST_SEEDS + 1) if _reach(k, deviation) < distance
+    )
     total = next(enough, None)
     return None if total is None else total - len(in_limits)
 
@@ -299,5 +339,7 @@ def heldout_gaps(base: Run, candidate: Run) -> tuple[Array, Array]:
     """Return the steps at which both runs were evaluated and the gaps in nats there."""
     if not base.heldout or not candidate.heldout:
         return np.zeros(0), np.zeros(0)
-    steps, ours, theirs = np.intersect1d(base.heldout["step"], candidate.heldout["step"], return_indices=True)
+    steps, ours, theirs = np.intersect1d(
+        base.heldout["step"], candidate.heldout["step"], return_indices=True
+    )
     return steps, candidate.heldout["heldout_loss"][theirs] - base.heldout["heldout_loss"][ours]

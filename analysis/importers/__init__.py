@@ -1,1 +1,3 @@
-"""Readers of what other tools wrote: console logs, TensorBoard event files, W&B runs and exports, as one typed `Log`."""
+"""Readers of what other tools wrote: console logs, TensorBoard event files, W&B runs and exports,
+as one typed `Log`.
+"""

@@ -1,7 +1,8 @@
-"""Console logs: NeMo 2, Megatron-LM and its relatives, torchtitan, and Lightning's progress bar (dialects.py).
+"""Console logs: NeMo 2, Megatron-LM and its relatives, torchtitan, and Lightning's progress bar
+(dialects.py).
 
-Of every line only what fits its printed form exactly is read: a line that was cut, or mixed with another rank's, gives
-no number, and the step it stood for is then missing.
+Of every line only what fits its printed form exactly is read: a line that was cut, or mixed with
+another rank's, gives no number, and the step it stood for is then missing.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from recipes.errors import InputError
 
 FORMATS = tuple(DIALECTS)
 MARKS = tuple(mark for dialect in DIALECTS.values() for mark in dialect.marks)
-SURE = (NEMO.name, MEGATRON.name)  # forms that nothing else has; where they are found, a progress bar beside them is not the log
-# "Validation: iteration 1/2" of NeMo 2, "Validation DataLoader 0: 50%" of a progress bar; not those of a sanity check.
+SURE = (
+    NEMO.name,
+    MEGATRON.name,
+)  # forms that nothing else has; where they are found, a progress bar beside them is not the log
+# "Validation: iteration 1/2" of NeMo 2, "Validation DataLoader 0: 50%" of a progress bar; not those
+# of a sanity check.
 VALIDATING = re.compile(r"(?<!Sanity checking )Validation(?:: iteration \d| DataLoader \d{1,3}:)")
 VALIDATION = "Validation"
-VALIDATION_LINE = re.compile(r"^([^\n]*Validation(?:: iteration \d| DataLoader \d)[^\n]*\n)", re.MULTILINE)  # between blocks of training lines
+VALIDATION_LINE = re.compile(
+    r"^([^\n]*Validation(?:: iteration \d| DataLoader \d)[^\n]*\n)", re.MULTILINE
+)  # between blocks of training lines
 EVALUATED = ("validation loss at ", "validate step:")
-# Megatron-LM megatron/training/utils.py (report_memory, core_v0.12.3: MB of 1024 x 1024 bytes); Bridge prints GB of 1e9 bytes.
+# Megatron-LM megatron/training/utils.py (report_memory, core_v0.12.3: MB of 1024 x 1024 bytes);
+# Bridge prints GB of 1e9 bytes.
 MEMORY = re.compile(r"memory \((?P<unit>MB|GB)\) \|(?P<fields>[^\n]*)")
 MEMORY_FIELD = re.compile(
-    r"(?P<name>max allocated|max reserved|mem-max-allocated-gigabytes|mem-max-reserved-gigabytes): (?P<value>\d{1,9}(?:\.\d{0,20})?)"
+    r"(?P<name>max allocated|max reserved|mem-max-allocated-gigabytes|mem-max-reserved-gigabytes):"
+    r" (?P<value>\d{1,9}(?:\.\d{0,20})?)"
 )
 MEMORY_UNITS = {"MB": 2**20 / 1e9, "GB": 1.0}
 LOSSES_LOOKED_AT = 1000
@@ -45,12 +54,17 @@ def read_all(paths: Sequence[Path], only: str | None, loss_key: str | None) -> L
     logs = [read(path, only, loss_key) for path in paths]
     names = {log.format for log in logs}
     if len(names) > 1:
-        raise InputError(f"the sources have mixed formats ({', '.join(sorted(names))}); import one format of one run at a time")
+        raise InputError(
+            f"the sources have mixed formats ({', '.join(sorted(names))}); import one format of one"
+            " run at a time"
+        )
     return join(logs)
 
 
 def read(path: Path, only: str | None = None, loss_key: str | None = None) -> Log:
-    """Return the log in a text file; `only`, one of FORMATS, ignores the training lines of other harnesses."""
+    """Return the log in a text file; `only`, one of FORMATS, ignores the training lines of other
+    harnesses.
+    """
     reader = _Reader(only, loss_key)
     with collector_at_rest():
         for text in on_one_line(blocks_of(path)):
@@ -62,20 +76,26 @@ class _Reader:
     """Reads the lines of one file: training steps, evaluations, memory, and what the log states."""
 
     def __init__(self, only: str | None, loss_key: str | None) -> None:
-        self.scanners = [Scanner(d.with_loss(loss_key)) for name, d in DIALECTS.items() if only in (None, name)]
+        self.scanners = [
+            Scanner(d.with_loss(loss_key)) for name, d in DIALECTS.items() if only in (None, name)
+        ]
         self.facts, self.memory, self.reserved = Facts(), 0.0, 0.0
         self.loss_key, self.unread = loss_key, ""
         self.words = {scanner: (*WORDS, *self._others(scanner)) for scanner in self.scanners}
 
     def _others(self, scanner: Scanner) -> list[str]:
         """Return texts of lines that matter beside a dialect's training lines."""
-        others = [mark for other in self.scanners if other is not scanner for mark in other.dialect.marks]
+        others = [
+            mark for other in self.scanners if other is not scanner for mark in other.dialect.marks
+        ]
         return [*others, "memory (", VALIDATION, *EVALUATED]
 
     def text(self, text: str) -> None:
         """Read a block of whole lines."""
         for piece in VALIDATION_LINE.split(text) if VALIDATION in text else [text]:
-            if piece and not any(scanner.block(piece, self.words[scanner]) for scanner in self._likely()):
+            if piece and not any(
+                scanner.block(piece, self.words[scanner]) for scanner in self._likely()
+            ):
                 lines = piece.split("\n")
                 for line in (*(f"{line}\n" for line in lines[:-1]), lines[-1]):
                     self._line(line)
@@ -111,9 +131,15 @@ class _Reader:
         return False
 
     def _heldout(self, scanner: Scanner, found: dict[str, str | None]) -> None:
-        """Keep an evaluation's loss; one after training names its set, and in old versions no step."""
+        """Keep an evaluation's loss; one after training names its set, and in old versions no
+        step.
+        """
         is_test = "test" in (found.get("set"), found.get("data"))
-        step = np.inf if found["step"] is None else float(found["step"]) + 1 - scanner.dialect.first_iteration
+        step = (
+            np.inf
+            if found["step"] is None
+            else float(found["step"]) + 1 - scanner.dialect.first_iteration
+        )
         kept = scanner.test if is_test else scanner.heldout
         if not kept or kept[-1][0] != step:
             kept.append((step, float(found["loss"] or "nan")))
@@ -129,12 +155,21 @@ class _Reader:
 
     def _unread(self) -> str:
         """Return what was looked for, what was found instead, and what to do."""
-        forms = ", ".join(scanner.dialect.name.removesuffix(" console log") for scanner in self.scanners)
+        forms = ", ".join(
+            scanner.dialect.name.removesuffix(" console log") for scanner in self.scanners
+        )
         named = f" with a loss called {self.loss_key!r}" if self.loss_key else ""
-        held = f"; its first line with a loss is {self.unread!r}" if self.unread else "; no line names a loss"
+        held = (
+            f"; its first line with a loss is {self.unread!r}"
+            if self.unread
+            else "; no line names a loss"
+        )
         remedy = "name another log, --format or --loss-key"
         if DICTIONARY in self.unread:
-            remedy = "no progress bar shows its step; import the run's trainer_state.json, which has the steps"
+            remedy = (
+                "no progress bar shows its step; import the run's trainer_state.json, which has the"
+                " steps"
+            )
         return f"{named}, of any form that is known ({forms}){held}; {remedy}"
 
     def log(self, path: Path) -> Log:
@@ -145,11 +180,13 @@ class _Reader:
             raise InputError(f"{path}: no training line found{self._unread()}")
         if len(found) > 1:
             raise InputError(
-                f"{path} mixes training lines of {' and '.join(s.dialect.name for s in found)}: two runs in one file; choose with --format"
+                f"{path} mixes training lines of {' and '.join(s.dialect.name for s in found)}: two"
+                " runs in one file; choose with --format"
             )
         log = _log(found[0], self.facts)
         log.memory_gb, log.reserved_gb = (
-            max(read, kept or 0.0) or None for read, kept in ((self.memory, log.memory_gb), (self.reserved, log.reserved_gb))
+            max(read, kept or 0.0) or None
+            for read, kept in ((self.memory, log.memory_gb), (self.reserved, log.reserved_gb))
         )
         return log
 
@@ -166,7 +203,9 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
         return log
     if "loss" not in columns:
         _refuse_other_loss(scanner, columns)
-        columns["loss"] = np.full(who.size, np.nan)  # every step was NaN: Megatron prints no loss then
+        columns["loss"] = np.full(
+            who.size, np.nan
+        )  # every step was NaN: Megatron prints no loss then
     log.loss_digits, log.averaged = _loss_digits(scanner, columns["loss"]), scanner.dialect.averages
     validated = np.zeros(who.size, dtype=bool)
     validated[list(scanner.validated)] = True
@@ -176,9 +215,20 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
         log.total = None  # it counts an epoch's steps
     put_units(log)
     last = float(columns["step"][-1]) if columns["step"].size else 0.0
-    for name, key, pairs in (("heldout", "heldout_loss", scanner.heldout), ("test", "test_loss", scanner.test)):
+    for name, key, pairs in (
+        ("heldout", "heldout_loss", scanner.heldout),
+        ("test", "test_loss", scanner.test),
+    ):
         placed = [(min(step, last), loss) for step, loss in pairs]
-        setattr(log, name, dict(zip(("step", key), np.array(placed, dtype=np.float64).T, strict=True)) if placed else {})
+        setattr(
+            log,
+            name,
+            (
+                dict(zip(("step", key), np.array(placed, dtype=np.float64).T, strict=True))
+                if placed
+                else {}
+            ),
+        )
     values = columns.pop("val_loss", None)
     if values is not None and not log.heldout:
         _heldout_of_nemo(log, values, validated[kept])
@@ -186,28 +236,46 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
 
 
 def _refuse_other_loss(scanner: Scanner, columns: dict[str, Array]) -> None:
-    """Raise InputError where lines lack their loss, and did not lose it to NaN: it has another name there."""
+    """Raise InputError where lines lack their loss, and did not lose it to NaN: it has another name
+    there.
+    """
     if not np.nan_to_num(columns.get("nan", np.zeros(1))).any():
         wanted = next(name for name, column in scanner.dialect.columns.items() if column == "loss")
-        held = ", ".join(dict.fromkeys(name for shape in scanner.shapes for name in shape.fields if name))[:400]
-        raise InputError(f"the {scanner.dialect.name} holds no field {wanted!r} but {held}; name the loss with --loss-key")
+        held = ", ".join(
+            dict.fromkeys(name for shape in scanner.shapes for name in shape.fields if name)
+        )[:400]
+        raise InputError(
+            f"the {scanner.dialect.name} holds no field {wanted!r} but {held}; name the loss with"
+            " --loss-key"
+        )
 
 
 def _loss_digits(scanner: Scanner, loss: Array) -> int:
-    """Return the significant digits of printed losses: fewer for a small loss where decimals are fixed, more where the first lines have more."""
+    """Return the significant digits of printed losses: fewer for a small loss where decimals are
+    fixed, more where the first lines have more.
+    """
     first = [value for value in loss[:LOSSES_LOOKED_AT].tolist() if np.isfinite(value)]
     if scanner.dialect.decimals is not None:
         least = float(np.nanmin(np.abs(loss))) if first else 1.0
-        decimals = max(scanner.dialect.decimals, *(len(repr(value).partition(".")[2]) for value in first if value >= 1e-3), 0)
+        decimals = max(
+            scanner.dialect.decimals,
+            *(len(repr(value).partition(".")[2]) for value in first if value >= 1e-3),
+            0,
+        )
         return max(1, decimals + int(np.floor(np.log10(max(least, 1e-9)))) + 1)
     return max(scanner.dialect.digits, *(significant(repr(value)) for value in first), 0)
 
 
 def _heldout_of_nemo(log: Log, values: Array, validated: Array) -> None:
-    """NeMo shows val_loss only on the training lines that follow a validation, averaged with them over the log's interval."""
+    """NeMo shows val_loss only on the training lines that follow a validation, averaged with them
+    over the log's interval.
+    """
     gaps = np.diff(log.steps["step"])
     if gaps.size and np.median(gaps) > 1:
-        log.said.append("held-out losses were left out: a line for several steps averages them with the evaluation before")
+        log.said.append(
+            "held-out losses were left out: a line for several steps averages them with the"
+            " evaluation before"
+        )
         return
     at = validated & np.isfinite(values) & (log.steps["step"] > 1)
     log.heldout = {"step": log.steps["step"][at] - 1, "heldout_loss": values[at]}

@@ -1,6 +1,8 @@
-"""Which format a source has, told by its name and its first bytes; folders become the files in them.
+"""Which format a source has, told by its name and its first bytes; folders become the files in
+them.
 
-A format is a name and a reader: files of one run in, and out what they state and the columns that they hold (`Log`).
+A format is a name and a reader: files of one run in, and out what they state and the columns that
+they hold (`Log`).
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def read(sources: Sequence[Path], wanted: str | None, options: Options) -> tuple
     found = [_files(source, wanted) for source in sources]
     kinds = {kind for kind, _ in found}
     if len(kinds) > 1:
-        raise InputError(f"the sources have mixed formats ({', '.join(sorted(kinds))}); import one format of one run at a time")
+        raise InputError(
+            f"the sources have mixed formats ({', '.join(sorted(kinds))}); import one format of one"
+            " run at a time"
+        )
     kind, files = kinds.pop(), [file for _, files in found for file in files]
     if options.run is not None and kind != "table":
         raise InputError(f"--run chooses a column of a W&B table, and this is {kind}; leave it out")
@@ -63,22 +68,39 @@ def _files(source: Path, wanted: str | None) -> tuple[str, list[Path]]:
     if source.is_dir():
         return _in_folder(source, wanted)
     if not source.is_file():
-        raise InputError(f"{source} is no file and no folder; name a log, an event file, a .wandb file, a CSV table or a folder of one")
+        raise InputError(
+            f"{source} is no file and no folder; name a log, an event file, a .wandb file, a CSV"
+            " table or a folder of one"
+        )
     return wanted or _kind(source), [source]
 
 
 def _in_folder(folder: Path, wanted: str | None) -> tuple[str, list[Path]]:
     if (folder / "plan.json").exists():
-        raise InputError(f"{folder} is a run folder already: analysis.compare reads it as it is; to import its logs name the file")
-    found = {kind: sorted(p for p in folder.rglob(pattern) if p.is_file()) for kind, pattern in PATTERNS.items() if wanted in (None, kind)}
+        raise InputError(
+            f"{folder} is a run folder already: analysis.compare reads it as it is; to import its"
+            " logs name the file"
+        )
+    found = {
+        kind: sorted(p for p in folder.rglob(pattern) if p.is_file())
+        for kind, pattern in PATTERNS.items()
+        if wanted in (None, kind)
+    }
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) != 1:
-        what = "event files of TensorBoard and W&B runs: mixed formats" if kinds else "no event file of TensorBoard and no .wandb file"
+        what = (
+            "event files of TensorBoard and W&B runs: mixed formats"
+            if kinds
+            else "no event file of TensorBoard and no .wandb file"
+        )
         raise InputError(f"{folder} holds {what}; name the file or the folder of one of them")
     files = found[kinds[0]]
     places = sorted({str(file.parent.relative_to(folder)) for file in files})
     if len(places) > 1:
-        raise InputError(f"{folder} holds {len(places)} runs ({', '.join(places)[:200]}); name the folder of one, or those that continue each other")
+        raise InputError(
+            f"{folder} holds {len(places)} runs ({', '.join(places)[:200]}); name the folder of"
+            " one, or those that continue each other"
+        )
     return kinds[0], files
 
 
@@ -98,12 +120,20 @@ def _kind(file: Path) -> str:
     if beginning.startswith(('{"', '[{"')) and '":' in beginning and not is_printed:
         return "json-rows"
     first = next(tables.beginning(text.splitlines()), "").strip()
-    return "table" if ".csv" in file.suffixes or ".tsv" in file.suffixes or (len(first) < 4000 and _is_header(first)) else CONSOLE
+    return (
+        "table"
+        if ".csv" in file.suffixes
+        or ".tsv" in file.suffixes
+        or (len(first) < 4000 and _is_header(first))
+        else CONSOLE
+    )
 
 
 def _is_header(line: str) -> bool:
     found = tables.header(line)
-    return found is not None and len(found[0]) > 1 and not any(mark in line for mark in console.MARKS)
+    return (
+        found is not None and len(found[0]) > 1 and not any(mark in line for mark in console.MARKS)
+    )
 
 
 def _head(file: Path) -> bytes:
@@ -114,4 +144,6 @@ def _head(file: Path) -> bytes:
     except damages():
         return b""  # what is damaged is said where it is read
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); name a file that is there") from None
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}); name a file that is there"
+        ) from None

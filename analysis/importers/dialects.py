@@ -1,19 +1,22 @@
 """The forms of training lines that are printed to a console, field by field.
 
-- NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, v2.3.2) prints its logged metrics with four significant
-  digits, this project with more (recipes/training/console.py); iterations count from 0.
+- NeMo 2 (nemo/lightning/pytorch/callbacks/progress_printer.py, v2.3.2) prints its logged metrics
+  with four significant digits, this project with more (recipes/training/console.py); iterations
+  count from 0.
 - Megatron-LM (megatron/training/training.py, training_log, core_v0.12.3), Megatron-Bridge
-  (src/megatron/bridge/training/utils/train_utils.py, v0.3.0) and Megatron-DeepSpeed (megatron/training.py, 00caa0e) print
-  losses as `{:.6E}`; iterations count from 1, every field ends with a bar, and a loss that is NaN is not printed at all.
-- NeMo 1 and Lightning draw a progress bar (nemo/collections/nlp/parts/nlp_overrides.py:1801, v2.3.2; tqdm), again and again
-  on one line, with three decimals; global_step counts from 0.
-- torchtitan (torchtitan/components/metrics.py, 00fbaaf; b5bcd76) prints the loss with four decimals, then with five;
-  steps count from 1.
-- MaxText (src/maxtext/common/metric_logger.py, e591f30), litgpt (litgpt/pretrain.py, 2685705), nanochat
-  (scripts/base_train.py, 92d63d4), nanoGPT (train.py, 3adf61e) and DeepSpeed's pipeline engine
-  (deepspeed/runtime/pipe/engine.py, a DeepSpeed of 2026) print a line a step.
-- OLMo-core (src/olmo_core/train/callbacks/console_logger.py, v2.5.0), Composer (composer/loggers/console_logger.py,
-  6405188) and Hugging Face's Trainer (ProgressCallback) print several, which multiline.py puts on one.
+  (src/megatron/bridge/training/utils/train_utils.py, v0.3.0) and Megatron-DeepSpeed
+  (megatron/training.py, 00caa0e) print losses as `{:.6E}`; iterations count from 1, every field
+  ends with a bar, and a loss that is NaN is not printed at all.
+- NeMo 1 and Lightning draw a progress bar (nemo/collections/nlp/parts/nlp_overrides.py:1801,
+  v2.3.2; tqdm), again and again on one line, with three decimals; global_step counts from 0.
+- torchtitan (torchtitan/components/metrics.py, 00fbaaf; b5bcd76) prints the loss with four
+  decimals, then with five; steps count from 1.
+- MaxText (src/maxtext/common/metric_logger.py, e591f30), litgpt (litgpt/pretrain.py, 2685705),
+  nanochat (scripts/base_train.py, 92d63d4), nanoGPT (train.py, 3adf61e) and DeepSpeed's pipeline
+  engine (deepspeed/runtime/pipe/engine.py, a DeepSpeed of 2026) print a line a step.
+- OLMo-core (src/olmo_core/train/callbacks/console_logger.py, v2.5.0), Composer
+  (composer/loggers/console_logger.py, 6405188) and Hugging Face's Trainer (ProgressCallback) print
+  several, which multiline.py puts on one.
 """
 
 from __future__ import annotations
@@ -33,18 +36,18 @@ ANY_STAMP = r"\[?20\d\d-\d\d-[-+.,:\dTZ ]{8,40}\]?"
 class Dialect:
     """How one framework prints a training step.
 
-    `mark`: where a line begins to tell a step.  `head`: that beginning, with the groups iteration, total and epoch, as far
-    as it has them.  `marks`: texts that each whole line holds once.  `columns`: printed field -> column.
-    `split`: what lies between fields; `before` and `equals`: patterns of what stands before a field's name and value;
-    `other`: of a value that is not read; `value` and `unit`: of one that is, and of what may follow it; `end`: of what follows the
-    last field; `after`: of the blanks behind a value.
-    `closed`: whether a separator ends every field, the last one too.  `counts_garbled`: whether a head without a loss is a
-    line that was cut.
-    `digits`: significant digits of the loss, or, where `decimals` is given, those follow from its size.
-    `total_counts`: whether the printed total is the number of steps, also where iterations count from 0.
-    `averages`: whether a line's loss is the mean of the steps since the line before.
-    `note`: what a reader of these losses should know.
-    `heldout`: an evaluation's line, with the groups step, loss and test.
+    `mark`: where a line begins to tell a step.  `head`: that beginning, with the groups iteration,
+    total and epoch, as far as it has them.  `marks`: texts that each whole line holds once.
+    `columns`: printed field -> column. `split`: what lies between fields; `before` and `equals`:
+    patterns of what stands before a field's name and value; `other`: of a value that is not read;
+    `value` and `unit`: of one that is, and of what may follow it; `end`: of what follows the last
+    field; `after`: of the blanks behind a value. `closed`: whether a separator ends every field,
+    the last one too.  `counts_garbled`: whether a head without a loss is a line that was cut.
+    `digits`: significant digits of the loss, or, where `decimals` is given, those follow from its
+    size. `total_counts`: whether the printed total is the number of steps, also where iterations
+    count from 0. `averages`: whether a line's loss is the mean of the steps since the line before.
+    `note`: what a reader of these losses should know. `heldout`: an evaluation's line, with the
+    groups step, loss and test.
     """
 
     name: str
@@ -83,7 +86,10 @@ NEMO = Dialect(
     name="NeMo console log",
     mark="Training epoch ",
     marks=("Training epoch ",),
-    head=re.compile(r"Training epoch (?P<epoch>\d{1,9}), iteration (?P<iteration>\d{1,15})/(?P<total>\d{1,15})[ \t]*"),
+    head=re.compile(
+        r"Training epoch (?P<epoch>\d{1,9}), iteration (?P<iteration>\d{1,15})/(?P<total>\d{1,15})["
+        r" \t]*"
+    ),
     columns={
         "global_step": "global_step",
         "reduced_train_loss": "loss",
@@ -94,10 +100,14 @@ NEMO = Dialect(
         "val_loss": "val_loss",
         "max_memory_allocated": "memory_bytes",
         "max_memory_reserved": "reserved_bytes",
-        "peak_memory_usage": "reserved_bytes",  # nemo/lightning/pytorch/strategies/megatron_strategy.py:721, v2.3.2
+        "peak_memory_usage": (
+            "reserved_bytes"
+        ),  # nemo/lightning/pytorch/strategies/megatron_strategy.py:721, v2.3.2
         "tokens_per_sec_per_gpu": "tokens_per_s",  # nemo/utils/exp_manager.py:347, v2.3.2
         "tokens_per_s_per_gpu": "tokens_per_s",
-        "TFLOPS_per_GPU": "tflops",  # nemo/lightning/pytorch/callbacks/flops_callback.py:143, v2.3.2
+        "TFLOPS_per_GPU": (
+            "tflops"
+        ),  # nemo/lightning/pytorch/callbacks/flops_callback.py:143, v2.3.2
     },
     first_iteration=0,
     split=BARS,
@@ -141,7 +151,8 @@ MEGATRON = Dialect(
     closed=True,
     averages=True,
     heldout=re.compile(
-        r"validation loss at (?:iteration (?P<step>\d{1,15})(?: on (?P<set>validation|test) set)?|the end of training for (?P<data>val|test) data)"
+        r"validation loss at (?:iteration (?P<step>\d{1,15})(?: on (?P<set>validation|test)"
+        r" set)?|the end of training for (?P<data>val|test) data)"
         r" \| lm loss value: (?P<loss>\d\.\d+E[-+]\d+) \|"
     ),
 )
@@ -198,13 +209,19 @@ TITAN = Dialect(
     unit=r"(?:GiB\([-.\d]+%\))?",
     after="",
     decimals=4,
-    heldout=re.compile(r"validate step:[ \t]*(?P<step>\d{1,15})[ \t]+loss:[ \t]*(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"),
+    heldout=re.compile(
+        r"validate step:[ \t]*(?P<step>\d{1,15})[ \t]+loss:["
+        r" \t]*(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"
+    ),
 )
 OPEN_BAR = replace(
     BAR,
     name="Lightning progress bar without a total",
     marks=("it/s, ",),
-    head=re.compile(r"Epoch (?P<epoch>\d{1,9}):[ :]{0,3}\s*(?:\|[^|\n]{0,400}\|[ ]{0,3})?(?P<iteration>\d{1,15})(?:/\?|it) \[[^,\]\n]{0,40}"),
+    head=re.compile(
+        r"Epoch (?P<epoch>\d{1,9}):[ :]{0,3}\s*(?:\|[^|\n]{0,400}\|["
+        r" ]{0,3})?(?P<iteration>\d{1,15})(?:/\?|it) \[[^,\]\n]{0,40}"
+    ),
 )
 MAXTEXT = Dialect(
     name="MaxText console log",
@@ -225,7 +242,8 @@ MAXTEXT = Dialect(
     end=r"[ \t]*$",
     decimals=3,
     heldout=re.compile(
-        r"(?:eval metrics after step: |Completed eval after train step )(?P<step>\d{1,15}), loss=(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"
+        r"(?:eval metrics after step: |Completed eval after train step )(?P<step>\d{1,15}),"
+        r" loss=(?P<loss>\d{1,9}\.\d{1,9})(?P<test>)?"
     ),
 )
 LITGPT = Dialect(
@@ -260,7 +278,10 @@ NANOCHAT = Dialect(
     decimals=6,
     total_counts=True,
     averages=True,
-    note="its losses are an exponential mean over steps (0.9); compare it with a run of the same harness",
+    note=(
+        "its losses are an exponential mean over steps (0.9); compare it with a run of the same"
+        " harness"
+    ),
 )
 NANOGPT = Dialect(
     name="nanoGPT console log",
@@ -293,13 +314,18 @@ DEEPSPEED = Dialect(
     after="",
     decimals=4,
 )
-JOINED = replace(MEGATRON, end=r"[ \t]*$", closed=False, averages=False, heldout=None)  # fields as multiline.py puts them on a line
+JOINED = replace(
+    MEGATRON, end=r"[ \t]*$", closed=False, averages=False, heldout=None
+)  # fields as multiline.py puts them on a line
 OLMO = replace(
     JOINED,
     name="OLMo-core console log",
     mark="[step=",
     marks=("[step=",),
-    head=re.compile(r"\[step=(?P<iteration>\d{1,15})/(?P<total>\d{1,15}),epoch=\d{1,9}(?:,eta=[^\]\n]{0,60})?\][ \t]*"),
+    head=re.compile(
+        r"\[step=(?P<iteration>\d{1,15})/(?P<total>\d{1,15}),epoch=\d{1,9}(?:,eta=[^\]\n]{0,60})?\]["
+        r" \t]*"
+    ),
     columns={
         "train/CE loss": "loss",
         "optim/total grad norm": "grad_norm",
@@ -362,7 +388,8 @@ DIALECTS = {
 class Shape:
     """The fields that a training line had, and patterns that read such lines, a group a column.
 
-    `match` reads one line; `block` every line of a text that has the first one's prefix (and so its rank) too.
+    `match` reads one line; `block` every line of a text that has the first one's prefix (and so its
+    rank) too.
     """
 
     match: Callable[[str, int], re.Match[str] | None]
@@ -373,7 +400,9 @@ class Shape:
 
 
 def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
-    """Return the shape of a training line that starts at `at`; None where it is cut, garbled or no training line."""
+    """Return the shape of a training line that starts at `at`; None where it is cut, garbled or no
+    training line.
+    """
     head = dialect.head.match(line, at)
     if head is None:
         return None
@@ -394,21 +423,33 @@ def learn(dialect: Dialect, line: str, at: int) -> Shape | None:
         return None
     heads = sorted(dialect.head.groupindex, key=dialect.head.groupindex.__getitem__)
     block = re.compile(f"^{_prefix(line[:at])}{body}", re.MULTILINE)
-    return Shape(pattern.match, block, [*heads, *columns], dialect.columns.get(names[-1]) == "loss", names)
+    return Shape(
+        pattern.match, block, [*heads, *columns], dialect.columns.get(names[-1]) == "loss", names
+    )
 
 
 def _is_whole(dialect: Dialect, columns: list[str]) -> bool:
-    """A line tells its loss; Megatron's leaves out one that is NaN, and counts it at the line's end."""
+    """A line tells its loss; Megatron's leaves out one that is NaN, and counts it at the line's
+    end.
+    """
     return ("nan" if dialect.closed else "loss") in columns
 
 
 def _field(dialect: Dialect, name: str) -> str:
     if not name:
         return dialect.before + dialect.other
-    value = rf"[ \t]*({dialect.value}){dialect.unit}{dialect.after}" if name in dialect.columns else dialect.other
+    value = (
+        rf"[ \t]*({dialect.value}){dialect.unit}{dialect.after}"
+        if name in dialect.columns
+        else dialect.other
+    )
     return rf"{dialect.before}{re.escape(name)}{dialect.equals}{value}"
 
 
 def _prefix(text: str) -> str:
-    """Return a pattern of what stands before a training line, in which only a time stamp may change."""
-    return "".join(ANY_STAMP if STAMP.fullmatch(part) else re.escape(part) for part in STAMP.split(text))
+    """Return a pattern of what stands before a training line, in which only a time stamp may
+    change.
+    """
+    return "".join(
+        ANY_STAMP if STAMP.fullmatch(part) else re.escape(part) for part in STAMP.split(text)
+    )

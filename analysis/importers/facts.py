@@ -8,8 +8,9 @@ Sources, each named where it is read:
   (nemo/lightning/megatron_init.py:443-536, v2.3.2).
 - Lightning prints "Starting with N processes" and "MEMBER: 1/N"
   (lightning/fabric/utilities/distributed.py:296 and :307, 2.4.0).
-- torchrun's own line and command line give nodes and processes a node; DeepSpeed's launcher prints dist_world_size
-  (deepspeed/launcher/launch.py), Accelerate "Num processes" (AcceleratorState.__repr__).
+- torchrun's own line and command line give nodes and processes a node; DeepSpeed's launcher prints
+  dist_world_size (deepspeed/launcher/launch.py), Accelerate "Num processes"
+  (AcceleratorState.__repr__).
 - torchtitan prints its device mesh, and "Training starts at step 1, with ..."
   (torchtitan/distributed/parallel_dims.py and train.py, v0.2.0).
 
@@ -27,8 +28,14 @@ from typing import Any
 from recipes.errors import InputError
 
 OFF = frozenset({"none", "null", "false", "0"})
-SCALINGS = {"delayed": "delayed", "tensorwise": "current", "blockwise": "subchannel", "mxfp8": "mxfp8"}
-PRESETS = {  # nemo/collections/llm/recipes/precision/mixed_precision.py, v2.4.0; Bridge's have the same names
+SCALINGS = {
+    "delayed": "delayed",
+    "tensorwise": "current",
+    "blockwise": "subchannel",
+    "mxfp8": "mxfp8",
+}
+# nemo/collections/llm/recipes/precision/mixed_precision.py, v2.4.0; Bridge's have the same names
+PRESETS = {
     "bf16_mixed": None,
     "bf16_with_fp8_mixed": "delayed",
     "bf16_with_fp8_delayed_scaling_mixed": "delayed",
@@ -36,7 +43,13 @@ PRESETS = {  # nemo/collections/llm/recipes/precision/mixed_precision.py, v2.4.0
     "bf16_with_fp8_subchannel_scaling_mixed": "subchannel",
     "bf16_with_mxfp8_mixed": "mxfp8",
 }
-PRECISIONS = {None: "bf16", "delayed": "fp8_delayed", "current": "fp8_current", "subchannel": "fp8_subchannel", "mxfp8": "mxfp8"}
+PRECISIONS = {
+    None: "bf16",
+    "delayed": "fp8_delayed",
+    "current": "fp8_current",
+    "subchannel": "fp8_subchannel",
+    "mxfp8": "mxfp8",
+}
 ALIASES = {
     "encoder_seq_length": "seq_length",
     "sequence_length": "seq_length",
@@ -123,12 +136,20 @@ DERIVED = (  # names that give a key of the plan together with others
     "fp4",
 )
 NAMES = frozenset([*INTEGERS, *NUMBERS, *DERIVED, *ALIASES])
-ENUMS = frozenset({"fp8", "fp8_recipe", "cuda_graph_impl"})  # may be printed with their type: Fp8Recipe.tensorwise
-INLINE = frozenset(name for name in NAMES if name.count("_") > 1) | {  # told apart from prose by their underscores
+ENUMS = frozenset(
+    {"fp8", "fp8_recipe", "cuda_graph_impl"}
+)  # may be printed with their type: Fp8Recipe.tensorwise
+INLINE = frozenset(
+    name for name in NAMES if name.count("_") > 1
+) | {  # told apart from prose by their underscores
     *("num_layers", "hidden_size", "seq_length", "fp8", "fp8_recipe", "fp8_format", "fp8_margin"),
 }
-LAUNCHER = frozenset({"nproc_per_node", "nnodes", "min_nodes", "max_nodes"})  # torchrun's, also written with hyphens
-ELSEWHERE = frozenset({"ddp", "checkpoint", "tokenizer", "profiling", "logger"})  # sections that repeat names
+LAUNCHER = frozenset(
+    {"nproc_per_node", "nnodes", "min_nodes", "max_nodes"}
+)  # torchrun's, also written with hyphens
+ELSEWHERE = frozenset(
+    {"ddp", "checkpoint", "tokenizer", "profiling", "logger"}
+)  # sections that repeat names
 
 DEEPEST = 8  # sections within sections
 
@@ -138,26 +159,61 @@ CLOCK = re.compile(r"\[?20\d\d-\d\d-\d\d[T ]\d\d:\d\d:\d\d[-+.,:\dZ]{0,20}\]?\s?
 ARGUMENT = re.compile(rf"{PREFIX}\s*(?P<name>\w{{2,40}})[ \t]\.{{2,}}[ \t]{VALUE}\s*$")
 YAML = re.compile(rf"{PREFIX}(?P<indent>\s*)(?P<name>\w{{2,40}}):(?:\s+{VALUE})?,?\s*$")
 WORD = r"[A-Za-z0-9][\w-]{1,40}"
-NAMED = re.compile(rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}(?![\w:])")
+NAMED = re.compile(
+    rf"(?<![\w.$-])(?:--(?P<flag>{WORD})(?:=|\s+)|(?P<name>{WORD})['\"]?\s*[=:]\s*){VALUE}(?![\w:])"
+)
 UNKNOWN = "?"  # a value that a log names and does not print: --nnodes=$NODES
 PRESET = re.compile(rf"\b({'|'.join(PRESETS)})\b")
 WORLD = re.compile(
-    r"\bStarting with (\d{1,7}) processes|\bMEMBER: \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b"
-    r"|\bNum_devices: (\d{1,7}), shape|\bdist_world_size=(\d{1,7})\b|^\s*Num processes: (\d{1,7})\s*$"
+    r"\bStarting with (\d{1,7}) processes|\bMEMBER:"
+    r" \d{1,7}/(\d{1,7})\b|(?<![\w$-])WORLD_SIZE['\"]?\s*[=:]\s*['\"]?(\d{1,7})\b"
+    r"|\bNum_devices: (\d{1,7}), shape|\bdist_world_size=(\d{1,7})\b|^\s*Num processes:"
+    r" (\d{1,7})\s*$"
     r"|\bNamespace\(.{0,20000}?\bworld_size=(\d{1,7})\b"
 )
 TRAINER = re.compile(r"(?<![\w.])(devices|num_nodes)=(\d{1,5})(?![\w.])")
-FP8_ON = re.compile(r"\b(?:Float8|MXFP8|FP8|MX)(?: \w+){0,3} training (?:active|enabled)")  # torchtitan; nanochat
-HUGGING_FACE = re.compile(r"\bTotal train batch size \(w\. parallel, distributed & accumulation\) = ([\d,]{1,12})\s*$")
+FP8_ON = re.compile(
+    r"\b(?:Float8|MXFP8|FP8|MX)(?: \w+){0,3} training (?:active|enabled)"
+)  # torchtitan; nanochat
+HUGGING_FACE = re.compile(
+    r"\bTotal train batch size \(w\. parallel, distributed & accumulation\) = ([\d,]{1,12})\s*$"
+)
 ALONE = re.compile(r"\s*(?:devices|num_nodes)=\d{1,5},?\s*")
 USING = re.compile(r"\b([a-z-]{5,30}) size: (\d{1,7})")
-GROUPS = re.compile(r"All (tensor model|pipeline model|context) parallel group ranks: \[\[([\d, ]*)\]")
+GROUPS = re.compile(
+    r"All (tensor model|pipeline model|context) parallel group ranks: \[\[([\d, ]*)\]"
+)
 LAST_RANK = re.compile(r"(\d{1,7})\]\]\s*$")
 MESH = re.compile(r"device mesh with \[([\w', ]{0,80})\], \[([\d, ]{1,60})\]")
-TITAN = re.compile(r"global batch size (\d{1,9}), sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup (\d{1,12})\))?")
+TITAN = re.compile(
+    r"global batch size (\d{1,9}), sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup"
+    r" (\d{1,12})\))?"
+)
 WORDS = (  # a text without any of them states nothing
-    *(" ..", "\t..", "fp8", "parallel_size", "micro_batch_size", "seq_length", "sequence_length", "num_layers", "hidden_size"),
-    *("world size", "world_size", "WORLD_SIZE", "Starting with ", "MEMBER: ", "group ranks", "nproc", "nnodes", "_nodes", "devices:", "devices="),
+    *(
+        " ..",
+        "\t..",
+        "fp8",
+        "parallel_size",
+        "micro_batch_size",
+        "seq_length",
+        "sequence_length",
+        "num_layers",
+        "hidden_size",
+    ),
+    *(
+        "world size",
+        "world_size",
+        "WORLD_SIZE",
+        "Starting with ",
+        "MEMBER: ",
+        "group ranks",
+        "nproc",
+        "nnodes",
+        "_nodes",
+        "devices:",
+        "devices=",
+    ),
     *(
         "Num_devices",
         "Total train batch size",
@@ -195,7 +251,9 @@ class Stated:
 
 @dataclass
 class Facts:
-    """What one log states: `raw` by the log's own names, `keys` by the plan's; a name may have several values."""
+    """What one log states: `raw` by the log's own names, `keys` by the plan's; a name may have
+    several values.
+    """
 
     raw: dict[str, dict[str, str]] = field(default_factory=dict)
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -221,7 +279,9 @@ class Facts:
                 self.add("nnodes", UNKNOWN)
 
     def add(self, name: str, value: object) -> None:
-        """Note a value under a name of the log's; names that state nothing about a plan are left out."""
+        """Note a value under a name of the log's; names that state nothing about a plan are left
+        out.
+        """
         known, text = ALIASES.get(name, name), str(value).strip("'\"")
         if known in ENUMS:
             text = text.rpartition(".")[2]
@@ -237,7 +297,9 @@ class Facts:
                 value = value["value"]
             if isinstance(value, dict) and len(within) < DEEPEST:
                 self.configuration(value, [*within, name])
-            elif (value is None or isinstance(value, str | int | float)) and _is_of_the_run(name, within):
+            elif (value is None or isinstance(value, str | int | float)) and _is_of_the_run(
+                name, within
+            ):
                 self.add(name, value)
                 self._preset(str(value))
 
@@ -267,8 +329,14 @@ class Facts:
         if FP8_ON.search(line):
             self.add("fp8", "active")
         if batch := HUGGING_FACE.search(line):
-            self.key("mapping.global_batch", batch[1].replace(",", ""), f"Total train batch size {batch[1]}")
-        if "Trainer(" in line or ALONE.fullmatch(line):  # as Python prints it, in one line or several
+            self.key(
+                "mapping.global_batch",
+                batch[1].replace(",", ""),
+                f"Total train batch size {batch[1]}",
+            )
+        if "Trainer(" in line or ALONE.fullmatch(
+            line
+        ):  # as Python prints it, in one line or several
             for name, count in TRAINER.findall(line):
                 self.add(name, count)
         if "using world size" in line:
@@ -276,11 +344,17 @@ class Facts:
                 if name in USING_NAMES:
                     self.add(USING_NAMES[name], size)
         if groups := GROUPS.search(line):
-            self.key(GROUP_KEYS[groups[1]], groups[2].count(",") + 1, f"All {groups[1]} parallel group ranks")
+            self.key(
+                GROUP_KEYS[groups[1]],
+                groups[2].count(",") + 1,
+                f"All {groups[1]} parallel group ranks",
+            )
             if last := LAST_RANK.search(line):
                 self.add("world_size", int(last[1]) + 1)
         if mesh := MESH.search(line):
-            self._mesh(re.findall(r"\w+", mesh[1]), [int(size) for size in re.findall(r"\d+", mesh[2])])
+            self._mesh(
+                re.findall(r"\w+", mesh[1]), [int(size) for size in re.findall(r"\d+", mesh[2])]
+            )
         if titan := TITAN.search(line):
             names = ("mapping.global_batch", "seq_length", "train.max_steps", "train.warmup_steps")
             for key, size in zip(names, titan.groups(), strict=True):
@@ -309,7 +383,9 @@ class Facts:
         return found
 
     def fp8_is_on(self) -> str:
-        """Return the log's words that switch FP8 on, also where it does not state the recipe; "" where none do."""
+        """Return the log's words that switch FP8 on, also where it does not state the recipe; ""
+        where none do.
+        """
         on = [words for value, words in self.values("fp8") if value not in OFF]
         on += [words for value, words in self.values("precision") if PRESETS.get(value)]
         return on[0] if on and self.is_on("fp8") is not False else ""
@@ -379,28 +455,43 @@ def _number_of_gpus(facts: Facts) -> Iterator[tuple[str, Stated]]:
         product = 1
         for size in sizes:
             product *= size or 1
-        yield "num_gpus", Stated(f"{product}", f"data_parallel_size {sizes[0]} times the model-parallel sizes")
+        yield (
+            "num_gpus",
+            Stated(f"{product}", f"data_parallel_size {sizes[0]} times the model-parallel sizes"),
+        )
 
 
 def _shape(facts: Facts) -> Iterator[tuple[str, Stated]]:
-    """Megatron-LM prints num_query_groups=1 also where it is not used (group_query_attention False)."""
+    """Megatron-LM prints num_query_groups=1 also where it is not used (group_query_attention
+    False).
+    """
     for name in ("num_experts", "num_moe_experts"):
         for stated in facts._read(name, int):
             if int(stated.value) > 1:
                 raise InputError(
-                    f"the log states {stated.words}: a mixture of experts, which no model of this project is; import a dense model's run"
+                    f"the log states {stated.words}: a mixture of experts, which no model of this"
+                    " project is; import a dense model's run"
                 )
     if facts.is_on("multi_latent_attention"):
-        raise InputError("the log states multi_latent_attention, which no model of this project has; import another model's run")
+        raise InputError(
+            "the log states multi_latent_attention, which no model of this project has; import"
+            " another model's run"
+        )
     if facts.is_on("group_query_attention") is not False:
         for stated in facts._read("num_query_groups", int):
             yield "model.num_query_groups", stated
     for value, words in facts.values("swiglu"):
         if value not in OFF:
             yield "model.activation", Stated("swiglu", words)
-    for name, tied_when in (("untie_embeddings_and_output_weights", False), ("share_embeddings_and_output_weights", True)):
+    for name, tied_when in (
+        ("untie_embeddings_and_output_weights", False),
+        ("share_embeddings_and_output_weights", True),
+    ):
         for value, words in facts.values(name):
-            yield "model.tied_embeddings", Stated(str((value not in OFF) == tied_when).lower(), words)
+            yield (
+                "model.tied_embeddings",
+                Stated(str((value not in OFF) == tied_when).lower(), words),
+            )
     for stated in facts._read("vocab_size", int):
         yield "model.vocab_size", stated
 
@@ -426,10 +517,16 @@ def _layout(facts: Facts) -> Iterator[tuple[str, Stated]]:
 def _precision(facts: Facts) -> Iterator[tuple[str, Stated]]:
     """FP8's recipe has its default printed where FP8 is off, so it counts only where it is on."""
     if facts.is_on("fp16"):
-        raise InputError("the log states fp16, which no precision of this project is; import a run in BF16 or FP8")
+        raise InputError(
+            "the log states fp16, which no precision of this project is; import a run in BF16"
+            " or FP8"
+        )
     for value, words in facts.values("fp4"):
         if value not in OFF:
-            raise InputError(f"the log states {words}, which no precision of this project is; import a run in BF16 or FP8")
+            raise InputError(
+                f"the log states {words}, which no precision of this project is; import a run in"
+                " BF16 or FP8"
+            )
     for value, words in facts.values("precision"):
         if value in PRESETS:
             yield "precision", Stated(PRECISIONS[PRESETS[value]], words)
@@ -454,8 +551,13 @@ def _fp8_details(facts: Facts) -> Iterator[tuple[str, Stated]]:
     if kept is not None:
         for end, key in (("start", "first"), ("end", "last")):
             count = facts.one(f"num_layers_at_{end}_in_bf16")
-            number = (1 if count is None else count) if kept else 0  # Megatron-Core's default is one at each end
-            yield f"precision.fp8.{key}_layers_bf16", Stated(f"{number}", f"first_last_layers_bf16 {kept}")
+            number = (
+                (1 if count is None else count) if kept else 0
+            )  # Megatron-Core's default is one at each end
+            yield (
+                f"precision.fp8.{key}_layers_bf16",
+                Stated(f"{number}", f"first_last_layers_bf16 {kept}"),
+            )
     if "delayed" in dict(facts.values("fp8_recipe")):
         for name, key in (("fp8_margin", "margin"), ("fp8_amax_history_len", "amax_history_len")):
             yield from ((f"precision.fp8.{key}", stated) for stated in facts._read(name, int))
@@ -468,7 +570,9 @@ ALL_LAYERS = "all"  # of a stage; how many that is, the plan knows
 
 
 def _recomputation(facts: Facts) -> Iterator[tuple[str, Stated]]:
-    """Megatron-Core: `uniform` recomputes every layer, in chunks of recompute_num_layers; `block` that many of each stage."""
+    """Megatron-Core: `uniform` recomputes every layer, in chunks of recompute_num_layers; `block`
+    that many of each stage.
+    """
     methods = dict(facts.values("recompute_method"))
     for value, words in facts.values("recompute_granularity"):
         count = facts.one("recompute_num_layers")
@@ -477,4 +581,7 @@ def _recomputation(facts: Facts) -> Iterator[tuple[str, Stated]]:
         elif "uniform" in methods:
             yield "mapping.recompute_layers", Stated(ALL_LAYERS, f"{words}, {methods['uniform']}")
         elif "block" in methods and count is not None:
-            yield "mapping.recompute_layers", Stated(f"{count}", f"{words}, {methods['block']}, recompute_num_layers {count}")
+            yield (
+                "mapping.recompute_layers",
+                Stated(f"{count}", f"{words}, {methods['block']}, recompute_num_layers {count}"),
+            )

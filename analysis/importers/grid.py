@@ -1,10 +1,11 @@
 """Which steps does a log hold, in order?  Restarts, logging intervals that change, and gaps.
 
-A log is a stream: a run that was restarted writes some steps twice.  The later line is the one whose weights went on,
-so a line survives only if no later line has its step or an earlier one.  Loggers skip steps, and leave their grid at a
-resume: NeMo 2 with log_every_n_steps=10 writes 10, 20, 30, 40 and, resumed at 40, 41, 51.  So steps are read as
-stretches, each with its own interval.  Between two of them lie fewer steps than their intervals together; where there
-are more, or a stretch lacks one of its own, steps are missing.
+A log is a stream: a run that was restarted writes some steps twice.  The later line is the one
+whose weights went on, so a line survives only if no later line has its step or an earlier one.
+Loggers skip steps, and leave their grid at a resume: NeMo 2 with log_every_n_steps=10 writes 10,
+20, 30, 40 and, resumed at 40, 41, 51.  So steps are read as stretches, each with its own interval.
+Between two of them lie fewer steps than their intervals together; where there are more, or a
+stretch lacks one of its own, steps are missing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Stretch:
 
 
 def last_word(steps: Array) -> NDArray[np.bool_]:
-    """Return which of n lines survive: those that no later line has the step of, or an earlier one."""
+    """Return which of n lines survive: those that no later line has the step of, or an earlier
+    one.
+    """
     if not _falls(steps).size:
         return np.ones(steps.size, dtype=bool)
     later = np.minimum.accumulate(steps[::-1])[::-1]
@@ -55,7 +58,9 @@ def _falls(steps: Array) -> NDArray[np.intp]:
 
 
 def _turns(steps: Array) -> NDArray[np.intp]:
-    """Return the places i > 0 where the gap from step i to the next is not the one before; in parts, for millions of steps."""
+    """Return the places i > 0 where the gap from step i to the next is not the one before; in
+    parts, for millions of steps.
+    """
     found = []
     for start in range(0, max(steps.size - 2, 1), PART):
         found.append(np.flatnonzero(np.diff(steps[start : start + PART + 2], 2)) + start + 1)
@@ -72,7 +77,9 @@ def refuse_two_runs(steps: Array, total: int | None) -> None:
         if steps[i] == steps[0] < steps[i - 1] and steps[i - 1] >= ends_at:
             ends = f"one ends at step {int(steps[i - 1])} of {ends_at}"
             anew = f"steps begin anew at {int(steps[i])}"
-            raise InputError(f"the log holds two runs: {ends}, and {anew}; split it, and import each")
+            raise InputError(
+                f"the log holds two runs: {ends}, and {anew}; split it, and import each"
+            )
 
 
 def stretches_of(steps: Array, what: str) -> list[Stretch]:
@@ -83,11 +90,20 @@ def stretches_of(steps: Array, what: str) -> list[Stretch]:
     starts = np.append(0, _turns(steps))
     counts = np.diff(np.append(starts, steps.size - 1))
     if int((counts[counts > 1] + 1).sum()) * 2 < steps.size:
-        raise InputError(f"the steps of the {what} follow no grid ({first_of(steps)}); a sampled or filtered export? import the whole of it")
+        raise InputError(
+            f"the steps of the {what} follow no grid ({first_of(steps)}); a sampled or filtered"
+            " export? import the whole of it"
+        )
     found = list[Stretch]()
     for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
-        every, begin, end = int(steps[start + 1] - steps[start]), int(steps[start]), int(steps[start + count])
-        if count == 1:  # from the end of one stretch to the beginning of the next, or to a step between them
+        every, begin, end = (
+            int(steps[start + 1] - steps[start]),
+            int(steps[start]),
+            int(steps[start + count]),
+        )
+        if (
+            count == 1
+        ):  # from the end of one stretch to the beginning of the next, or to a step between them
             found += [] if found else [Stretch(begin, begin, every)]
             found.append(Stretch(end, end, every))
         elif found and found[-1].first == found[-1].last == begin:
@@ -129,4 +145,6 @@ def _missing(first: int, last: int, every: int) -> str:
 
 def first_of(steps: Array) -> str:
     """Return the first steps in words."""
-    return ", ".join(f"{int(step)}" for step in steps[:SHOWN]) + (" …" if steps.size > SHOWN else "")
+    return ", ".join(f"{int(step)}" for step in steps[:SHOWN]) + (
+        " …" if steps.size > SHOWN else ""
+    )

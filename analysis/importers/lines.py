@@ -1,7 +1,8 @@
-"""Text as it comes out of a cluster: compressed, in any encoding, with colours, progress bars and rank labels.
+"""Text as it comes out of a cluster: compressed, in any encoding, with colours, progress bars and
+rank labels.
 
-Nothing in a log is trusted to be text: bytes that are none become U+FFFD, escape sequences are dropped, and a carriage
-return ends a line as a line feed does.
+Nothing in a log is trusted to be text: bytes that are none become U+FFFD, escape sequences are
+dropped, and a carriage return ends a line as a line feed does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Rank = tuple[int, ...]
 
 
 def opened(path: Path) -> IO[bytes]:
-    """Return a file's bytes, unpacked where it is compressed (gzip, bzip2, xz, and Zstandard with its package)."""
+    """Return a file's bytes, unpacked where it is compressed (gzip, bzip2, xz, and Zstandard with
+    its package).
+    """
     file = path.open("rb")
     head = file.peek(6)[:6]
     if head.startswith(b"\x1f\x8b"):
@@ -51,32 +54,50 @@ def _zstandard(file: IO[bytes], path: Path) -> IO[bytes]:
         package = importlib.import_module("zstandard")
     except ImportError:
         remedy = "pip install zstandard, or unpack it first (zstd -d)"
-        raise InputError(f"{path} is compressed with Zstandard, whose package is not installed; {remedy}") from None
-    unpacked = package.ZstdDecompressor(max_window_size=WINDOW).stream_reader(file, read_across_frames=True, closefd=True)
+        raise InputError(
+            f"{path} is compressed with Zstandard, whose package is not installed; {remedy}"
+        ) from None
+    unpacked = package.ZstdDecompressor(max_window_size=WINDOW).stream_reader(
+        file, read_across_frames=True, closefd=True
+    )
     return cast(IO[bytes], unpacked)
 
 
 def damages() -> tuple[type[Exception], ...]:
     """Return the errors of compressed files that are damaged."""
     package = sys.modules.get("zstandard")
-    return (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, *([package.ZstdError] if package else []))
+    return (
+        EOFError,
+        gzip.BadGzipFile,
+        zlib.error,
+        lzma.LZMAError,
+        *([package.ZstdError] if package else []),
+    )
 
 
 def blocks_of(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks of whole lines; the last one lacks its line feed where the file does.
+    """Yield the text of a file in blocks of whole lines; the last one lacks its line feed where the
+    file does.
 
-    A line that is longer than LONGEST is left out: no training line is, and it must not fill the memory.
+    A line that is longer than LONGEST is left out: no training line is, and it must not fill the
+    memory.
     """
     try:
         with opened(path) as raw:
             buffered = io.BufferedReader(cast(io.RawIOBase, raw))
-            text = io.TextIOWrapper(buffered, encoding=_encoding(buffered.peek(4)[:4]), errors="replace")
+            text = io.TextIOWrapper(
+                buffered, encoding=_encoding(buffered.peek(4)[:4]), errors="replace"
+            )
             for block in _whole_lines(text):
                 yield ANSI.sub("", block) if "\x1b" in block else block
     except damages():
-        raise InputError(f"{path} is compressed and damaged; its end cannot be read; copy it again") from None
+        raise InputError(
+            f"{path} is compressed and damaged; its end cannot be read; copy it again"
+        ) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}); name a log file that is there") from None
+        raise InputError(
+            f"{path} cannot be read ({error.strerror or error}); name a log file that is there"
+        ) from None
 
 
 def _whole_lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -98,12 +119,16 @@ def _whole_lines(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _encoding(head: bytes) -> str:
-    """UTF-16 has no ASCII in it, so it is told by its byte order mark; everything else is read as UTF-8."""
+    """UTF-16 has no ASCII in it, so it is told by its byte order mark; everything else is read as
+    UTF-8.
+    """
     return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def rank_of(prefix: str) -> Rank:
-    """Return the numbers of the process that printed a line, from what stands before it; () without a label."""
+    """Return the numbers of the process that printed a line, from what stands before it; () without
+    a label.
+    """
     return tuple(int(a or b or c) for a, b, c in RANK.findall(prefix))
 
 

@@ -12,11 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.importers.facts import Facts
-from analysis.importers.grid import PART, SHOWN, Stretch, gaps_of, last_word, refuse_two_runs, restarts, stretches_of
+from analysis.importers.grid import (
+    PART,
+    SHOWN,
+    Stretch,
+    gaps_of,
+    last_word,
+    refuse_two_runs,
+    restarts,
+    stretches_of,
+)
 from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
-GIGABYTES = {"memory_bytes": 1e-9, "reserved_bytes": 1e-9, "reserved_gib": 2**30 / 1e9}  # a unit in 1e9 bytes
+GIGABYTES = {
+    "memory_bytes": 1e-9,
+    "reserved_bytes": 1e-9,
+    "reserved_gib": 2**30 / 1e9,
+}  # a unit in 1e9 bytes
 MOST_STEPS = 2**53  # beyond it a float no longer counts
 
 
@@ -24,14 +37,16 @@ MOST_STEPS = 2**53  # beyond it a float no longer counts
 class Log:
     """A run as its log tells it.
 
-    `steps`: columns of n values in the order they were written: "step" (from 1), "loss" (nats), where there are such
-    "grad_norm", "lr", "step_time_s", "samples" (consumed so far), "global_batch", "skipped" and "nan" (iterations),
-    "memory_gb", "tokens_per_s" and "tflops" (both per GPU), and "fp8_gemms" and "tokens" of our own loggers.  `heldout`: "step", "heldout_loss";
-    `test`: the same of a test set.  `stretches`: the steps, once the log is settled.
-    `loss_digits`: significant digits that the loss was printed with, None where it was stored whole.
-    `averaged`: whether a line's loss is the mean of the steps since the line before; None where that is not known.
-    `total`: the steps planned.  `facts`: what the log states about its own run.  `memory_gb`, `reserved_gb`: the peak of
-    memory allocated, and of what the allocator held, in 1e9 bytes.  `said`: what a reader should know.
+    `steps`: columns of n values in the order they were written: "step" (from 1), "loss" (nats),
+    where there are such "grad_norm", "lr", "step_time_s", "samples" (consumed so far),
+    "global_batch", "skipped" and "nan" (iterations), "memory_gb", "tokens_per_s" and "tflops" (both
+    per GPU), and "fp8_gemms" and "tokens" of our own loggers.  `heldout`: "step", "heldout_loss";
+    `test`: the same of a test set.  `stretches`: the steps, once the log is settled. `loss_digits`:
+    significant digits that the loss was printed with, None where it was stored whole. `averaged`:
+    whether a line's loss is the mean of the steps since the line before; None where that is not
+    known. `total`: the steps planned.  `facts`: what the log states about its own run.
+    `memory_gb`, `reserved_gb`: the peak of memory allocated, and of what the allocator held, in 1e9
+    bytes.  `said`: what a reader should know.
     """
 
     format: str
@@ -52,9 +67,15 @@ def settle(log: Log) -> Log:
     """Return the log with one line a step, in order; InputError where the steps follow no grid."""
     steps = log.steps.get("step", np.zeros(0))
     if not steps.size:
-        raise InputError(f"no training step found in the {log.format}; its loss is what is compared; name another source or --format")
+        raise InputError(
+            f"no training step found in the {log.format}; its loss is what is compared; name"
+            " another source or --format"
+        )
     if not all(_are_steps(part) for part in np.array_split(steps, steps.size // PART + 1)):
-        raise InputError(f"the {log.format} counts steps that are no whole numbers from 1; it was changed or is no training log; name another")
+        raise InputError(
+            f"the {log.format} counts steps that are no whole numbers from 1; it was changed or is"
+            " no training log; name another"
+        )
     refuse_two_runs(steps, log.total)
     _say_restarts(log, steps)
     keep_rows(log.steps, last_word(steps))
@@ -71,20 +92,26 @@ def _are_steps(steps: Array) -> bool:
 
 
 def distinct(values: Array) -> Array:
-    """Return the different values of a column, in order; one that was made of a single value is not looked through."""
+    """Return the different values of a column, in order; one that was made of a single value is not
+    looked through.
+    """
     return values[:1] if values.strides == (0,) else np.unique(values)
 
 
 def put_units(log: Log) -> None:
     """Put columns into the project's units: seconds, and GB of 1e9 bytes.
 
-    Memory allocated is a column where every line has it, for a metric has a value a step; its peak is kept either way.
+    Memory allocated is a column where every line has it, for a metric has a value a step; its peak
+    is kept either way.
     """
     steps = log.steps
     if "step_time_ms" in steps:
         milliseconds = steps.pop("step_time_ms") / 1000
         steps.setdefault("step_time_s", milliseconds)
-    for ours, sources in (("memory_gb", ("memory_gb", "memory_bytes")), ("reserved_gb", ("reserved_gb", "reserved_bytes", "reserved_gib"))):
+    for ours, sources in (
+        ("memory_gb", ("memory_gb", "memory_bytes")),
+        ("reserved_gb", ("reserved_gb", "reserved_bytes", "reserved_gib")),
+    ):
         found = [steps.pop(name) * GIGABYTES.get(name, 1.0) for name in sources if name in steps]
         if not found or np.isnan(found[0]).all():
             continue
@@ -106,7 +133,10 @@ def _say_restarts(log: Log, steps: Array) -> None:
     if back:
         more = " …" if len(back) > SHOWN else ""
         at = ", ".join(map(str, back[:SHOWN]))
-        log.said.append(f"steps are repeated {len(back)} time(s), as after a restart, from step {at}{more}; the later lines were kept")
+        log.said.append(
+            f"steps are repeated {len(back)} time(s), as after a restart, from step {at}{more}; the"
+            " later lines were kept"
+        )
 
 
 def _find_stretches(log: Log) -> None:
@@ -119,7 +149,10 @@ def _find_stretches(log: Log) -> None:
         log.said.append("step 1, which is printed before the first interval ends, was left out")
     if len(log.stretches) > 1 and not gaps_of(log.stretches):
         parts = [f"{s.first} to {s.last} every {s.every}" for s in log.stretches[:SHOWN]]
-        log.said.append(f"steps come in stretches, as after a resume: {'; '.join(parts)}{' …' if len(log.stretches) > SHOWN else ''}")
+        log.said.append(
+            "steps come in stretches, as after a resume:"
+            f" {'; '.join(parts)}{' …' if len(log.stretches) > SHOWN else ''}"
+        )
 
 
 def _fill_step_times(steps: dict[str, Array]) -> None:
@@ -129,7 +162,9 @@ def _fill_step_times(steps: dict[str, Array]) -> None:
         return
     logged = np.flatnonzero(~np.isnan(times))
     if logged.size:
-        steps["step_time_s"] = times[logged[np.minimum(np.searchsorted(logged, np.arange(times.size)), logged.size - 1)]]
+        steps["step_time_s"] = times[
+            logged[np.minimum(np.searchsorted(logged, np.arange(times.size)), logged.size - 1)]
+        ]
     else:
         del steps["step_time_s"]
 
@@ -148,21 +183,34 @@ def why_unsound(log: Log, planned: int) -> str:
     for key, what in (("nan", "with NaN"), ("skipped", "skipped")):
         counted = np.nan_to_num(log.steps.get(key, np.zeros(0)))
         if counted.any():
-            return f"{int(counted.sum())} iteration(s) {what}, first reported at step {int(steps[counted > 0][0])}"
+            return (
+                f"{int(counted.sum())} iteration(s) {what}, first reported at step"
+                f" {int(steps[counted > 0][0])}"
+            )
     losses = log.steps.get("loss", np.ones(steps.size))
     bad = steps[~np.isfinite(losses)]
     if bad.size:
         return f"the loss is no finite number in {bad.size} step(s), first at step {int(bad[0])}"
     if not (losses > 0).all():
-        return f"the loss is not above 0 in {int((losses <= 0).sum())} step(s), first at step {int(steps[losses <= 0][0])}"
-    for key, is_bad, what in (("grad_norm", _not_finite, "is no finite number"), ("step_time_s", _not_above_0, "is not above 0")):
+        return (
+            f"the loss is not above 0 in {int((losses <= 0).sum())} step(s), first at step"
+            f" {int(steps[losses <= 0][0])}"
+        )
+    for key, is_bad, what in (
+        ("grad_norm", _not_finite, "is no finite number"),
+        ("step_time_s", _not_above_0, "is not above 0"),
+    ):
         bad = steps[is_bad(log.steps[key])] if key in log.steps else steps[:0]
         if bad.size:
             return f"{key} {what} in {bad.size} step(s), first at step {int(bad[0])}"
     if gaps := gaps_of(log.stretches):
-        return "; ".join(gaps[:SHOWN]) + (f"; and {len(gaps) - SHOWN} more gaps" if len(gaps) > SHOWN else "")
+        return "; ".join(gaps[:SHOWN]) + (
+            f"; and {len(gaps) - SHOWN} more gaps" if len(gaps) > SHOWN else ""
+        )
     last = log.stretches[-1]
-    return "" if last.last + last.every > planned else f"the log ends at step {last.last} of {planned}"
+    return (
+        "" if last.last + last.every > planned else f"the log ends at step {last.last} of {planned}"
+    )
 
 
 def join(logs: Sequence[Log]) -> Log:
@@ -181,6 +229,8 @@ def join(logs: Sequence[Log]) -> Log:
             max((value for value in pair if value is not None), default=None)
             for pair in ((first.memory_gb, log.memory_gb), (first.reserved_gb, log.reserved_gb))
         )
-        first.loss_digits = min((d for d in (first.loss_digits, log.loss_digits) if d is not None), default=None)
+        first.loss_digits = min(
+            (d for d in (first.loss_digits, log.loss_digits) if d is not None), default=None
+        )
         first.said += [line for line in log.said if line not in first.said]
     return first

@@ -1,7 +1,10 @@
-"""Training steps that are printed on several lines, put on one, so that one pattern reads each (dialects.py).
+"""Training steps that are printed on several lines, put on one, so that one pattern reads each
+(dialects.py).
 
-- OLMo-core and Composer print a step's head, `[step=10/100,epoch=1]` or `[batch=10/100]:`, and below it a value a line, indented.
-- Hugging Face's Trainer prints a dictionary that lacks its step, which the progress bar before it shows.
+- OLMo-core and Composer print a step's head, `[step=10/100,epoch=1]` or `[batch=10/100]:`, and
+  below it a value a line, indented.
+- Hugging Face's Trainer prints a dictionary that lacks its step, which the progress bar before it
+  shows.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ VALUE = rf"{LABEL}[ \t]{{2,8}}[^\n|=:]{{1,200}}[=:][^\n|]{{0,200}}\n"
 GROUP = re.compile(rf"^({HEAD})[ \t]*\n((?:{VALUE}){{1,500}})", re.MULTILINE)
 INDENT = re.compile(rf"^{LABEL}[ \t]+", re.MULTILINE)
 DICTIONARY = "{'loss'"
-STEP_AND_DICTIONARY = re.compile(r"(?P<step>\d{1,15}/\d{1,15}) \[[^\]\n]{0,80}\]\s{0,400}\{(?P<fields>'loss': [^{}\n]{1,2000}\})")
+STEP_AND_DICTIONARY = re.compile(
+    r"(?P<step>\d{1,15}/\d{1,15}) \[[^\]\n]{0,80}\]\s{0,400}\{(?P<fields>'loss': [^{}\n]{1,2000}\})"
+)
 BAR = re.compile(r"\d{1,15}/\d{1,15} \[")
 MOST_KEPT = 1 << 16  # characters of a step, or of what stands between a bar and its dictionary
 
 
 def on_one_line(blocks: Iterable[str]) -> Iterator[str]:
-    """Yield blocks of whole lines in which each step of these forms stands on one line; all else is as it was."""
+    """Yield blocks of whole lines in which each step of these forms stands on one line; all else is
+    as it was.
+    """
     kept = ""
     for block in blocks:
         text = kept + block
@@ -35,7 +42,9 @@ def on_one_line(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _open(text: str) -> int:
-    """Return where a step begins whose values may go on in the next block; the length of the text where none does."""
+    """Return where a step begins whose values may go on in the next block; the length of the text
+    where none does.
+    """
     near = text[-MOST_KEPT:]
     place = max(near.rfind(head) for head in HEADS)
     bars = [found.start() for found in BAR.finditer(near, max(0, len(near) - 1000))]
@@ -46,10 +55,17 @@ def _open(text: str) -> int:
 
 
 def _joined(text: str) -> str:
-    if "[" in text and "=" in text and any(head in text for head in HEADS):  # single characters are found faster
+    if (
+        "[" in text and "=" in text and any(head in text for head in HEADS)
+    ):  # single characters are found faster
         text = GROUP.sub(lambda found: f"{found[1]} | {_fields(found[2])}\n", text)
     if "{" in text and DICTIONARY in text:
-        text = STEP_AND_DICTIONARY.sub(lambda found: f"\nTrainer step {found['step']}, {found['fields'].replace(chr(39), '')}\n", text)
+        text = STEP_AND_DICTIONARY.sub(
+            lambda found: (
+                f"\nTrainer step {found['step']}, {found['fields'].replace(chr(39), '')}\n"
+            ),
+            text,
+        )
     return text
 
 

@@ -1,8 +1,8 @@
 """Several processes in one log: which one speaks for the run.
 
-The reduced loss is the same on every rank that prints it, so one rank is enough.  Ranks that print the same steps stand
-side by side and one of them is kept; ranks that print different ones followed each other, as after a restart on other
-nodes, and all are kept.
+The reduced loss is the same on every rank that prints it, so one rank is enough.  Ranks that print
+the same steps stand side by side and one of them is kept; ranks that print different ones followed
+each other, as after a restart on other nodes, and all are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from analysis.runs.metrics import Array
 SIDE_BY_SIDE = 0.75  # distinct steps over printed ones, below which ranks printed the same steps
 
 
-def one_stream(names: Sequence[Rank], who: NDArray[np.int32], steps: Array, loss: Array, said: list[str]) -> NDArray[np.bool_]:
+def one_stream(
+    names: Sequence[Rank], who: NDArray[np.int32], steps: Array, loss: Array, said: list[str]
+) -> NDArray[np.bool_]:
     """Return which of n training lines make up the run; what was chosen is added to `said`.
 
     `names`: the ranks; `who`: which of them printed each line.
@@ -32,12 +34,17 @@ def one_stream(names: Sequence[Rank], who: NDArray[np.int32], steps: Array, loss
     chosen = max(range(len(names)), key=lambda i: (printed[i].size, -i))
     label = ".".join(map(str, names[chosen])) or "unlabelled"
     differ = _differ(steps, loss, who, chosen, whole)
-    said.append(f"{len(names)} ranks print the same steps; rank {label} was kept" + (", although their losses differ" if differ else ""))
+    said.append(
+        f"{len(names)} ranks print the same steps; rank {label} was kept"
+        + (", although their losses differ" if differ else "")
+    )
     kept: NDArray[np.bool_] = whole & (who == chosen)
     return kept
 
 
-def _differ(steps: Array, loss: Array, who: NDArray[np.int32], chosen: int, whole: NDArray[np.bool_]) -> bool:
+def _differ(
+    steps: Array, loss: Array, who: NDArray[np.int32], chosen: int, whole: NDArray[np.bool_]
+) -> bool:
     """Whether any rank's loss differs from the chosen one's at a step that both printed."""
     ours, others = whole & (who == chosen), whole & (who != chosen)
     known, last = np.unique(steps[ours][::-1], return_index=True)

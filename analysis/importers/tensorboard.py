@@ -1,7 +1,7 @@
 """TensorBoard event files, read with the tensorboard package's own reader; no torch, no TensorFlow.
 
-A writer makes one record a value, so the values of one step are those that follow each other with its number.  Scalars
-are 32-bit floats, which is what the loss was computed in.
+A writer makes one record a value, so the values of one step are those that follow each other with
+its number.  Scalars are 32-bit floats, which is what the loss was computed in.
 """
 
 from __future__ import annotations
@@ -24,15 +24,22 @@ TEXT = "/text_summary"  # what torch's SummaryWriter.add_text puts behind a tag
 def read(paths: Sequence[Path], vocabulary: Vocabulary) -> Log:
     """Return the log in the event files of one run, in the order in which they were begun."""
     said, facts = list[str](), Facts()
-    files = sorted(([*_values(path, said, vocabulary, facts)] for path in paths), key=lambda values: values[0][1] if values else 0.0)
+    files = sorted(
+        ([*_values(path, said, vocabulary, facts)] for path in paths),
+        key=lambda values: values[0][1] if values else 0.0,
+    )
     log = log_of((record for values in files for record in _records(values)), FORMAT, vocabulary)
     log.facts.merge(facts)
     log.said += said
     return log
 
 
-def _values(path: Path, said: list[str], vocabulary: Vocabulary, facts: Facts) -> Iterator[tuple[int, float, str, float]]:
-    """Yield step, time (s), name and value of each scalar that an importer knows; what follows a damage is left out."""
+def _values(
+    path: Path, said: list[str], vocabulary: Vocabulary, facts: Facts
+) -> Iterator[tuple[int, float, str, float]]:
+    """Yield step, time (s), name and value of each scalar that an importer knows; what follows a
+    damage is left out.
+    """
     loader, decode, errors = _package()
     events = 0
     try:
@@ -50,7 +57,9 @@ def _values(path: Path, said: list[str], vocabulary: Vocabulary, facts: Facts) -
 
 
 def _note_text(value: Any, decode: Any, facts: Facts) -> None:
-    """Megatron-LM writes its arguments as texts (megatron/training/initialize.py:412, core_v0.12.3)."""
+    """Megatron-LM writes its arguments as texts (megatron/training/initialize.py:412,
+    core_v0.12.3).
+    """
     texts = decode(value.tensor).reshape(-1)
     if texts.size == 1:
         text = texts[0].decode(errors="replace") if isinstance(texts[0], bytes) else str(texts[0])
@@ -58,13 +67,20 @@ def _note_text(value: Any, decode: Any, facts: Facts) -> None:
 
 
 def _package() -> tuple[Any, Any, tuple[type[Exception], ...]]:
-    """Return tensorboard's reader of event files, its decoder of tensors, and the errors of a damaged file."""
+    """Return tensorboard's reader of event files, its decoder of tensors, and the errors of a
+    damaged file.
+    """
     try:
-        loader = importlib.import_module("tensorboard.backend.event_processing.event_file_loader").LegacyEventFileLoader
+        loader = importlib.import_module(
+            "tensorboard.backend.event_processing.event_file_loader"
+        ).LegacyEventFileLoader
         decode = importlib.import_module("tensorboard.util.tensor_util").make_ndarray
         unparsed = importlib.import_module("google.protobuf.message").DecodeError
     except ImportError:
-        raise InputError("reading TensorBoard files needs the tensorboard package, which is not installed; pip install tensorboard==2.20.0") from None
+        raise InputError(
+            "reading TensorBoard files needs the tensorboard package, which is not installed; pip"
+            " install tensorboard==2.20.0"
+        ) from None
     return loader, decode, (ValueError, TypeError, IndexError, OSError, unparsed)
 
 
@@ -95,6 +111,10 @@ def _records(values: Sequence[tuple[int, float, str, float]]) -> Iterator[Record
         if record and (record[STEP] != step or name in record):
             yield record
             record = {}
-        record = {**record, STEP: float(step), name: value} if record else {STEP: float(step), TIME: time, name: value}
+        record = (
+            {**record, STEP: float(step), name: value}
+            if record
+            else {STEP: float(step), TIME: time, name: value}
+        )
     if record:
         yield record

@@ -1,7 +1,8 @@
 """Weights & Biases: the file of an offline run.
 
-An offline run (`wandb/offline-run-*/run-*.wandb`) is read with the wandb package's own reader, from a copy, because that
-reader opens its file for writing; no server is asked.  Its exports are tables (tables.py).
+An offline run (`wandb/offline-run-*/run-*.wandb`) is read with the wandb package's own reader, from
+a copy, because that reader opens its file for writing; no server is asked.  Its exports are tables
+(tables.py).
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def _protocol(path: Path, said: list[str]) -> Iterator[Any]:
         datastore = importlib.import_module("wandb.sdk.internal.datastore")
         protocol = importlib.import_module("wandb.proto.wandb_internal_pb2")
     except ImportError:
-        raise InputError("reading a W&B offline run needs the wandb package, which is not installed; pip install wandb==0.28.0") from None
+        raise InputError(
+            "reading a W&B offline run needs the wandb package, which is not installed; pip install"
+            " wandb==0.28.0"
+        ) from None
     with tempfile.TemporaryDirectory() as folder:
         store = datastore.DataStore()
         try:
@@ -59,8 +63,12 @@ def _protocol(path: Path, said: list[str]) -> Iterator[Any]:
             while (data := store.scan_data()) is not None:
                 yield protocol.Record.FromString(data)
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); name a .wandb file that is there") from None
-        except Exception:  # the reader asserts, and raises Exception itself, on a file that is damaged
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}); name a .wandb file that is there"
+            ) from None
+        except (
+            Exception
+        ):  # the reader asserts, and raises Exception itself, on a file that is damaged
             said.append(f"{path.name} is damaged or was cut; what follows the damage was left out")
         finally:
             store.close()
@@ -70,7 +78,11 @@ def _of_items(items: Any, vocabulary: Vocabulary) -> tuple[list[Record], bool]:
     """Return a call of the logger as a record, and whether its step is W&B's own count."""
     values = flat({item.key or "/".join(item.nested_key): loads(item.value_json) for item in items})
     step = step_of(values)
-    kept = {name: value for name, value in values.items() if not name.startswith("_") and vocabulary.knows(name)}
+    kept = {
+        name: value
+        for name, value in values.items()
+        if not name.startswith("_") and vocabulary.knows(name)
+    }
     if step is None or not kept:
         return [], False
     clock = {TIME: values["_timestamp"]} if "_timestamp" in values else {}

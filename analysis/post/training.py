@@ -1,4 +1,6 @@
-"""Figures 3, 4 and 5: what a recipe, and what a GPU, buys in training, for every model of the experiment."""
+"""Figures 3, 4 and 5: what a recipe, and what a GPU, buys in training, for every model of the
+experiment.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,22 @@ TITLES = {
     5: "Figure 5: tokens/s/GPU of GB200 over B200",
 }
 OF_PRECISIONS = (
-    "iso-mapping: BF16 in the FP8 layout, so that only precision differs; best-mapping, where that is another layout: BF16 in NVIDIA's own for it."
+    "iso-mapping: BF16 in the FP8 layout, so that only precision differs; best-mapping, where that"
+    " is another layout: BF16 in NVIDIA's own for it."
 )
-OF_GPUS = "own layouts: each GPU in NVIDIA's layout for it; one layout, where those differ: both in the B200's, so that only the GPU differs."
+OF_GPUS = (
+    "own layouts: each GPU in NVIDIA's layout for it; one layout, where those differ: both in the"
+    " B200's, so that only the GPU differs."
+)
 GPUS = {3: "H100", 4: "B200"}
 OLDER, NEWER = "b200", "gb200"  # of figure 5
 
 
 @dataclass
 class Page:
-    """A figure's page: `tables`, the first of which is the figure's own, figures, and sentences that stand above them."""
+    """A figure's page: `tables`, the first of which is the figure's own, figures, and sentences
+    that stand above them.
+    """
 
     title: str
     said: list[str] = field(default_factory=list)
@@ -45,17 +53,30 @@ class Page:
 
 
 def page(number: int, overrides: Sequence[str], runs: Sequence[Run]) -> Page:
-    """Return the page of figure 3, 4 or 5 for the cells of its experiment; InputError where none of them can be shown."""
+    """Return the page of figure 3, 4 or 5 for the cells of its experiment; InputError where none of
+    them can be shown.
+    """
     _refuse(number, overrides)
     asked, left_out = cells(number, overrides), list[str]()
     _options_exist(asked)
     values = [value for cell in asked for value in _values(number, cell, runs, left_out)]
     made = Page(_title(number, values), left_out=left_out)
     if not values:
-        raise InputError(f"experiment=fig{number} has no cell to show: {'; '.join(dict.fromkeys(made.left_out)) or 'it names no FP8 recipe'}")
-    colours = {precision: COLOURS.get(precision, "#777777") for precision in dict.fromkeys(value.precision for value in values)}
-    made.tables += [table("Times as fast", values, _notes(number, values)), table_of_sources(values)]
-    made.figures.append(chart(f"fig{number}_post", made.title, values, colours, _caption(number), _band(number)))
+        raise InputError(
+            f"experiment=fig{number} has no cell to show:"
+            f" {'; '.join(dict.fromkeys(made.left_out)) or 'it names no FP8 recipe'}"
+        )
+    colours = {
+        precision: COLOURS.get(precision, "#777777")
+        for precision in dict.fromkeys(value.precision for value in values)
+    }
+    made.tables += [
+        table("Times as fast", values, _notes(number, values)),
+        table_of_sources(values),
+    ]
+    made.figures.append(
+        chart(f"fig{number}_post", made.title, values, colours, _caption(number), _band(number))
+    )
     if number == 4 and RECIPE[4] in colours:
         made.tables[1:1] = hypotheses.tables()
     return made
@@ -67,13 +88,16 @@ def _refuse(number: int, overrides: Sequence[str]) -> None:
         key = override.lstrip("+~").partition("=")[0]
         if key in FIXED:
             raise InputError(
-                f"{override}: the {key} of figure {number} is fixed, for its title and the post's numbers are of it; "
-                "leave it out, and predict other cells with python -m analysis.predict"
+                f"{override}: the {key} of figure {number} is fixed, for its title and the post's"
+                " numbers are of it; leave it out, and predict other cells with python -m"
+                " analysis.predict"
             )
 
 
 def _options_exist(asked: Sequence[Sequence[str]]) -> None:
-    """InputError for a name that no file of conf/ has; a cell that is refused for what it is stands under "left out" instead."""
+    """InputError for a name that no file of conf/ has; a cell that is refused for what it is stands
+    under "left out" instead.
+    """
     for part in dict.fromkeys(part for cell in asked for part in cell):
         group, _, option = part.partition("=")
         if (CONF / group).is_dir() and not (CONF / group / f"{option}.yaml").exists():
@@ -81,28 +105,51 @@ def _options_exist(asked: Sequence[Sequence[str]]) -> None:
 
 
 def _title(number: int, values: Sequence[Value]) -> str:
-    """Return the figure's title, with the recipes where they are not the post's, and the GPUs of measurements where they are others."""
+    """Return the figure's title, with the recipes where they are not the post's, and the GPUs of
+    measurements where they are others.
+    """
     recipes = list(dict.fromkeys(value.precision for value in values))
     own = number not in RECIPE or recipes == [RECIPE[number]]
-    title = TITLES[number] if own else f"After figure {number}: step-time speedup of {', '.join(recipes)} over BF16 on {GPUS[number]}"
-    found = {value.series.partition(",")[0] for value in values if value.label in ("measured", sources.PARTS) and value.series.startswith(sources.ON)}
+    title = (
+        TITLES[number]
+        if own
+        else (
+            f"After figure {number}: step-time speedup of {', '.join(recipes)} over BF16 on"
+            f" {GPUS[number]}"
+        )
+    )
+    found = {
+        value.series.partition(",")[0]
+        for value in values
+        if value.label in ("measured", sources.PARTS) and value.series.startswith(sources.ON)
+    }
     return "; measured ".join([title, *([", ".join(sorted(found))] if found else [])])
 
 
 def cells(number: int, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of each cell of a figure: every FP8 recipe of figures 3 and 4, every recipe on the newer GPU of figure 5."""
+    """Return the overrides of each cell of a figure: every FP8 recipe of figures 3 and 4, every
+    recipe on the newer GPU of figure 5.
+    """
     asked = sweep(with_axes([f"experiment=fig{number}", *overrides]))
     wanted = f"gpu={NEWER}" if number == 5 else None
     return [cell for cell in asked if (wanted in cell if wanted else "precision=bf16" not in cell)]
 
 
-def _values(number: int, cell: Sequence[str], runs: Sequence[Run], left_out: list[str]) -> list[Value]:
-    """Return the numbers of a cell; a plan that is refused, and runs that cannot be used, are named in `left_out`."""
+def _values(
+    number: int, cell: Sequence[str], runs: Sequence[Run], left_out: list[str]
+) -> list[Value]:
+    """Return the numbers of a cell; a plan that is refused, and runs that cannot be used, are named
+    in `left_out`.
+    """
     found: list[Value] = []
     try:
         plan = compose(cell)
         if number == 5:
-            return _gain(plan, compose([f"gpu={OLDER}" if part == f"gpu={NEWER}" else part for part in cell]), runs)
+            return _gain(
+                plan,
+                compose([f"gpu={OLDER}" if part == f"gpu={NEWER}" else part for part in cell]),
+                runs,
+            )
         found += sources.measured_speedups(plan, runs)
         found += sources.published_speedups(plan)
         found += sources.predicted_speedups(cell)
@@ -113,21 +160,45 @@ def _values(number: int, cell: Sequence[str], runs: Sequence[Run], left_out: lis
 
 
 def _gain(plan: Plan, base: Plan, runs: Sequence[Run]) -> list[Value]:
-    return [*sources.measured_gain(plan, base, runs), *sources.published_gain(plan, base), *sources.predicted_gain(plan, base)]
+    return [
+        *sources.measured_gain(plan, base, runs),
+        *sources.published_gain(plan, base),
+        *sources.predicted_gain(plan, base),
+    ]
 
 
 def _notes(number: int, values: Sequence[Value]) -> list[str]:
     labels = {value.label for value in values}
-    of_both = f"the range that held {COVERAGE:.0%} of published rows which the constants did not know (here of both GPUs, taken as independent)"
-    bases = [of_both] if number == 5 else [speedup_basis(name) for name in dict.fromkeys(v.precision for v in values if v.label == "predicted")]
-    said = [*(f"Predicted, with {base}." for base in bases), OF_GPUS if number == 5 else OF_PRECISIONS]
+    of_both = (
+        f"the range that held {COVERAGE:.0%} of published rows which the constants did not know"
+        " (here of both GPUs, taken as independent)"
+    )
+    bases = (
+        [of_both]
+        if number == 5
+        else [
+            speedup_basis(name)
+            for name in dict.fromkeys(v.precision for v in values if v.label == "predicted")
+        ]
+    )
+    said = [
+        *(f"Predicted, with {base}." for base in bases),
+        OF_GPUS if number == 5 else OF_PRECISIONS,
+    ]
     if not labels & {"measured", sources.PARTS}:
         said.append("Measured: not yet.")
     if "published" in labels:
-        said.append("Published: NVIDIA's rows side by side, of the release nearest to NeMo 25.04; each is named below with its layout and source.")
+        said.append(
+            "Published: NVIDIA's rows side by side, of the release nearest to NeMo 25.04; each is"
+            " named below with its layout and source."
+        )
     return [
         *said,
-        *(f"The post: {sources.in_words(row)}." for row in sources.of_the_post(number) if row["model"] != "-" and row["note"] != "NeMo 25.04"),
+        *(
+            f"The post: {sources.in_words(row)}."
+            for row in sources.of_the_post(number)
+            if row["model"] != "-" and row["note"] != "NeMo 25.04"
+        ),
     ]
 
 
@@ -142,4 +213,7 @@ def _band(number: int) -> Band | None:
 
 def _caption(number: int) -> str:
     what = "GB200 over B200, tokens/s/GPU" if number == 5 else "Speedup over BF16"
-    return f"{what}. Bars by label, in the order of the table's columns; whiskers are intervals. Predicted bars are pale: they are no measurement."
+    return (
+        f"{what}. Bars by label, in the order of the table's columns; whiskers are intervals."
+        " Predicted bars are pale: they are no measurement."
+    )

@@ -42,9 +42,16 @@ def stacked(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> Figure:
     axis.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.12)
-    axis.legend(handles=handles, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    axis.legend(
+        handles=handles,
+        fontsize=8,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=3,
+    )
     caption = (
-        "What the slowest pipeline stage spends a step on. Communication and launches count only where they are waited for; what hides behind "
-        "computation is in no bar."
+        "What the slowest pipeline stage spends a step on. Communication and launches count only"
+        " where they are waited for; what hides behind computation is in no bar."
     )
     return Figure("prediction", title, caption, drawing)

@@ -1,6 +1,8 @@
-"""What every figure shares: a drawing with its title and caption, axes, and a colour for each precision.
+"""What every figure shares: a drawing with its title and caption, axes, and a colour for each
+precision.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart.  A precision keeps its colour in every figure.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart.  A precision keeps
+its colour in every figure.
 """
 
 from __future__ import annotations
@@ -18,9 +20,22 @@ from matplotlib.figure import Figure as Drawing
 
 from recipes.files import write_file
 
-COLOURS = {"bf16": "#222222", "fp8_delayed": "#E69F00", "fp8_current": "#0072B2", "fp8_subchannel": "#009E73", "mxfp8": "#D55E00"}
+COLOURS = {
+    "bf16": "#222222",
+    "fp8_delayed": "#E69F00",
+    "fp8_current": "#0072B2",
+    "fp8_subchannel": "#009E73",
+    "mxfp8": "#D55E00",
+}
 SIZE = (8.0, 4.2)  # inches
-STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "figures", "font.size": 10}
+STYLE: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.hashsalt": "figures",
+    "font.size": 10,
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,9 @@ class Figure:
     drawing: Drawing
 
     def svg(self) -> str:
-        """Return the drawing as an SVG element, text kept as paths so that it looks the same everywhere."""
+        """Return the drawing as an SVG element, text kept as paths so that it looks the same
+        everywhere.
+        """
         with mpl.rc_context(STYLE):
             file = io.StringIO()
             self.drawing.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -42,13 +59,23 @@ class Figure:
 
     def _repr_html_(self) -> str:
         """Show the drawing with its title and caption in a notebook."""
-        return f"<figure>{self.svg()}<figcaption><b>{escape(self.title)}.</b> {escape(self.caption)}</figcaption></figure>"
+        return (
+            f"<figure>{self.svg()}<figcaption><b>{escape(self.title)}.</b>"
+            f" {escape(self.caption)}</figcaption></figure>"
+        )
 
     def png(self) -> bytes:
         """Return the drawing as a PNG image, the same bytes each time."""
         file = io.BytesIO()
         with mpl.rc_context(STYLE):
-            self.drawing.savefig(file, format="png", dpi=110, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+            self.drawing.savefig(
+                file,
+                format="png",
+                dpi=110,
+                bbox_inches="tight",
+                facecolor="white",
+                metadata={"Software": None},
+            )
         return file.getvalue()
 
     def write_png(self, folder: Path) -> Path:

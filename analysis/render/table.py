@@ -1,8 +1,10 @@
-"""A table for people and for programs: the cells that are read, the plain values behind them, and the notes that a reader needs.
+"""A table for people and for programs: the cells that are read, the plain values behind them, and
+the notes that a reader needs.
 
-One table is printed on the terminal, written as Markdown, HTML or CSV (by the suffix of the file), and stands in the README.
-Its notes say where the numbers come from and what was left out: they stand below the table for people.  CSV and JSON hold the
-plain values alone; a command that writes them prints the notes on the terminal, beside JSON on standard error.
+One table is printed on the terminal, written as Markdown, HTML or CSV (by the suffix of the file),
+and stands in the README. Its notes say where the numbers come from and what was left out: they
+stand below the table for people.  CSV and JSON hold the plain values alone; a command that writes
+them prints the notes on the terminal, beside JSON on standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from recipes.files import write_file
 
 SUFFIXES = (".csv", ".md", ".html")
 WIDTH = 170  # columns that a table takes where it is not printed on a terminal
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the begin of a formula
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # what a spreadsheet takes for the begin of a formula
 MARKUP = re.compile(r"([\\|`\[\]])")  # what makes links, pictures, code and cells in Markdown
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -36,7 +46,7 @@ th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right
 <body>
 {body}
 </body></html>
-"""
+"""  # noqa: E501
 SECTION = """<h2>{title}</h2>
 <table><thead>{head}</thead><tbody>
 {body}
@@ -46,7 +56,9 @@ SECTION = """<h2>{title}</h2>
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `shown` holds the cells by column, `rows` the plain values, a line each; `text` names the columns that are words."""
+    """A table: `shown` holds the cells by column, `rows` the plain values, a line each; `text`
+    names the columns that are words.
+    """
 
     title: str
     shown: Sequence[dict[str, str]]
@@ -62,14 +74,24 @@ class Table:
     def markdown(self) -> str:
         """Return the table as GitHub's Markdown, its notes below."""
         rule = ["---" if column in self.text else "---:" for column in self.columns]
-        lines = [_line(self.columns), _line(rule), *(_line(list(line.values())) for line in self.shown)]
-        return "\n".join([*lines, "", *(f"- {_plain(note)}" for note in self.notes)]).rstrip() + "\n"
+        lines = [
+            _line(self.columns),
+            _line(rule),
+            *(_line(list(line.values())) for line in self.shown),
+        ]
+        return (
+            "\n".join([*lines, "", *(f"- {_plain(note)}" for note in self.notes)]).rstrip() + "\n"
+        )
 
     def html(self) -> str:
         """Return the table as a section of a page; every text is escaped."""
         head = self._tags("th", {column: column for column in self.columns})
         body = "\n".join(self._tags("td", line) for line in self.shown)
-        notes = "<ul>" + "".join(f"<li>{html_escape(note)}</li>" for note in self.notes) + "</ul>" if self.notes else ""
+        notes = (
+            "<ul>" + "".join(f"<li>{html_escape(note)}</li>" for note in self.notes) + "</ul>"
+            if self.notes
+            else ""
+        )
         return SECTION.format(title=html_escape(self.title), head=head, body=body, notes=notes)
 
     def _repr_html_(self) -> str:
@@ -78,7 +100,7 @@ class Table:
 
     def _tags(self, tag: str, line: dict[str, str]) -> str:
         kind = {True: ' class="text"', False: ""}
-        return f"<tr>{''.join(f'<{tag}{kind[column in self.text]}>{html_escape(cell)}</{tag}>' for column, cell in line.items())}</tr>"
+        return f"<tr>{''.join(f'<{tag}{kind[column in self.text]}>{html_escape(cell)}</{tag}>' for column, cell in line.items())}</tr>"  # noqa: E501
 
     def csv(self) -> str:
         """Return the plain values as CSV; what is unknown is empty."""
@@ -92,7 +114,14 @@ class Table:
         """Print the table and its notes on the terminal."""
         console = Console()
         console.width = console.width if console.is_terminal else WIDTH
-        drawn = RichTable(title=self.title, title_justify="left", title_style="", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        drawn = RichTable(
+            title=self.title,
+            title_justify="left",
+            title_style="",
+            box=None,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
         for column in self.columns:
             drawn.add_column(column, justify="left" if column in self.text else "right")
         for line in self.shown:
@@ -103,7 +132,9 @@ class Table:
 
 
 def print_json(values: Any, *tables: Table) -> None:
-    """Print values as JSON, and the tables' notes on standard error, so that the output can be piped."""
+    """Print values as JSON, and the tables' notes on standard error, so that the output can be
+    piped.
+    """
     print(json.dumps(values, indent=1))
     for note in dict.fromkeys(note for table in tables for note in table.notes):
         print(note, file=sys.stderr)
@@ -115,28 +146,37 @@ def number(value: float | None, digits: int) -> str:
 
 
 def write(path: Path, *tables: Table) -> None:
-    """Write tables to `path` in the form that its suffix names; CSV takes the values of the first, of which the others are views.
+    """Write tables to `path` in the form that its suffix names; CSV takes the values of the first,
+    of which the others are views.
 
     InputError for another suffix, or where the file cannot be written.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: a table is written as {', '.join(SUFFIXES)}; give --out one of these suffixes")
+        raise InputError(
+            f"{path}: a table is written as {', '.join(SUFFIXES)}; give --out one of these suffixes"
+        )
     if path.suffix == ".csv":
         text = tables[0].csv()
     elif path.suffix == ".md":
         text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in tables)
     else:
-        text = PAGE.format(title=html_escape(tables[0].title), body="\n".join(table.html() for table in tables))
+        text = PAGE.format(
+            title=html_escape(tables[0].title), body="\n".join(table.html() for table in tables)
+        )
     write_file(path, text)
 
 
 def _plain(text: str) -> str:
-    """Return text from outside so that it stays one line, ends no cell, and makes no tag, link or picture in Markdown."""
+    """Return text from outside so that it stays one line, ends no cell, and makes no tag, link or
+    picture in Markdown.
+    """
     return " ".join(MARKUP.sub(r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;").split())
 
 
 def _harmless(value: Any) -> Any:
-    """Return a value of a CSV file so that no spreadsheet takes it for a formula (OWASP, CSV injection)."""
+    """Return a value of a CSV file so that no spreadsheet takes it for a formula (OWASP, CSV
+    injection).
+    """
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 

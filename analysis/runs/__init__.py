@@ -1,1 +1,3 @@
-"""What a run is, ours, imported or published: its files, numbers and times, and what two differ in."""
+"""What a run is, ours, imported or published: its files, numbers and times, and what two differ
+in.
+"""

@@ -1,4 +1,6 @@
-"""Folders of measurements: a file of JSON lines, a row for each measurement, beside a manifest that names the device."""
+"""Folders of measurements: a file of JSON lines, a row for each measurement, beside a manifest that
+names the device.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,26 @@ def device(folder: Path) -> str:
     try:
         return one_line(str(read_json(folder / "manifest.json")["device"]))
     except (OSError, ValueError, KeyError):
-        raise InputError(f"{folder / 'manifest.json'} does not name a device: the numbers cannot be traced; measure them again") from None
+        raise InputError(
+            f"{folder / 'manifest.json'} does not name a device: the numbers cannot be traced;"
+            " measure them again"
+        ) from None
 
 
 def of_frame(table: pd.DataFrame, note: str, digits: int | None = None, title: str = "") -> Table:
-    """Return a data frame as a table, its index as first columns; numbers with `digits` decimals, or six significant ones."""
+    """Return a data frame as a table, its index as first columns; numbers with `digits` decimals,
+    or six significant ones.
+    """
     flat = table.reset_index()
     words = frozenset(str(name) for name in flat if not pd.api.types.is_numeric_dtype(flat[name]))
     rows = [{str(key): value for key, value in line.items()} for line in flat.to_dict("records")]
-    return Table(title, [{key: _cell(value, digits) for key, value in line.items()} for line in rows], rows, [note], words)
+    return Table(
+        title,
+        [{key: _cell(value, digits) for key, value in line.items()} for line in rows],
+        rows,
+        [note],
+        words,
+    )
 
 
 def _cell(value: Any, digits: int | None) -> str:

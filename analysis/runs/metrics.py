@@ -1,6 +1,8 @@
-"""metrics.jsonl as columns: every line is read, or the file is refused with the line that cannot be.
+"""metrics.jsonl as columns: every line is read, or the file is refused with the line that cannot
+be.
 
-A million rows as dictionaries would take a gigabyte and most of the time, so lines become arrays a block at a time.
+A million rows as dictionaries would take a gigabyte and most of the time, so lines become arrays a
+block at a time.
 """
 
 from __future__ import annotations
@@ -28,15 +30,23 @@ def read_metrics(folder: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     train: list[dict[str, Array]] = []
     heldout: list[dict[str, Array]] = []
     with collector_at_rest():
-        for rows in _rows(folder / "metrics.jsonl"):  # an imported log may lack its losses or its step times
-            train.append(_columns([row for row in rows if "loss" in row or "step_time_s" in row], folder))
+        for rows in _rows(
+            folder / "metrics.jsonl"
+        ):  # an imported log may lack its losses or its step times
+            train.append(
+                _columns([row for row in rows if "loss" in row or "step_time_s" in row], folder)
+            )
             heldout.append(_columns([row for row in rows if "heldout_loss" in row], folder))
-    return _joined([part for part in train if part], folder), _joined([part for part in heldout if part], folder)
+    return _joined([part for part in train if part], folder), _joined(
+        [part for part in heldout if part], folder
+    )
 
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Keep Python's collector of cycles from looking through rows, which hold none, again and again."""
+    """Keep Python's collector of cycles from looking through rows, which hold none, again and
+    again.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -54,7 +64,9 @@ def _joined(parts: list[dict[str, Array]], folder: Path) -> dict[str, Array]:
 
 
 def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the lines of a .jsonl file, some thousand at a time; InputError that names the first one that is no JSON object."""
+    """Yield the lines of a .jsonl file, some thousand at a time; InputError that names the first
+    one that is no JSON object.
+    """
     number = 0
     try:
         with open_file(path) as file:
@@ -81,9 +93,13 @@ def _block(path: Path, number: int, lines: list[bytes]) -> list[dict[str, Any]]:
 
 def _row(path: Path, number: int, line: bytes) -> Any:
     try:
-        return json.loads(line)  # unlike orjson, it reads the NaN and Infinity that a diverged run writes
+        return json.loads(
+            line
+        )  # unlike orjson, it reads the NaN and Infinity that a diverged run writes
     except (ValueError, RecursionError):
-        raise InputError(f"{path} line {number} cannot be read; the file was changed, run it again") from None
+        raise InputError(
+            f"{path} line {number} cannot be read; the file was changed, run it again"
+        ) from None
 
 
 def _columns(rows: list[dict[str, Any]], folder: Path) -> dict[str, Array]:
@@ -93,5 +109,8 @@ def _columns(rows: list[dict[str, Any]], folder: Path) -> dict[str, Array]:
         if any(column.ndim > 1 for column in found.values()):
             raise TypeError("lists where numbers belong")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{folder}: lines of metrics.jsonl differ in what they hold ({str(error)[:100]}); run it again") from None
+        raise InputError(
+            f"{folder}: lines of metrics.jsonl differ in what they hold ({str(error)[:100]}); run"
+            " it again"
+        ) from None
     return found

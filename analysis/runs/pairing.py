@@ -2,10 +2,10 @@
 
 Two runs are compared that saw the same batches and were planned to train alike but for precision.
 Another layout (number of GPUs, mapping), stack or GPU leaves the loss as it should be, but not the
-speed.  A pair of one layout is an iso-mapping one, the others are best-mapping, and say what differs.
-Whatever else differs in what the runs computed with is refused or named by its consequence
-(analysis/runs/effects.py).  What a manifest does not record is not proved to be the same: without the
-hashes of the batches nothing is compared, and everything else that it lacks is named.
+speed.  A pair of one layout is an iso-mapping one, the others are best-mapping, and say what
+differs. Whatever else differs in what the runs computed with is refused or named by its consequence
+(analysis/runs/effects.py).  What a manifest does not record is not proved to be the same: without
+the hashes of the batches nothing is compared, and everything else that it lacks is named.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ EVERYWHERE = (
 )
 ON_A_GPU = (
     *("attention", "cudnn.torch", "cudnn.transformer_engine"),
-    *(f"versions.{name}" for name in ("transformer-engine", "cuda", "cublaslt", "flash-attn", "triton")),
+    *(
+        f"versions.{name}"
+        for name in ("transformer-engine", "cuda", "cublaslt", "flash-attn", "triton")
+    ),
 )
 ON_SEVERAL = ("versions.nccl",)
 OF_INDEXED = ("data.sampled_sha256", "data.tokenizer_sha256")
@@ -54,7 +57,8 @@ OF_INDEXED = ("data.sampled_sha256", "data.tokenizer_sha256")
 
 @dataclass(frozen=True)
 class Differences:
-    """What two runs computed with otherwise, beside precision, layout, stack and GPU: "key base's → candidate's".
+    """What two runs computed with otherwise, beside precision, layout, stack and GPU: "key base's →
+    candidate's".
 
     `named`: the loss may move for it.  `speed`: step time alone.
     """
@@ -73,7 +77,11 @@ def plan_differences(a: Run, b: Run) -> list[str]:
 
     The tolerance moves none.
     """
-    return [key for key in differences(flat(a.plan), flat(b.plan)) if plan_effect(key) not in (Effect.NONE, Effect.TOLERANCE)]
+    return [
+        key
+        for key in differences(flat(a.plan), flat(b.plan))
+        if plan_effect(key) not in (Effect.NONE, Effect.TOLERANCE)
+    ]
 
 
 def _plan_keys(a: Run, b: Run, *effects: Effect) -> list[str]:
@@ -112,28 +120,43 @@ def precision_differences(base: Run, candidate: Run) -> list[str]:
 def run_differences(base: Run, candidate: Run) -> Differences:
     """Return what else the runs computed with otherwise, as plans and manifests show it."""
     found: dict[Effect, list[str]] = {
-        effect: _with_values(base, candidate, _plan_keys(base, candidate, effect)) for effect in (Effect.NAMED, Effect.SPEED)
+        effect: _with_values(base, candidate, _plan_keys(base, candidate, effect))
+        for effect in (Effect.NAMED, Effect.SPEED)
     }
     recorded = recorded_differences(base, candidate)
-    return Differences((*found[Effect.NAMED], *recorded.named), (*found[Effect.SPEED], *recorded.speed))
+    return Differences(
+        (*found[Effect.NAMED], *recorded.named), (*found[Effect.SPEED], *recorded.speed)
+    )
 
 
 def recorded_differences(base: Run, candidate: Run) -> Differences:
     """Return the same of what manifests record alone, and of the variables that plans set."""
     found: dict[Effect, list[str]] = {Effect.NAMED: [], Effect.SPEED: []}
     variables = {*base.plan.cluster.environment, *candidate.plan.cluster.environment}
-    for effect, text in _session_differences(*(_facts(run, run.manifest, variables) for run in (base, candidate))):
+    for effect, text in _session_differences(
+        *(_facts(run, run.manifest, variables) for run in (base, candidate))
+    ):
         found[effect].append(text)
-    return Differences(tuple(found[Effect.NAMED]), (*found[Effect.SPEED], *_gpu_differences(base, candidate)))
+    return Differences(
+        tuple(found[Effect.NAMED]), (*found[Effect.SPEED], *_gpu_differences(base, candidate))
+    )
 
 
 def continued_otherwise(run: Run) -> list[str]:
-    """Return what an earlier session of a run computed with otherwise than the last, and what is not recorded of one."""
+    """Return what an earlier session of a run computed with otherwise than the last, and what is
+    not recorded of one.
+    """
     found = list[str]()
     for session in run.manifest.get("before") or []:
         if not session:
             found.append("a session of which nothing is recorded")
-        found += [text for effect, text in _session_differences(_facts(run, session), _facts(run, run.manifest)) if effect is Effect.NAMED]
+        found += [
+            text
+            for effect, text in _session_differences(
+                _facts(run, session), _facts(run, run.manifest)
+            )
+            if effect is Effect.NAMED
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -152,7 +175,10 @@ def not_recorded(run: Run, beside: Iterable[str] = ()) -> list[str]:
     lacking = [key for key in dict.fromkeys(wanted) if key not in own]
     lacking += [f"data.sha256 of {name}" for name in _unhashed_files(run, HELDOUT)]
     if "environment" in own and not {*ENVIRONMENT} <= {*(seen := _patterns(run.manifest))}:
-        lacking.append(f"environment beyond {', '.join(each for each in seen if not each.startswith('SLURM_'))}")
+        lacking.append(
+            "environment beyond"
+            f" {', '.join(each for each in seen if not each.startswith('SLURM_'))}"
+        )
     if _has_unknown_changes(run):
         lacking.append("code (its uncommitted changes)")
     return lacking
@@ -175,7 +201,10 @@ def _is_compared(key: str) -> bool:
     Not single variables, nor what moves no number.
     """
     whole = not key.startswith("environment.") and key not in OF_INDEXED
-    return whole and (key in ("code", "environment") or (MANIFEST_FIELDS.get(key) or entry_effect(key)) is not Effect.NONE)
+    return whole and (
+        key in ("code", "environment")
+        or (MANIFEST_FIELDS.get(key) or entry_effect(key)) is not Effect.NONE
+    )
 
 
 def check_pair(base: Run, candidate: Run) -> None:
@@ -184,13 +213,14 @@ def check_pair(base: Run, candidate: Run) -> None:
     if refused:
         what = ", ".join(_with_values(base, candidate, refused))
         raise InputError(
-            f"{candidate.folder} and {base.folder} differ in more than precision, layout, stack and GPU: {what}; compare runs of one experiment"
+            f"{candidate.folder} and {base.folder} differ in more than precision, layout, stack and"
+            f" GPU: {what}; compare runs of one experiment"
         )
     if tolerance := _plan_keys(base, candidate, Effect.TOLERANCE):
         what = ", ".join(_with_values(base, candidate, tolerance))
         raise InputError(
-            f"{candidate.folder} and {base.folder} were planned with different tolerances: {what}; a comparison has one, which is set before "
-            "its runs: compare runs of one tolerance"
+            f"{candidate.folder} and {base.folder} were planned with different tolerances: {what};"
+            " a comparison has one, which is set before its runs: compare runs of one tolerance"
         )
     if base.imported or candidate.imported:
         _check_imported(base, candidate)
@@ -202,7 +232,8 @@ def _check_batches(base: Run, candidate: Run) -> None:
     for run in (base, candidate):
         if lacking := _unhashed(run):
             raise InputError(
-                f"{run.folder}: its manifest has no hash of {lacking}, so nothing proves that it saw the batches that the other run saw; run it again"
+                f"{run.folder}: its manifest has no hash of {lacking}, so nothing proves that it"
+                " saw the batches that the other run saw; run it again"
             )
     sampled = [_hashes(run, "sampled_sha256") for run in (base, candidate)]
     apart = {
@@ -211,7 +242,10 @@ def _check_batches(base: Run, candidate: Run) -> None:
     }
     for key, what in (("order_sha256", "the order of the batches"), ("data", "the data")):
         if apart[key]:
-            raise InputError(f"{candidate.folder} and {base.folder} differ in {what} ({key} in their manifests): their losses are not comparable")
+            raise InputError(
+                f"{candidate.folder} and {base.folder} differ in {what} ({key} in their manifests):"
+                " their losses are not comparable"
+            )
 
 
 def _unhashed(run: Run) -> str | None:
@@ -231,7 +265,9 @@ def _unhashed_files(run: Run, split: str) -> list[str]:
     """
     data, hashes = run.plan.data, _hashes(run)
     try:
-        indexed = blend(data.train if split == TRAIN else data.heldout) if data.kind == "indexed" else []
+        indexed = (
+            blend(data.train if split == TRAIN else data.heldout) if data.kind == "indexed" else []
+        )
     except ValueError as error:
         raise InputError(f"{run.folder / 'plan.json'}: data.{split} {error}") from None
     files = [f"{split}.bin"] if data.kind == "text" else [f"{prefix}.idx" for _, prefix in indexed]
@@ -250,11 +286,13 @@ def _hashes(run: Run, key: str = "sha256") -> dict[str, str]:
 def _check_averages(base: Run, candidate: Run) -> None:
     """A mean over ten steps and the tenth step's own loss differ by the noise between batches."""
     means = {run.imported.get("averaged"): run.folder for run in (base, candidate)}
-    intervals = {every for run in (base, candidate) for _, _, every in run.imported.get("stretches") or []}
+    intervals = {
+        every for run in (base, candidate) for _, _, every in run.imported.get("stretches") or []
+    }
     if {True, False} <= means.keys() and max(intervals, default=1) > 1:
         raise InputError(
-            f"{means[True]} holds means over its logging interval, {means[False]} single steps' losses: they are not comparable; "
-            "import both from one kind of source"
+            f"{means[True]} holds means over its logging interval, {means[False]} single steps'"
+            " losses: they are not comparable; import both from one kind of source"
         )
 
 
@@ -265,7 +303,10 @@ def _check_imported(base: Run, candidate: Run) -> None:
     """
     for run in (base, candidate):
         if "loss" not in run.steps:
-            raise InputError(f"{run.folder}: its log holds no loss, which is what is compared; import one that does")
+            raise InputError(
+                f"{run.folder}: its log holds no loss, which is what is compared; import one that"
+                " does"
+            )
         if not run.manifest.get("order_sha256"):
             raise InputError(
                 f"{run.folder}: nothing in the imported log shows which batches it saw; "
@@ -274,14 +315,20 @@ def _check_imported(base: Run, candidate: Run) -> None:
     _check_averages(base, candidate)
     if not np.array_equal(base.steps["step"], candidate.steps["step"]):
         raise InputError(
-            f"{candidate.folder} and {base.folder} were logged at different steps; their losses are no pairs; import logs of one interval"
+            f"{candidate.folder} and {base.folder} were logged at different steps; their losses are"
+            " no pairs; import logs of one interval"
         )
     rates = [run.steps.get("lr") for run in (base, candidate)]
     if rates[0] is not None and rates[1] is not None:
-        apart = np.flatnonzero(~np.isclose(rates[0], rates[1], rtol=PRINTED, atol=0, equal_nan=True))
+        apart = np.flatnonzero(
+            ~np.isclose(rates[0], rates[1], rtol=PRINTED, atol=0, equal_nan=True)
+        )
         if apart.size:
             step = int(base.steps["step"][apart[0]])
-            raise InputError(f"{candidate.folder} and {base.folder} differ in the learning rate from step {step} on: their losses are not comparable")
+            raise InputError(
+                f"{candidate.folder} and {base.folder} differ in the learning rate from step {step}"
+                " on: their losses are not comparable"
+            )
 
 
 def asserted(run: Run) -> list[str]:
@@ -296,12 +343,16 @@ def asserted(run: Run) -> list[str]:
 
 
 def _facts(run: Run, session: Mapping[str, Any], variables: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what a session of a run computed with, by dotted key; what its record (the manifest: the last one's) lacks has no key.
+    """Return what a session of a run computed with, by dotted key; what its record (the manifest:
+    the last one's) lacks has no key.
 
-    `environment` holds the patterns of the variables that are known, set or not; `code` what tells its identity.  Of `variables`
-    that the record did not look at, the plan says whether they are set.
+    `environment` holds the patterns of the variables that are known, set or not; `code` what tells
+    its identity.  Of `variables` that the record did not look at, the plan says whether they are
+    set.
     """
-    facts: dict[str, Any] = {key: session[key] for key in ("device", "attention") if session.get(key)}
+    facts: dict[str, Any] = {
+        key: session[key] for key in ("device", "attention") if session.get(key)
+    }
     for part in ("versions", "cudnn"):
         facts |= {f"{part}.{name}": value for name, value in (session.get(part) or {}).items()}
     code, data = session.get("code") or {}, session.get("data") or {}
@@ -319,7 +370,11 @@ def _facts(run: Run, session: Mapping[str, Any], variables: Iterable[str] = ()) 
 
 def _patterns(found: Mapping[str, Any]) -> list[str]:
     """Return which variables were looked at, as patterns; [] where none were."""
-    return [] if found.get("environment") is None else list(found.get("environment_looked_at") or ENVIRONMENT_BEFORE)
+    return (
+        []
+        if found.get("environment") is None
+        else list(found.get("environment_looked_at") or ENVIRONMENT_BEFORE)
+    )
 
 
 def _session_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[Effect, str]]:
@@ -347,7 +402,9 @@ def _value(key: str, facts: dict[str, Any]) -> str | None:
     if key in facts:
         return "not installed" if facts[key] is None else str(facts[key])
     if key.startswith("environment."):
-        return UNSET if is_looked_at(key.partition(".")[2], facts.get("environment", ())) else UNKNOWN
+        return (
+            UNSET if is_looked_at(key.partition(".")[2], facts.get("environment", ())) else UNKNOWN
+        )
     return None
 
 
@@ -361,13 +418,25 @@ def _code_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     None where nothing shows that it does.
     """
     named = [_named_code(code) for code in (a, b)]
-    hashes, commits = ([str(code.get(key) or "") for code in (a, b)] for key in ("sha256", "commit"))
+    hashes, commits = (
+        [str(code.get(key) or "") for code in (a, b)] for key in ("sha256", "commit")
+    )
     if all(commits) and not _is_same_commit(*commits):
         same_files = all(hashes) and hashes[0] == hashes[1]
-        return f"code.commit {named[0]} → {named[1]}" + (" (the same files in recipes/)" if same_files else "")
+        return f"code.commit {named[0]} → {named[1]}" + (
+            " (the same files in recipes/)" if same_files else ""
+        )
     if all(hashes):
-        return None if hashes[0] == hashes[1] else f"code.sha256 {hashes[0][:7]} → {hashes[1][:7]} (commit {named[0]} → {named[1]})"
-    return f"code.commit {named[0]} → {named[1]}" if all(commits) and bool(a.get("dirty")) != bool(b.get("dirty")) else None
+        return (
+            None
+            if hashes[0] == hashes[1]
+            else f"code.sha256 {hashes[0][:7]} → {hashes[1][:7]} (commit {named[0]} → {named[1]})"
+        )
+    return (
+        f"code.commit {named[0]} → {named[1]}"
+        if all(commits) and bool(a.get("dirty")) != bool(b.get("dirty"))
+        else None
+    )
 
 
 def _is_same_commit(a: str, b: str) -> bool:
@@ -395,9 +464,16 @@ def _gpu_differences(base: Run, candidate: Run) -> list[str]:
     """
     found = list[str]()
     for field in ("name", "driver", "power_limit_w", "max_sm_clock_mhz"):
-        ours, theirs = (sorted({gpu[field] for gpu in run.manifest.get("gpus") or [] if gpu.get(field) is not None}) for run in (base, candidate))
+        ours, theirs = (
+            sorted(
+                {gpu[field] for gpu in run.manifest.get("gpus") or [] if gpu.get(field) is not None}
+            )
+            for run in (base, candidate)
+        )
         if ours and theirs and ours != theirs:
-            found.append(f"gpus.{field} {', '.join(map(str, ours))} → {', '.join(map(str, theirs))}")
+            found.append(
+                f"gpus.{field} {', '.join(map(str, ours))} → {', '.join(map(str, theirs))}"
+            )
     return found
 
 
@@ -415,7 +491,9 @@ def grouped(keys: Sequence[str]) -> str:
     for key in keys:
         part, _, entry = key.partition(".") if " " not in key else (key, "", "")
         parts.setdefault(part, []).extend([entry] if entry else [])
-    return ", ".join(f"{part} ({', '.join(entries)})" if entries else part for part, entries in parts.items())
+    return ", ".join(
+        f"{part} ({', '.join(entries)})" if entries else part for part, entries in parts.items()
+    )
 
 
 def by_what(found: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[tuple[str, ...], str]]:
@@ -431,9 +509,14 @@ def by_what(found: Iterable[tuple[str, Sequence[str]]]) -> list[tuple[tuple[str,
 
 
 def records_notes(runs: Sequence[Run]) -> list[str]:
-    """Return which runs were continued with something else, and what the manifests of several leave unproved."""
+    """Return which runs were continued with something else, and what the manifests of several leave
+    unproved.
+    """
     continued = by_what((run.name, continued_otherwise(run)) for run in runs)
-    found = [f"{names}: was continued after a session with other {', '.join(what)}" for what, names in continued]
+    found = [
+        f"{names}: was continued after a session with other {', '.join(what)}"
+        for what, names in continued
+    ]
     known = recorded(runs)
     lacking = [(run.name, not_recorded(run, known)) for run in runs]
     return [*found, *(unproved(lacking) if len(runs) > 1 else [])]
@@ -444,10 +527,21 @@ def unproved(lacking: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
 
     What is recorded of none of them stands there once.
     """
-    of_all = [what for what in lacking[0][1] if len(lacking) > 1 and all(what in each for _, each in lacking)] if lacking else []
+    of_all = (
+        [
+            what
+            for what in lacking[0][1]
+            if len(lacking) > 1 and all(what in each for _, each in lacking)
+        ]
+        if lacking
+        else []
+    )
     rest = by_what((name, [what for what in each if what not in of_all]) for name, each in lacking)
     groups = [*([(of_all, "any run")] if of_all else []), *rest]
-    return [f"Not recorded by {names}, and so not proved to be the same: {grouped(what)}" for what, names in groups]
+    return [
+        f"Not recorded by {names}, and so not proved to be the same: {grouped(what)}"
+        for what, names in groups
+    ]
 
 
 def split_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -461,13 +555,19 @@ def split_runs(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def base_of(candidate: Run, bases: Sequence[Run]) -> Run:
-    """Return the BF16 run with the candidate's seed, and so its initial weights, that differs least from it; else the first."""
+    """Return the BF16 run with the candidate's seed, and so its initial weights, that differs least
+    from it; else the first.
+    """
     same = [base for base in bases if base.plan.seed == candidate.plan.seed]
     return min(same, key=lambda base: _distance(base, candidate), default=bases[0])
 
 
 def _distance(base: Run, candidate: Run) -> tuple[int, int]:
-    """Return in how many things that move a loss two runs differ, those that refuse the pair first."""
+    """Return in how many things that move a loss two runs differ, those that refuse the pair
+    first.
+    """
     refused = _plan_keys(base, candidate, Effect.REFUSED, Effect.TOLERANCE)
-    others = [key for key in plan_differences(base, candidate) if plan_effect(key) is not Effect.ASKED]
+    others = [
+        key for key in plan_differences(base, candidate) if plan_effect(key) is not Effect.ASKED
+    ]
     return len(refused), len(others) + len(run_differences(base, candidate).named)

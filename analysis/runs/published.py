@@ -1,11 +1,13 @@
-"""Published figures to hold measurements against, in one form: NVIDIA's step times and throughput tables, and the post's speedups.
+"""Published figures to hold measurements against, in one form: NVIDIA's step times and throughput
+tables, and the post's speedups.
 
-`reference/` holds them as they were published, with their source: `dgxc_step_times.csv` (NVIDIA's dgxc-benchmarking, step
-times with layouts), `nemo_performance_summary.csv` (NeMo's and Megatron-Bridge's performance pages, tokens/s/GPU),
-`further_rows.csv` (rows of both that were found later) and
-`post_figures.csv` (the speedups that NVIDIA's post "Faster Training Throughput in FP8 Precision with NVIDIA NeMo" prints).
-Tables say "FP8" and mean a recipe: delayed scaling where they do not say (the scripts' default), current scaling where they
-say cs.  A row that does not tell its recipe at all, one that was withdrawn, and one of a model with fewer layers are left out.
+`reference/` holds them as they were published, with their source: `dgxc_step_times.csv` (NVIDIA's
+dgxc-benchmarking, step times with layouts), `nemo_performance_summary.csv` (NeMo's and
+Megatron-Bridge's performance pages, tokens/s/GPU), `further_rows.csv` (rows of both that were found
+later) and `post_figures.csv` (the speedups that NVIDIA's post "Faster Training Throughput in FP8
+Precision with NVIDIA NeMo" prints). Tables say "FP8" and mean a recipe: delayed scaling where they
+do not say (the scripts' default), current scaling where they say cs.  A row that does not tell its
+recipe at all, one that was withdrawn, and one of a model with fewer layers are left out.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ from recipes.plan import Plan
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 TABLES = ("dgxc_step_times.csv", "nemo_performance_summary.csv")
 FURTHER = "further_rows.csv"  # beside TABLES, for the predictor holds it apart
-RECIPES = {"delayed": "fp8_delayed", "cs": "fp8_current", "mxfp8": "mxfp8"}  # what a published fp8_recipe begins with
+RECIPES = {
+    "delayed": "fp8_delayed",
+    "cs": "fp8_current",
+    "mxfp8": "mxfp8",
+}  # what a published fp8_recipe begins with
 RELEASE_OF = {"v2.3.0": "25.04", "v2.4.0": "25.07"}  # the NeMo container of a stack's tag
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how much work a GPU has: sizes as in plan.Mapping; `vp` None where the source does not say."""
+    """What decides how much work a GPU has: sizes as in plan.Mapping; `vp` None where the source
+    does not say.
+    """
 
     num_gpus: int
     tp: int
@@ -57,7 +65,9 @@ def layout_of(plan: Plan) -> Layout:
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a published table; `step_time_s` is None where only throughput was given; `nemo` is the container's version."""
+    """One row of a published table; `step_time_s` is None where only throughput was given; `nemo`
+    is the container's version.
+    """
 
     model: str
     gpu: str
@@ -81,7 +91,13 @@ def rows() -> tuple[Published, ...]:
 
 
 def _row(raw: dict[str, str]) -> Published | None:
-    precision = "bf16" if raw["precision"] == "bf16" else next((name for begin, name in RECIPES.items() if raw["fp8_recipe"].startswith(begin)), None)
+    precision = (
+        "bf16"
+        if raw["precision"] == "bf16"
+        else next(
+            (name for begin, name in RECIPES.items() if raw["fp8_recipe"].startswith(begin)), None
+        )
+    )
     left_out = raw["note"].startswith(("PROXY", "superseded")) or not raw["tokens_per_sec_per_gpu"]
     if precision is None or left_out:
         return None
@@ -90,11 +106,22 @@ def _row(raw: dict[str, str]) -> Published | None:
         return None
     n = {key: int(value or 0) for key, value in sizes.items()}
     fsdp = (_whole(raw.get("fsdp", "")) or 0) > 0
-    layout = Layout(n["num_gpus"], n["tp"], n["pp"], n["cp"], _whole(raw["vp"]), fsdp, n["mbs"], n["gbs"])
+    layout = Layout(
+        n["num_gpus"], n["tp"], n["pp"], n["cp"], _whole(raw["vp"]), fsdp, n["mbs"], n["gbs"]
+    )
     name, seconds = raw["model"].replace("3.1", "31"), raw.get("step_time_s")
     where = (raw.get("nemo_container") or raw["release"]).split(" ")[0]
     numbers = float(raw["tokens_per_sec_per_gpu"]), float(seconds) if seconds else None
-    return Published(name, raw["gpu"].lower(), precision, int(raw["seqlen"]), layout, *numbers, where, raw["source"])
+    return Published(
+        name,
+        raw["gpu"].lower(),
+        precision,
+        int(raw["seqlen"]),
+        layout,
+        *numbers,
+        where,
+        raw["source"],
+    )
 
 
 def _whole(text: str) -> int | None:
@@ -102,8 +129,14 @@ def _whole(text: str) -> int | None:
 
 
 def closest(found: Iterable[Published], stack: str, num_gpus: int) -> Published | None:
-    """Return the row whose NeMo is nearest to that of a stack's tag (v2.3.0: 25.04), and then its number of GPUs; None for no row."""
-    return min(found, key=lambda row: (months_apart(row.nemo, stack), abs(row.layout.num_gpus - num_gpus)), default=None)
+    """Return the row whose NeMo is nearest to that of a stack's tag (v2.3.0: 25.04), and then its
+    number of GPUs; None for no row.
+    """
+    return min(
+        found,
+        key=lambda row: (months_apart(row.nemo, stack), abs(row.layout.num_gpus - num_gpus)),
+        default=None,
+    )
 
 
 def months_apart(release: str, stack: str) -> int:
@@ -119,11 +152,23 @@ def _months(release: str) -> int:
 def fits(row: Published, layout: Layout) -> bool:
     """Whether a row has this layout; a virtual-pipeline size that it does not state fits any."""
     same = (row.layout.tp, row.layout.pp, row.layout.cp, row.layout.fsdp, row.layout.micro_batch)
-    return same == (layout.tp, layout.pp, layout.cp, layout.fsdp, layout.micro_batch) and row.layout.vp in (None, layout.vp)
+    return same == (
+        layout.tp,
+        layout.pp,
+        layout.cp,
+        layout.fsdp,
+        layout.micro_batch,
+    ) and row.layout.vp in (None, layout.vp)
 
 
 @functools.cache
 def post_speedups() -> dict[tuple[str, str], float]:
-    """Return the speedups over BF16 that the post prints, by model and precision (H100, NeMo 25.04)."""
+    """Return the speedups over BF16 that the post prints, by model and precision (H100, NeMo
+    25.04).
+    """
     with (REFERENCE / "post_figures.csv").open(newline="") as file:
-        return {(row["model"], row["precision"]): float(row["value"]) for row in csv.DictReader(file) if row["figure"] == "3"}
+        return {
+            (row["model"], row["precision"]): float(row["value"])
+            for row in csv.DictReader(file)
+            if row["figure"] == "3"
+        }

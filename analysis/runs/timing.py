@@ -1,7 +1,8 @@
 """What a recipe buys: step times, and the speedup that is left when the losses are made equal.
 
-A recipe that steps 1.3 times as fast and needs 10 % more steps to the same loss buys 1.18.  Near its end a loss curve
-is nearly straight, so a gap of g nats costs g / slope steps; the interval of the gap becomes one of the speedup.
+A recipe that steps 1.3 times as fast and needs 10 % more steps to the same loss buys 1.18.  Near
+its end a loss curve is nearly straight, so a gap of g nats costs g / slope steps; the interval of
+the gap becomes one of the speedup.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import numpy as np
 from analysis.runs.load import Run
 from analysis.stats.series import Array, Mean
 
-WARM_UP = 0.1  # first part of the run whose steps are not timed: caches, autotuning, lazy initialisation
+WARM_UP = (
+    0.1  # first part of the run whose steps are not timed: caches, autotuning, lazy initialisation
+)
 WARM_UP_STEPS = 3  # and at least so many, but never more than half of the run
 RESAMPLES = 1000
 MAX_TIMED = 4096
-# Quartiles apart, as a share of the median, and the last third's median from the first's: beyond it clocks, neighbours or data were not stable.
+# Quartiles apart, as a share of the median, and the last third's median from the first's: beyond it
+# clocks, neighbours or data were not stable.
 MAX_SPREAD = 0.05
 
 
@@ -40,7 +44,9 @@ def warm_up(count: int) -> int:
 
 
 def timed(run: Run, key: str = "step_time_s") -> Array:
-    """Return the step times in seconds after the warm-up (or another column), thinned out evenly where there are very many."""
+    """Return the step times in seconds after the warm-up (or another column), thinned out evenly
+    where there are very many.
+    """
     times = run.steps[key][warm_up(len(run.steps[key])) :]
     return times[:: -(-len(times) // MAX_TIMED)]
 
@@ -58,7 +64,9 @@ def step_time(run: Run) -> Interval:
 
 
 def unsteady(run: Run) -> str | None:
-    """Return why a run's step times are no measure of speed: they lie too far apart, or their pace changes; None if they are one."""
+    """Return why a run's step times are no measure of speed: they lie too far apart, or their pace
+    changes; None if they are one.
+    """
     if "step_time_s" not in run.steps:
         return "there is no step time in its log"
     times, time = timed(run), step_time(run)
@@ -66,24 +74,39 @@ def unsteady(run: Run) -> str | None:
     if spread > MAX_SPREAD:
         return f"the quartiles of its step time lie {spread:.1%} apart (limit {MAX_SPREAD:.0%})"
     change = float(np.median(times[-third:]) / np.median(times[:third]) - 1) if third else 0.0
-    return f"the last third of its timed steps takes {change:+.1%} against the first (limit {MAX_SPREAD:.0%})" if abs(change) > MAX_SPREAD else None
+    return (
+        f"the last third of its timed steps takes {change:+.1%} against the first (limit"
+        f" {MAX_SPREAD:.0%})"
+        if abs(change) > MAX_SPREAD
+        else None
+    )
 
 
 def speedup(base: Run, candidate: Run) -> Interval:
-    """Return median step time of `base` over that of `candidate`, with a percentile bootstrap interval (seeded)."""
+    """Return median step time of `base` over that of `candidate`, with a percentile bootstrap
+    interval (seeded).
+    """
     from scipy.stats import bootstrap
 
     def ratio(a: Array, b: Array, axis: int = -1) -> Array:
         return np.asarray(np.median(a, axis=axis) / np.median(b, axis=axis))
 
     samples = (timed(base), timed(candidate))
-    found = bootstrap(samples, ratio, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0), batch=50)
+    found = bootstrap(
+        samples,
+        ratio,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+        batch=50,
+    )
     low, high = found.confidence_interval
     return Interval(float(ratio(*samples)), float(low), float(high))
 
 
 def loss_matched(base: Run, step_speedup: Interval, gap: Mean, tail: int) -> Interval | None:
-    """Return the speedup to an equal loss; None where the BF16 loss no longer falls over its last `tail` steps.
+    """Return the speedup to an equal loss; None where the BF16 loss no longer falls over its last
+    `tail` steps.
 
     `gap` is that of the tail, in nats.  The interval joins those of the step time and of the gap.
     """
@@ -96,7 +119,9 @@ def loss_matched(base: Run, step_speedup: Interval, gap: Mean, tail: int) -> Int
     total = float(steps[-1])
 
     def steps_ratio(nats: float) -> float:
-        more = nats / -fit.slope / total  # steps to the same loss beyond those of the base, as a share of them
+        more = (
+            nats / -fit.slope / total
+        )  # steps to the same loss beyond those of the base, as a share of them
         return 1 / (1 + more) if more > -1 else np.inf
 
     ends = step_speedup.low * steps_ratio(gap.high), step_speedup.high * steps_ratio(gap.low)

@@ -1,9 +1,10 @@
 """`python -m analysis.speed.layouts RUN…`: does a recipe train alike under every parallel layout?
 
-Runs of one model, precision and schedule are compared with the one on a single GPU, step by step, on
-the same batches.  Data and context parallelism keep the initial weights, so their losses differ by
-the order of sums alone.  Tensor and pipeline ranks draw other initial weights (Megatron-Core seeds
-each rank apart), so their first loss already differs; the gradient norm of step 1 hardly does.
+Runs of one model, precision and schedule are compared with the one on a single GPU, step by step,
+on the same batches.  Data and context parallelism keep the initial weights, so their losses differ
+by the order of sums alone.  Tensor and pipeline ranks draw other initial weights (Megatron-Core
+seeds each rank apart), so their first loss already differs; the gradient norm of step 1 hardly
+does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import numpy as np
 
 from analysis.render.table import Table, print_json, write
 from analysis.runs.load import Run, load_all
-from analysis.runs.pairing import by_what, check_pair, platform_differences, records_notes, run_differences
+from analysis.runs.pairing import (
+    by_what,
+    check_pair,
+    platform_differences,
+    records_notes,
+    run_differences,
+)
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
@@ -33,23 +40,38 @@ def layout(run: Run) -> str:
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row per run beside the single-GPU run of its precision; InputError where that lacks."""
+    """Return a row per run beside the single-GPU run of its precision; InputError where that
+    lacks.
+    """
     alone: dict[str, Run] = {}
     for run in runs:
         if run.imported:
-            raise InputError(f"{run.folder} is imported; compare layouts of this project's own runs")
+            raise InputError(
+                f"{run.folder} is imported; compare layouts of this project's own runs"
+            )
         if run.plan.num_gpus == 1 and alone.setdefault(run.plan.precision.name, run) is not run:
-            raise InputError(f"{run.folder} and {alone[run.plan.precision.name].folder} both ran on one GPU; name one of each precision")
+            raise InputError(
+                f"{run.folder} and {alone[run.plan.precision.name].folder} both ran on one GPU;"
+                " name one of each precision"
+            )
     found = []
     for run in runs:
         base = alone.get(run.plan.precision.name)
         if base is None:
-            raise InputError(f"{run.folder}: no run of {run.plan.precision.name} on one GPU to compare it with; name one")
+            raise InputError(
+                f"{run.folder}: no run of {run.plan.precision.name} on one GPU to compare it with;"
+                " name one"
+            )
         if base.plan.seed != run.plan.seed:
-            raise InputError(f"{run.folder} and {base.folder} have seeds {run.plan.seed} and {base.plan.seed}; compare runs of one seed")
+            raise InputError(
+                f"{run.folder} and {base.folder} have seeds {run.plan.seed} and {base.plan.seed};"
+                " compare runs of one seed"
+            )
         check_pair(base, run)
         found.append(_row(base, run))
-    return sorted(found, key=lambda row: (row["precision"], row["layout"] != "1 GPU", row["layout"]))
+    return sorted(
+        found, key=lambda row: (row["precision"], row["layout"] != "1 GPU", row["layout"])
+    )
 
 
 def _row(base: Run, run: Run) -> dict[str, Any]:
@@ -78,7 +100,9 @@ def table(runs: Sequence[Run]) -> Table:
             "layout": row["layout"],
             "loss, first step": f"{row['first_loss']:.5f}",
             "last step": f"{row['last_loss']:.5f}",
-            "largest difference to 1 GPU": "-" if row["layout"] == "1 GPU" else f"{row['largest_loss_difference']:.5f}",
+            "largest difference to 1 GPU": (
+                "-" if row["layout"] == "1 GPU" else f"{row['largest_loss_difference']:.5f}"
+            ),
             "gradient norm, first": f"{row['first_grad_norm']:.4f}",
             "last": f"{row['last_grad_norm']:.4f}",
             "FP8 GEMMs of rank 0": f"{row['fp8_gemms']:,.0f}",
@@ -88,16 +112,34 @@ def table(runs: Sequence[Run]) -> Table:
     ]
     one = runs[0]
     steps, device = len(one.steps["loss"]), one.manifest.get("device", "an unknown device")
-    note = f"{one.plan.model.name} with {one.plan.model.num_layers} layers, {steps} steps, losses measured on {device}; no step times."
+    note = (
+        f"{one.plan.model.name} with {one.plan.model.num_layers} layers, {steps} steps, losses"
+        f" measured on {device}; no step times."
+    )
     moved = by_what((f"{row['precision']} {row['layout']}", row["differs"]) for row in found)
-    beside = [f"Not only the layout differs from 1 GPU, but also {', '.join(what)}: {names}." for what, names in moved]
-    return Table("Layouts", cells, found, [note, *beside, *records_notes(runs)], frozenset(["precision", "layout"]))
+    beside = [
+        f"Not only the layout differs from 1 GPU, but also {', '.join(what)}: {names}."
+        for what, names in moved
+    ]
+    return Table(
+        "Layouts",
+        cells,
+        found,
+        [note, *beside, *records_notes(runs)],
+        frozenset(["precision", "layout"]),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(prog="python -m analysis.speed.layouts", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, one of each precision on a single GPU")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, one of each precision on a single GPU",
+    )
     parser.add_argument("--out", type=Path, help="write .csv, .md or .html")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)

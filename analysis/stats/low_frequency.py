@@ -1,20 +1,21 @@
 """Over a window of an autocorrelated series: its mean, with an interval that allows for slow drift.
 
-The gap between two loss curves on the same batches is white noise plus, in real runs, a slow wander.
-A wander that is about as slow as the window is long moves the mean and hardly shows within the
-window, so intervals from blocks or from a fixed bandwidth are too narrow: with an autoregression of
-0.999 over 2,000 steps the block bootstrap of the last quarter missed a true mean in 12 % of runs.
+The gap between two loss curves on the same batches is white noise plus, in real runs, a slow
+wander. A wander that is about as slow as the window is long moves the mean and hardly shows within
+the window, so intervals from blocks or from a fixed bandwidth are too narrow: with an
+autoregression of 0.999 over 2,000 steps the block bootstrap of the last quarter missed a true mean
+in 12 % of runs.
 
 The interval here is the low-frequency one of Müller and Watson (Econometrica 76, 2008; Handbook of
 Econometrics 2020, "Low-frequency analysis of economic time series").  The series enters through its
-mean and COSINES weighted averages alone, the lowest cosine frequencies of the window.  By the central
-limit theorem they are nearly Gaussian, whatever a single step's distribution.  Their covariance is
-that of white noise plus an Ornstein-Uhlenbeck process, an autoregression in continuous time.  Neither
-its correlation length nor its size is known: a grid of both is weighted by the likelihood of the
-cosines (prior 1/s on the scale).  For each grid point the distance of the mean from the truth is
-Student's t, and the reach of the interval is read off the weighted sum of those distributions.
-Unlike theirs, the interval is centred at the mean itself, not at what the cosines predict of it:
-that costs little width, and a reader finds the mean in the middle.
+mean and COSINES weighted averages alone, the lowest cosine frequencies of the window.  By the
+central limit theorem they are nearly Gaussian, whatever a single step's distribution.  Their
+covariance is that of white noise plus an Ornstein-Uhlenbeck process, an autoregression in
+continuous time.  Neither its correlation length nor its size is known: a grid of both is weighted
+by the likelihood of the cosines (prior 1/s on the scale).  For each grid point the distance of the
+mean from the truth is Student's t, and the reach of the interval is read off the weighted sum of
+those distributions. Unlike theirs, the interval is centred at the mean itself, not at what the
+cosines predict of it: that costs little width, and a reader finds the mean in the middle.
 
 `python -m analysis.convergence.error_rates` measures how often a verdict made with it is wrong.
 """
@@ -78,7 +79,9 @@ class Spread:
             return low
 
         def excess(distance: float) -> float:
-            return float(self.weight @ t.sf(distance / self.scale, self.freedom)) * 2 - 1 + confidence
+            return (
+                float(self.weight @ t.sf(distance / self.scale, self.freedom)) * 2 - 1 + confidence
+            )
 
         return float(brentq(excess, low, high, rtol=1e-6))
 

@@ -39,7 +39,9 @@ class Mean:
 
     def scaled(self, factor: float) -> Mean:
         """Return the mean of the series times a positive `factor`."""
-        return replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+        return replace(
+            self, value=self.value * factor, low=self.low * factor, high=self.high * factor
+        )
 
     def widened(self, by: float) -> Mean:
         """Return the mean with an interval that is wider by `by` on either side."""
@@ -65,7 +67,9 @@ def end_with_interval(series: Array, tail: int, end: int) -> Mean:
 
 
 def _window(series: Array, tail: int) -> Array:
-    """Return the last WINDOW tails, without the spikes before the tail: its mean does not hold them."""
+    """Return the last WINDOW tails, without the spikes before the tail: its mean does not hold
+    them.
+    """
     window = series[-min(len(series), WINDOW * tail) :].copy()
     before = window[: len(window) - tail]
     middle = _running_median(window)[: len(before)]
@@ -98,12 +102,15 @@ def smooth(series: Array, window: int) -> Array:
     """Return the centred moving average over `window` values, shorter at the ends."""
     import pandas as pd
 
-    averaged: Array = pd.Series(series).rolling(window, center=True, min_periods=1).mean().to_numpy()
+    averaged: Array = (
+        pd.Series(series).rolling(window, center=True, min_periods=1).mean().to_numpy()
+    )
     return averaged
 
 
 def spikes(loss: Array) -> int:
-    """Return how many times the loss leaves its running median upwards by SPIKE standard deviations.
+    """Return how many times the loss leaves its running median upwards by SPIKE standard
+    deviations.
 
     Neighbouring steps are one spike.  The first and last half window, whose medians are of fewer
     values, hold none.  The standard deviation is the robust one of the residuals.

@@ -1,11 +1,13 @@
-"""How easily can a newcomer draw this project?  Its rooms, floors and arrows, counted from the imports.
+"""How easily can a newcomer draw this project?  Its rooms, floors and arrows, counted from the
+imports.
 
     python -m docs.build.house
 
 A room is a folder of `recipes/` or `analysis/`, the files that lie directly in `recipes/` together,
-`launch/`, `docs/build/`, or a single file that lies directly in `analysis/` (a command).  An arrow is
-one room that imports another.  A room stands on the floor above the highest room that it imports.  A
-circle is a set of rooms that import each other.  Imports inside functions count as well.
+`launch/`, `docs/build/`, or a single file that lies directly in `analysis/` (a command).  An arrow
+is one room that imports another.  A room stands on the floor above the highest room that it
+imports.  A circle is a set of rooms that import each other.  Imports inside functions count as
+well.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ def rooms(root: Path = ROOT) -> nx.DiGraph:
     known, graph, files = modules(root), nx.DiGraph(), imports(root)
     where = {name: room(name, path) for name, path in known.items()}
     graph.add_nodes_from(where[name] for name, path in known.items() if _has_code(path))
-    graph.add_edges_from((where[one], where[other]) for one, other in files.edges if where[one] != where[other])
+    graph.add_edges_from(
+        (where[one], where[other]) for one, other in files.edges if where[one] != where[other]
+    )
     return graph
 
 

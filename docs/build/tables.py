@@ -1,7 +1,9 @@
-"""The tables and figures that the documentation may show, each made from the folders that a marker names.
+"""The tables and figures that the documentation may show, each made from the folders that a marker
+names.
 
-`docs.build.render` looks them up by name.  A maker takes folders of analysis/results and returns Markdown or a `Figure`; it
-takes no number from anywhere else than these folders, reference data with its source, and the predictor.
+`docs.build.render` looks them up by name.  A maker takes folders of analysis/results and returns
+Markdown or a `Figure`; it takes no number from anywhere else than these folders, reference data
+with its source, and the predictor.
 """
 
 from __future__ import annotations
@@ -36,14 +38,16 @@ Maker = Callable[[Sequence[Path]], str | Figure]
 
 
 def runs_of(results: Sequence[Path]) -> list[Run]:
-    """Return the runs below folders of results; InputError where one is not sound, for what is shipped must be."""
+    """Return the runs below folders of results; InputError where one is not sound, for what is
+    shipped must be.
+    """
     runs, left_out = load_all(folders_of(results))
     if left_out:
         raise InputError(left_out[0])
     return runs
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def gemm_speedups(results: Sequence[Path]) -> str:
@@ -55,22 +59,31 @@ def gemm_by_model(results: Sequence[Path]) -> str:
     """Speedup of whole models' linear layers over BF16, GEMMs alone and with casts."""
     layers = gemm.load_more(_one(results), "layers")
     if layers.empty:
-        raise InputError(f"{_one(results)} has no layers.jsonl; measure it with python -m recipes.measure.gemm --models")
+        raise InputError(
+            f"{_one(results)} has no layers.jsonl; measure it with python -m recipes.measure.gemm"
+            " --models"
+        )
     return gemm.models_table(layers).markdown()
 
 
 def identical_bits(results: Sequence[Path]) -> str:
-    """Shares of bits that this project's casts have in common with Transformer Engine's, by recipe and operand."""
+    """Shares of bits that this project's casts have in common with Transformer Engine's, by recipe
+    and operand.
+    """
     return _bits(results, te_parity.table, "Casts compared with Transformer Engine's")
 
 
 def identical_gemms(results: Sequence[Path]) -> str:
-    """The same of the largest linear layer's outputs, with both errors over the exact product in BF16 steps, and both biases in millionths."""
+    """The same of the largest linear layer's outputs, with both errors over the exact product in
+    BF16 steps, and both biases in millionths.
+    """
     return _bits(results, _largest, "Outputs of a linear layer compared with Transformer Engine's")
 
 
 def _largest(rows: pd.DataFrame) -> pd.DataFrame:
-    found = te_parity.gemms(rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()])
+    found = te_parity.gemms(
+        rows[rows["elements"] == rows.loc[rows["refused"] == "", "elements"].max()]
+    )
     biases = {name: f"{name}, 1e-6" for name in ("te_bias", "our_bias")}
     return (
         found.assign(**{name: found[name] * 1e6 for name in biases})
@@ -85,7 +98,9 @@ def _bits(results: Sequence[Path], table: Callable[[pd.DataFrame], pd.DataFrame]
 
 
 def _frame(table: pd.DataFrame, note: str, digits: int | None = None) -> str:
-    """Return a data frame, its index as first columns, as Markdown; numbers with `digits` decimals, or six significant ones."""
+    """Return a data frame, its index as first columns, as Markdown; numbers with `digits` decimals,
+    or six significant ones.
+    """
     return of_frame(table, note, digits).markdown()
 
 
@@ -124,11 +139,19 @@ def verdicts(results: Sequence[Path]) -> str:
     """The verdict on each FP8 run's loss."""
     found = compare(runs_of(results))
     rows = found.rows
-    return Table("", shown(rows), rows, [headline(rows), *pair_notes(found)], frozenset(["precision", "verdict"])).markdown()
+    return Table(
+        "",
+        shown(rows),
+        rows,
+        [headline(rows), *pair_notes(found)],
+        frozenset(["precision", "verdict"]),
+    ).markdown()
 
 
 def rates_of_errors(results: Sequence[Path]) -> str:
-    """How often a verdict is wrong, by kind of noise and evidence (python -m analysis.convergence.error_rates)."""
+    """How often a verdict is wrong, by kind of noise and evidence (python -m
+    analysis.convergence.error_rates).
+    """
     return error_rates.load(_one(results) / "rates.csv").markdown()
 
 
@@ -143,13 +166,21 @@ def notes(results: Sequence[Path]) -> str:
 
 
 def operands(results: Sequence[Path]) -> str:
-    """What each recipe did to the operands of its GEMMs after the first step, and how much of them became zero in that."""
-    rows = [{str(key): value for key, value in row.items()} for row in numerics.summary(numerics.load_all(runs_of(results))).to_dict("records")]
+    """What each recipe did to the operands of its GEMMs after the first step, and how much of them
+    became zero in that.
+    """
+    rows = [
+        {str(key): value for key, value in row.items()}
+        for row in numerics.summary(numerics.load_all(runs_of(results))).to_dict("records")
+    ]
     note = (
-        "Over all linear layers and diagnosed steps after the first: SQNR the median; elements that became zero or saturated, in % of a tensor's, "
-        "mean and largest of a linear layer and step."
+        "Over all linear layers and diagnosed steps after the first: SQNR the median; elements that"
+        " became zero or saturated, in % of a tensor's, mean and largest of a linear layer and"
+        " step."
     )
-    return Table("", [_operand(row) for row in rows], rows, [note], frozenset(["precision", "role"])).markdown()
+    return Table(
+        "", [_operand(row) for row in rows], rows, [note], frozenset(["precision", "role"])
+    ).markdown()
 
 
 def _operand(row: dict[str, Any]) -> dict[str, str]:
@@ -160,7 +191,11 @@ def _operand(row: dict[str, Any]) -> dict[str, str]:
         "became zero in step 1, %": "underflow_step_1",
     }
     names = {key: str(row[key]) for key in ("precision", "role")}
-    return {**names, "SQNR, dB": f"{row['sqnr_db']:.1f}", **{name: f"{row[key] * 100:.2g}" for name, key in shares.items()}}
+    return {
+        **names,
+        "SQNR, dB": f"{row['sqnr_db']:.1f}",
+        **{name: f"{row[key] * 100:.2g}" for name, key in shares.items()},
+    }
 
 
 def layer_time(results: Sequence[Path]) -> str:
@@ -174,14 +209,30 @@ def tunings(results: Sequence[Path]) -> str:
 
 
 def harness_cost(results: Sequence[Path]) -> str:
-    """What the harness adds to a bare Megatron-Core step (recipes.measure.gpu.overhead), a row a measurement."""
-    costs = [json.loads(path.read_text()) for folder in results for path in sorted(folder.rglob("cost.json"))]
+    """What the harness adds to a bare Megatron-Core step (recipes.measure.gpu.overhead), a row a
+    measurement.
+    """
+    costs = [
+        json.loads(path.read_text())
+        for folder in results
+        for path in sorted(folder.rglob("cost.json"))
+    ]
     if not costs:
-        raise InputError("there is no cost.json; measure it with python -m recipes.measure.gpu.overhead --out")
-    what = f"{', '.join(sorted({cost['labels']['step_time'] for cost in costs}))} on {', '.join(sorted({cost['device'] for cost in costs}))}"
+        raise InputError(
+            "there is no cost.json; measure it with python -m recipes.measure.gpu.overhead --out"
+        )
+    what = (
+        f"{', '.join(sorted({cost['labels']['step_time'] for cost in costs}))} on"
+        f" {', '.join(sorted({cost['device'] for cost in costs}))}"
+    )
     loggers = "without loggers, evaluation and checkpoints"
-    note = f"Over a bare Megatron-Core step in the same run, {what}, {loggers}; mean over blocks of steps with Student's 95 % interval."
-    return Table("", [_cost(cost) for cost in costs], costs, [note], frozenset(["model", "precision"])).markdown()
+    note = (
+        f"Over a bare Megatron-Core step in the same run, {what}, {loggers}; mean over blocks of"
+        " steps with Student's 95 % interval."
+    )
+    return Table(
+        "", [_cost(cost) for cost in costs], costs, [note], frozenset(["model", "precision"])
+    ).markdown()
 
 
 def _cost(cost: dict[str, Any]) -> dict[str, str]:
@@ -212,15 +263,20 @@ def post_table(figure: str, place: int = 0) -> Maker:
     def maker(_: Sequence[Path]) -> str:
         return post(figure).tables[place].markdown()
 
-    maker.__doc__ = f"Table {place} of the page of {figure} (python -m analysis.post {figure}), from the shipped results."
+    maker.__doc__ = (
+        f"Table {place} of the page of {figure} (python -m analysis.post {figure}), from the"
+        " shipped results."
+    )
     return maker
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def of_comparison(name: str) -> Maker:
-    """Return a maker of a figure of a comparison (`analysis.convergence.figures`, `analysis.convergence.numerics_figures`)."""
+    """Return a maker of a figure of a comparison (`analysis.convergence.figures`,
+    `analysis.convergence.numerics_figures`).
+    """
 
     def maker(results: Sequence[Path]) -> Figure:
         found = compare(runs_of(results))
@@ -236,7 +292,10 @@ def gemm_models_figure(results: Sequence[Path]) -> Figure:
     """Speedup of each model's linear layers in training."""
     figure = gemm.models_figure(gemm.load_more(_one(results), "layers"))
     if figure is None:
-        raise InputError(f"{_one(results)} has no layers.jsonl of models; measure it with python -m recipes.measure.gemm --models")
+        raise InputError(
+            f"{_one(results)} has no layers.jsonl of models; measure it with python -m"
+            " recipes.measure.gemm --models"
+        )
     return figure
 
 
@@ -267,7 +326,10 @@ TABLES: dict[str, Maker] = {
     "post-fig4-assumptions": post_table("fig4", 2),
 }
 FIGURES: dict[str, Maker] = {
-    **{name: of_comparison(name) for name in ("loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation")},
+    **{
+        name: of_comparison(name)
+        for name in ("loss", "gap", "heldout", "step_time", "sqnr", "underflow", "saturation")
+    },
     "gemm": lambda results: gemm.figure(gemm.load(_one(results))),
     "gemm-models": gemm_models_figure,
     "fig3": lambda results: full_depth_table.figure(_fig3(results)[0]),

@@ -1,7 +1,8 @@
 """The axes of an experiment: what `-m experiment=fig3` sweeps without being told.
 
-`conf/experiment` is the only place where axes are joined, so the values that belong together stand there, where Hydra itself looks for
-them: `hydra.sweeper.params`.  A value on the command line replaces the experiment's axis.
+`conf/experiment` is the only place where axes are joined, so the values that belong together stand
+there, where Hydra itself looks for them: `hydra.sweeper.params`.  A value on the command line
+replaces the experiment's axis.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from recipes.errors import InputError
 
 
 def with_axes(overrides: Sequence[str], conf: Path = CONF) -> list[str]:
-    """Return the overrides of a sweep behind those axes of their experiment that they do not name; InputError for no such experiment."""
+    """Return the overrides of a sweep behind those axes of their experiment that they do not name;
+    InputError for no such experiment.
+    """
     return [*(f"{key}={values}" for key, values in _left_open(overrides, conf).items()), *overrides]
 
 
 def check_single(overrides: Sequence[str], conf: Path = CONF) -> None:
-    """Raise InputError where one plan is asked for and its experiment sweeps an axis that the overrides leave open."""
+    """Raise InputError where one plan is asked for and its experiment sweeps an axis that the
+    overrides leave open.
+    """
     left = _left_open(overrides, conf)
     if left:
         one_each = " ".join(f"{key}={values.partition(',')[0]}" for key, values in left.items())
         name = _keys(overrides)["experiment"]
-        raise InputError(f"{name} sweeps {', '.join(left)}; use -m for a run of each, or give one value of each, as in {one_each}")
+        raise InputError(
+            f"{name} sweeps {', '.join(left)}; use -m for a run of each, or give one value of each,"
+            f" as in {one_each}"
+        )
 
 
 def _keys(overrides: Sequence[str]) -> dict[str, str]:
@@ -42,10 +50,16 @@ def _left_open(overrides: Sequence[str], conf: Path) -> dict[str, str]:
 
 
 def _axes(experiment: str, conf: Path) -> dict[str, str]:
-    """Return what an experiment sweeps; nothing where it trains nothing, which composing it tells."""
+    """Return what an experiment sweeps; nothing where it trains nothing, which composing it
+    tells.
+    """
     try:
         config = composed([experiment], conf)
-        found = {} if "made_with" in config else OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())
+        found = (
+            {}
+            if "made_with" in config
+            else OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create())
+        )
     except UNUSABLE:
         compose_tree([experiment], conf)  # says what is wrong with it
         raise

@@ -1,8 +1,10 @@
-"""What a plan leaves open: values that depend on more than one axis, filled in after the axes were composed.
+"""What a plan leaves open: values that depend on more than one axis, filled in after the axes were
+composed.
 
-A recommended mapping belongs to a model, a GPU, a stack and a number format together, so no single YAML file can hold
-it; it is looked up in `reference/recommended_mappings.csv` (NVIDIA's own tables, by NeMo tag).  Whatever the user gave
-stays as given: only what is null is filled, and the rules check the outcome.
+A recommended mapping belongs to a model, a GPU, a stack and a number format together, so no single
+YAML file can hold it; it is looked up in `reference/recommended_mappings.csv` (NVIDIA's own tables,
+by NeMo tag).  Whatever the user gave stays as given: only what is null is filled, and the rules
+check the outcome.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ FOR_BF16 = "recommended_for_bf16"
 LOOKED_UP = ("recommended", FOR_BF16)  # a mapping's source where its row is looked up
 DROPPED = "dropped: "  # begins the note of what a layout gave up for a field that was asked for
 FLAGS = ("cuda_graphs", "fsdp")
-SIZES = ("tp", "pp", "cp", "vp", "micro_batch", "global_batch", "recompute_layers", "offload_layers")
+SIZES = (
+    "tp",
+    "pp",
+    "cp",
+    "vp",
+    "micro_batch",
+    "global_batch",
+    "recompute_layers",
+    "offload_layers",
+)
 
 
 def fill(tree: Tree) -> Tree:
@@ -31,7 +42,9 @@ def fill(tree: Tree) -> Tree:
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     try:
         fill_rates(filled)
-        asked_batch, asked_graphs = (filled["mapping"][key] for key in ("global_batch", "cuda_graphs"))
+        asked_batch, asked_graphs = (
+            filled["mapping"][key] for key in ("global_batch", "cuda_graphs")
+        )
         for step in (_mapping, _executor, _settings, _precision):
             step(filled)
         fill_batch(filled, asked_batch)
@@ -44,14 +57,21 @@ def fill(tree: Tree) -> Tree:
 
 @functools.cache
 def recommended() -> list[dict[str, str]]:
-    """Return NVIDIA's recommended mappings, a row a NeMo tag, model, GPU and number format ("*": any)."""
+    """Return NVIDIA's recommended mappings, a row a NeMo tag, model, GPU and number format ("*":
+    any).
+    """
     with RECOMMENDED.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def _row(tree: Tree) -> dict[str, str]:
-    """Return the recommended row of a tree's cell: that of its GPU, of one mapped like it, or the last, which fits any."""
-    gpu, as_bf16 = tree["gpu"], tree["precision"]["fp8"] is None or tree["mapping"]["source"] == FOR_BF16
+    """Return the recommended row of a tree's cell: that of its GPU, of one mapped like it, or the
+    last, which fits any.
+    """
+    gpu, as_bf16 = (
+        tree["gpu"],
+        tree["precision"]["fp8"] is None or tree["mapping"]["source"] == FOR_BF16,
+    )
     wanted = {
         "nemo_ref": (tree["stack"]["recommended"],),
         "model": (tree["model"]["name"],),
@@ -71,7 +91,9 @@ def recommended_layout(tree: Tree) -> dict[str, int | bool]:
 
 
 def _mapping(tree: Tree) -> None:
-    """Fill the layout from its recommended row; its source names the row, and what was given otherwise."""
+    """Fill the layout from its recommended row; its source names the row, and what was given
+    otherwise.
+    """
     mapping = tree["mapping"]
     given = None not in [mapping[key] for key in (*SIZES, *FLAGS)]
     if given and tree["num_gpus"] is None:
@@ -84,7 +106,9 @@ def _mapping(tree: Tree) -> None:
     asked = {key for key in known if mapping[key] is not None}
     mapping.update({key: value for key, value in known.items() if key not in asked})
     dropped = _drop_excluded(mapping, asked, tree["model"])
-    notes = [f"changed: {', '.join(changed)}"] * bool(changed) + [f"{DROPPED}{', '.join(dropped)}"] * bool(dropped)
+    notes = [f"changed: {', '.join(changed)}"] * bool(changed) + [
+        f"{DROPPED}{', '.join(dropped)}"
+    ] * bool(dropped)
     mapping["source"] = "; ".join([f"{mapping['source']}: {row['source']}", *notes])
     tree["num_gpus"] = int(row["num_gpus"]) if tree["num_gpus"] is None else tree["num_gpus"]
 
@@ -92,8 +116,8 @@ def _mapping(tree: Tree) -> None:
 def _drop_excluded(mapping: Tree, asked: set[str], model: Tree) -> list[str]:
     """Take back what came from the recommended row and what the fields that were asked for exclude.
 
-    Nothing is taken back that was asked for, nor where nothing was: then the row is used as it stands.
-    Returns what was dropped, each with the reason.
+    Nothing is taken back that was asked for, nor where nothing was: then the row is used as it
+    stands. Returns what was dropped, each with the reason.
     """
     m, dropped = mapping, []
 
@@ -107,7 +131,9 @@ def _drop_excluded(mapping: Tree, asked: set[str], model: Tree) -> list[str]:
     for key in (key for key in (*SIZES, *FLAGS) if key in asked):
         for other in list(excluded(m, key)):
             drop(other, OFF[other], f"{key}={_text(m[key])}")
-    chunks = (model["num_layers"] + 2 * model.get("embedding_and_loss_count_as_layers", False)) / m["pp"]
+    chunks = (model["num_layers"] + 2 * model.get("embedding_and_loss_count_as_layers", False)) / m[
+        "pp"
+    ]
     if m["pp"] == 1:
         drop("vp", 1, "pp=1")
     elif chunks % 1 == 0 and chunks % m["vp"]:
@@ -131,13 +157,17 @@ def _executor(tree: Tree) -> None:
 
 
 def _settings(tree: Tree) -> None:
-    """NeMo v2.3.2 scripts/performance/utils.py:293 (overlap) and :339 (precision-aware optimizer, for BF16 alone)."""
+    """NeMo v2.3.2 scripts/performance/utils.py:293 (overlap) and :339 (precision-aware optimizer,
+    for BF16 alone).
+    """
     settings, mapping = tree["settings"], tree["mapping"]
     if settings.get("precision_aware_optimizer", False) is None:
         dropped = bool(mapping["fsdp"] and tree["stack"].get("fsdp_drops_gradients"))
         settings["precision_aware_optimizer"] = tree["precision"]["fp8"] is None and not dropped
     if settings.get("overlap_param_gather_with_optimizer_step", False) is None:
-        settings["overlap_param_gather_with_optimizer_step"] = bool(mapping["pp"] > 1 and mapping["vp"] > 1 and tree["num_gpus"] > _smallest(mapping))
+        settings["overlap_param_gather_with_optimizer_step"] = bool(
+            mapping["pp"] > 1 and mapping["vp"] > 1 and tree["num_gpus"] > _smallest(mapping)
+        )
     if settings.get("check_gradients", False) is None:
         settings["check_gradients"] = _scripts(tree).get("check_gradients", True)
 
@@ -161,20 +191,34 @@ def _precision(tree: Tree) -> None:
 def _keeps_fp8_parameters(tree: Tree, fp8: Tree) -> bool:
     """Whether parameters are kept in FP8 by default: where stack, optimizer and layout can.
 
-    Under MXFP8 not where checkpoints are written.  Its values by columns come from the main parameters; read back from
-    a checkpoint they would come from those by rows, and a run would not continue to the numbers of an unbroken one.
+    Under MXFP8 not where checkpoints are written.  Its values by columns come from the main
+    parameters; read back from a checkpoint they would come from those by rows, and a run would not
+    continue to the numbers of an unbroken one.
     """
     stack, settings, fsdp = tree["stack"], tree["settings"], tree["mapping"]["fsdp"]
     if stack.get("emulates_fp8") or settings["precision_aware_optimizer"]:
         return False
     if fp8["scaling"] == "mxfp8":
-        return bool(_scripts(tree).get("mxfp8_parameters")) and not fsdp and not settings["checkpoints"]
+        return (
+            bool(_scripts(tree).get("mxfp8_parameters"))
+            and not fsdp
+            and not settings["checkpoints"]
+        )
     return bool(stack["fp8_parameters_with_fsdp"] or not fsdp)
 
 
 def _graphs(tree: Tree) -> None:
     """Turn recommended CUDA graphs off where they would run layers in FP8 that are kept in BF16."""
-    mapping, fp8, dropped = tree["mapping"], tree["precision"]["fp8"], tree["stack"].get("graphs_drop_bf16_layers")
-    if mapping["cuda_graphs"] and dropped and fp8 and fp8["first_layers_bf16"] + fp8["last_layers_bf16"]:
+    mapping, fp8, dropped = (
+        tree["mapping"],
+        tree["precision"]["fp8"],
+        tree["stack"].get("graphs_drop_bf16_layers"),
+    )
+    if (
+        mapping["cuda_graphs"]
+        and dropped
+        and fp8
+        and fp8["first_layers_bf16"] + fp8["last_layers_bf16"]
+    ):
         mapping["cuda_graphs"] = False
         mapping["source"] += f"; CUDA graphs off: {dropped}"

@@ -2,10 +2,10 @@
 
 The estimate (recipes.estimate.memory) has an error.  A plan is in one of three states:
 
-- it **fits** with a margin: the estimate, were it too low by its error, stays below what the GPU can
-  give.  Only such a layout is recommended, found by a search, or named as a remedy.
-- it is **tight**: the GPU's memory lies within the error of the estimate.  A layout that was asked for
-  by its fields, or that settings for speed take from NVIDIA, may be tight; the launch says so.
+- it **fits** with a margin: the estimate, were it too low by its error, stays below what the GPU
+  can give.  Only such a layout is recommended, found by a search, or named as a remedy.
+- it is **tight**: the GPU's memory lies within the error of the estimate.  A layout that was asked
+  for by its fields, or that settings for speed take from NVIDIA, may be tight; the launch says so.
 - it is **refused**: it would not fit if the estimate were too high by its error.
 """
 
@@ -29,7 +29,9 @@ State = Literal["fits", "tight", "refused"]
 
 
 def margin(plan: Plan) -> float:
-    """Return the share by which the estimate may be too low, which a layout that fits leaves free."""
+    """Return the share by which the estimate may be too low, which a layout that fits leaves
+    free.
+    """
     return max(ESTIMATE_ERROR, CONTEXT_PARALLEL_ERROR) if plan.mapping.cp > 1 else ESTIMATE_ERROR
 
 

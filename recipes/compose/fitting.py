@@ -1,10 +1,11 @@
-"""Which layout does a cell get under settings that train?  NVIDIA's, or the nearest that fits with a margin.
+"""Which layout does a cell get under settings that train?  NVIDIA's, or the nearest that fits with
+a margin.
 
-NVIDIA's recommended layouts were made for speed: gradients in BF16, no BF16 layers, a fused loss.  With
-settings for convergence some leave no room, or need more than there is.  `fitted` then takes the nearest
-layout (recipes.compose.nearest) and `mapping.source` says what changed and why.  A field that was given stays as
-it is; one that differs from NVIDIA's makes the layout the user's own, which nothing changes.  Nor is one
-changed under settings that measure speed (`settings.layout`).
+NVIDIA's recommended layouts were made for speed: gradients in BF16, no BF16 layers, a fused loss.
+With settings for convergence some leave no room, or need more than there is.  `fitted` then takes
+the nearest layout (recipes.compose.nearest) and `mapping.source` says what changed and why.  A
+field that was given stays as it is; one that differs from NVIDIA's makes the layout the user's own,
+which nothing changes.  Nor is one changed under settings that measure speed (`settings.layout`).
 """
 
 from __future__ import annotations
@@ -39,17 +40,22 @@ FOR_MEMORY = "for memory"
 
 
 def fitted(plan: Plan, tree: Tree, conf: Path) -> Plan:
-    """Return the plan in the nearest layout that fits with a margin, where its own is only recommended.
+    """Return the plan in the nearest layout that fits with a margin, where its own is only
+    recommended.
 
-    `tree` is what the plan was filled from.  With mapping=iso every precision of the cell gets the same
-    layout, so it must fit for all of them.
+    `tree` is what the plan was filled from.  With mapping=iso every precision of the cell gets the
+    same layout, so it must fit for all of them.
     """
     looked_up = plan.mapping.source.split(":")[0] in LOOKED_UP
     if plan.on_cpu or plan.settings.layout == "recommended" or not looked_up:
         return plan
     sharing = _sharing(plan, tree, conf)
     plan = _without_graphs(plan, tree, sharing)
-    given = {key: tree["mapping"].get(key) for key in (*SIZES, *FLAGS) if tree["mapping"].get(key) is not None}
+    given = {
+        key: tree["mapping"].get(key)
+        for key in (*SIZES, *FLAGS)
+        if tree["mapping"].get(key) is not None
+    }
     row = recommended_layout(tree)
     chosen = any(given.get(key, row[key]) != row[key] for key in CHOSEN)
     deciding = sharing or [plan]
@@ -82,7 +88,8 @@ def _passes(plan: Plan) -> bool:
 def _sharing(plan: Plan, tree: Tree, conf: Path) -> list[Plan]:
     """Return the cell's plan in each precision that shares its layout: all, with mapping=iso.
 
-    They are those of conf/precision, so that overrides of one precision leave the shared layout alone.
+    They are those of conf/precision, so that overrides of one precision leave the shared layout
+    alone.
     """
     if not plan.mapping.source.startswith(FOR_BF16):
         return []
@@ -102,7 +109,12 @@ def _with_reason(plan: Plan, found: Plan, deciding: list[Plan]) -> Plan:
     """Return the plan that was found, with what changed and why in its mapping's source."""
     worst = max(deciding, key=lambda each: estimate(each).total_gb)
     whose = "" if worst.precision == plan.precision else f" in {worst.precision.name}"
-    needs = f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose}, {margin(worst):.1%} are kept free"
-    changed = ", ".join(f"{key} {old} → {new}" for key, (old, new) in differing(plan, found).items())
+    needs = (
+        f"{estimate(worst).total_gb:.0f} of {usable_gb(plan) or 0:.0f} GB{whose},"
+        f" {margin(worst):.1%} are kept free"
+    )
+    changed = ", ".join(
+        f"{key} {old} → {new}" for key, (old, new) in differing(plan, found).items()
+    )
     source = f"{plan.mapping.source}; {FOR_MEMORY} ({needs}): {changed}"
     return found.model_copy(update={"mapping": found.mapping.model_copy(update={"source": source})})

@@ -1,7 +1,9 @@
-"""Compose conf/ with Hydra, and keep within a process what the files of a choice of groups merge to.
+"""Compose conf/ with Hydra, and keep within a process what the files of a choice of groups merge
+to.
 
-Hydra reads and merges about twenty-five files for each plan, in 0.1 s.  A matrix, a sweep or a page composes hundreds
-of plans.  Most of them differ from another in values alone, which are set after the merge.
+Hydra reads and merges about twenty-five files for each plan, in 0.1 s.  A matrix, a sweep or a page
+composes hundreds of plans.  Most of them differ from another in values alone, which are set after
+the merge.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ MOST_CHOICES = 1024  # merged choices of groups in one state of a folder, 35 kB 
 def composed(overrides: Sequence[str], conf: Path) -> DictConfig:
     """Return what Hydra composes of conf/config.yaml and `overrides`, with its own node `hydra`.
 
-    The result is the caller's own.  Files that changed since the last call are read again.  Raises as Hydra's `compose`.
+    The result is the caller's own.  Files that changed since the last call are read again.  Raises
+    as Hydra's `compose`.
     """
     loader = _loader(str(conf), tuple(_states(str(conf))))
     return loader.load_configuration("config", list(overrides), RunMode.RUN, from_shell=False)
@@ -50,7 +53,10 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def values_of(path: Path) -> Any:
-    """Return the values of one YAML file, the caller's own.  Raises as `OmegaConf.load`, or OSError."""
+    """Return the values of one YAML file, the caller's own.
+
+    Raises as `OmegaConf.load`, or OSError.
+    """
     return pickle.loads(_values(str(path), _state(path.stat())))
 
 
@@ -88,7 +94,8 @@ def _state(found: os.stat_result) -> State:
 
 
 class _Loader(ConfigLoaderImpl):
-    """Hydra 1.3's loader (hydra/_internal/config_loader_impl.py), which merges the files of each choice of groups once.
+    """Hydra 1.3's loader (hydra/_internal/config_loader_impl.py), which merges the files of each
+    choice of groups once.
 
     Whatever fails is given to Hydra's own loader, whose message it is.
     """
@@ -122,14 +129,20 @@ class _Loader(ConfigLoaderImpl):
 
     def _by_hydra(self, config_name: str | None, overrides: list[str]) -> DictConfig:
         loader = ConfigLoaderImpl(self.config_search_path)
-        return loader._load_configuration_impl(config_name, overrides, RunMode.RUN, from_shell=False)
+        return loader._load_configuration_impl(
+            config_name, overrides, RunMode.RUN, from_shell=False
+        )
 
     def _merged(self, config_name: str | None, groups: tuple[str, ...]) -> bytes:
-        found = super()._load_configuration_impl(config_name, list(groups), RunMode.RUN, from_shell=False)
+        found = super()._load_configuration_impl(
+            config_name, list(groups), RunMode.RUN, from_shell=False
+        )
         return pickle.dumps(found)
 
     def _chooses_file(self, override: Override) -> bool:
-        """Whether an override chooses files; else it sets a value (hydra/_internal/defaults_list.py, class Overrides)."""
+        """Whether an override chooses files; else it sets a value
+        (hydra/_internal/defaults_list.py, class Overrides).
+        """
         is_group = self.repository.group_exists(override.key_or_group)
         return is_group and not isinstance(override.value(), dict)
 
@@ -138,9 +151,13 @@ class _Loader(ConfigLoaderImpl):
     ) -> tuple[list[Override], CachingConfigRepository]:
         return OverridesParser.create().parse_overrides(overrides), self.files
 
-    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: IConfigRepository
+    ) -> DictConfig:
         """Hydra's own files come first, and are the same for all."""
-        own = list(itertools.takewhile(lambda each: str(each.config_path).startswith("hydra/"), defaults))
+        own = list(
+            itertools.takewhile(lambda each: str(each.config_path).startswith("hydra/"), defaults)
+        )
         key = repr(own)
         if key not in self.begun:
             self.begun[key] = pickle.dumps(super()._compose_config_from_defaults_list(own, repo))
@@ -162,5 +179,7 @@ class _Loader(ConfigLoaderImpl):
 def _sorted(groups: Sequence[Override]) -> tuple[str, ...]:
     """Return overrides that choose files; in one order for all, where their order means nothing."""
     lines = [str(override.input_line) for override in groups]
-    is_plain = all(line[:1] not in "+~" for line in lines) and len({each.key_or_group for each in groups}) == len(groups)
+    is_plain = all(line[:1] not in "+~" for line in lines) and len(
+        {each.key_or_group for each in groups}
+    ) == len(groups)
     return tuple(sorted(lines) if is_plain else lines)

@@ -1,8 +1,8 @@
 """Which layouts are near a plan's, in the order in which one would try them?
 
-A remedy names the first that fits, and a recommended layout without a margin gives way to it.  First
-comes a smaller micro-batch, then recomputation of up to half of a stage's layers, then a further split
-of the model, then both with all layers recomputed; and only then more GPUs.
+A remedy names the first that fits, and a recommended layout without a margin gives way to it.
+First comes a smaller micro-batch, then recomputation of up to half of a stage's layers, then a
+further split of the model, then both with all layers recomputed; and only then more GPUs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def nearest(
     times: Sequence[int] = (1,),
     kept: Collection[str] = (),
 ) -> Plan | None:
-    """Return the plan in the nearest layout that the rules take and that fits; None where none does.
+    """Return the plan in the nearest layout that the rules take and that fits; None where none
+    does.
 
-    `others` are plans that share the layout and decide in place of the plan.  `times`: how many times
-    the GPUs.  `kept`: fields of the layout that stay as they are.
+    `others` are plans that share the layout and decide in place of the plan.  `times`: how many
+    times the GPUs.  `kept`: fields of the layout that stay as they are.
     """
     for candidate in itertools.chain.from_iterable(_layouts(plan, factor) for factor in times):
         if any(getattr(candidate.mapping, key) != getattr(plan.mapping, key) for key in kept):
@@ -51,7 +52,11 @@ def overrides(plan: Plan, changed: Plan) -> str:
     A batch that nobody named follows the layout and is not among them.
     """
     follows = {"global_batch"} if takes_own_batch(plan) and takes_own_batch(changed) else set[str]()
-    found = [f"mapping.{key}={_text(new)}" for key, (_, new) in differing(plan, changed).items() if key not in follows]
+    found = [
+        f"mapping.{key}={_text(new)}"
+        for key, (_, new) in differing(plan, changed).items()
+        if key not in follows
+    ]
     more = [f"num_gpus={changed.num_gpus}"] if changed.num_gpus != plan.num_gpus else []
     return " ".join([*more, *found])
 
@@ -89,7 +94,8 @@ def _layouts(plan: Plan, factor: int) -> Iterator[Plan]:
 
 
 def _splits(plan: Plan) -> Iterator[dict[str, int]]:
-    """Yield larger tp, cp and pp, the smallest product first, tp before the others as it stays on NVLink.
+    """Yield larger tp, cp and pp, the smallest product first, tp before the others as it stays on
+    NVLink.
 
     Megatron-Core's FSDP is not combined with pipeline stages (NVIDIA's scripts never do).
     """
@@ -100,15 +106,21 @@ def _splits(plan: Plan) -> Iterator[dict[str, int]]:
         for tp, cp, pp in itertools.product(DOUBLINGS, DOUBLINGS[:4], DOUBLINGS)
         if 1 < tp * cp * pp <= DOUBLINGS[-1] and m.tp * tp <= max(nvlink, m.tp)
     ]
-    for tp, cp, pp in sorted(chosen, key=lambda factors: (factors[0] * factors[1] * factors[2], factors[2], factors[1])):
+    for tp, cp, pp in sorted(
+        chosen, key=lambda factors: (factors[0] * factors[1] * factors[2], factors[2], factors[1])
+    ):
         if (m.fsdp and m.pp * pp > 1) or m.pp * pp > model.num_layers:
             continue
         for vp in dict.fromkeys((m.vp if m.pp * pp > 1 else 1, 1)):
             yield {"tp": m.tp * tp, "cp": m.cp * cp, "pp": m.pp * pp, "vp": vp}
 
 
-def _recomputing(plan: Plan, factor: int, layout: dict[str, int], half: bool = False) -> Iterator[Plan]:
-    """Yield a layout with one more layer recomputed at a time, up to half of a chunk's; or all at once."""
+def _recomputing(
+    plan: Plan, factor: int, layout: dict[str, int], half: bool = False
+) -> Iterator[Plan]:
+    """Yield a layout with one more layer recomputed at a time, up to half of a chunk's; or all at
+    once.
+    """
     split = plan.model_copy(update={"mapping": plan.mapping.model_copy(update=layout)})
     chunks = [chunk for stage in range(split.mapping.pp) for chunk in layers_by_chunk(split, stage)]
     most, before = max(map(len, chunks)), plan.mapping.recompute_layers
@@ -117,7 +129,8 @@ def _recomputing(plan: Plan, factor: int, layout: dict[str, int], half: bool = F
 
 
 def _changed(plan: Plan, factor: int, **layout: int) -> Iterator[Plan]:
-    """Yield the plan in a layout, without what the layout excludes; with more GPUs also with more sequences.
+    """Yield the plan in a layout, without what the layout excludes; with more GPUs also with more
+    sequences.
 
     Nothing is yielded where the layout cuts the layers unevenly, or is the plan's own.
     """
@@ -132,7 +145,11 @@ def _changed(plan: Plan, factor: int, **layout: int) -> Iterator[Plan]:
     if (same and factor == 1) or (uneven and mapping.pp > 1):
         return
     gpus = plan.num_gpus * factor
-    own = own_batch(plan.model_copy(update={"mapping": mapping, "num_gpus": gpus})) if takes_own_batch(plan) else None
+    own = (
+        own_batch(plan.model_copy(update={"mapping": mapping, "num_gpus": gpus}))
+        if takes_own_batch(plan)
+        else None
+    )
     for batch in [own] if own else dict.fromkeys((m.global_batch, m.global_batch * factor)):
         replicas = max(1, gpus // (mapping.tp * mapping.cp * mapping.pp))
         if batch % (mapping.micro_batch * replicas) == 0:

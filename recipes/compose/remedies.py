@@ -1,7 +1,7 @@
 """A refusal of a plan with the changes that may lift it.
 
-A rule lists changes, the nearest first.  `recipes.compose.rules.check` names the first that all rules
-accept, so that who follows a message does not meet the next one.
+A rule lists changes, the nearest first.  `recipes.compose.rules.check` names the first that all
+rules accept, so that who follows a message does not meet the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Change = dict[str, Any]  # keys of the plan, as on a command line, and their new
 class Refusal(str):
     """What is refused and why, with advice in words.
 
-    `changes`: what to name in place of the advice where the rules accept it, the first or (`any_of`) all.
+    `changes`: what to name in place of the advice where the rules accept it, the first or
+    (`any_of`) all.
     """
 
     what: str
@@ -35,12 +36,17 @@ class Refusal(str):
 
 def overrides(change: Change) -> str:
     """Return a change as Hydra overrides."""
-    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    values = {
+        key: str(value).lower() if isinstance(value, bool) else value
+        for key, value in change.items()
+    }
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def changed(plan: Plan, change: Change) -> Plan:
-    """Return the plan with other values; whether tensor-parallel communication overlaps is decided anew."""
+    """Return the plan with other values; whether tensor-parallel communication overlaps is decided
+    anew.
+    """
     plan = reopened(plan)
     for key, value in change.items():
         *path, name = key.split(".")
@@ -59,7 +65,11 @@ def with_batches(plan: Plan, change: Change) -> Iterator[tuple[Change, Plan]]:
     A batch that nobody named follows the layout, so that the change alone is enough.
     """
     candidate = changed(plan, change)
-    batch = own_batch(candidate) if takes_own_batch(plan) and "mapping.global_batch" not in change else None
+    batch = (
+        own_batch(candidate)
+        if takes_own_batch(plan) and "mapping.global_batch" not in change
+        else None
+    )
     yield change, changed(plan, {**change, "mapping.global_batch": batch}) if batch else candidate
     m, replicas = candidate.mapping, candidate.data_parallel
     of = m.micro_batch * max(1, replicas) * (m.pp if m.vp > 1 else 1)

@@ -1,7 +1,8 @@
-"""From the command line to plans: Hydra composes conf/, pydantic types the result, the rules check it.
+"""From the command line to plans: Hydra composes conf/, pydantic types the result, the rules check
+it.
 
-Every command takes Hydra overrides (`model=… precision=… mapping.tp=4`); `a,b` values make a sweep.  All errors that
-a user can mend leave here as one InputError line.
+Every command takes Hydra overrides (`model=… precision=… mapping.tp=4`); `a,b` values make a sweep.
+All errors that a user can mend leave here as one InputError line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,20 @@ from recipes.overlap import resolved
 from recipes.paths import CONF as CONF
 from recipes.plan import Data, Frozen, Plan, Positive
 
-# What composing raises on values that cannot be used: Hydra checks few of them before it takes them for names of files or for lists.
-UNUSABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, OSError, RecursionError)
-# Mappings whose keys are the user's own.  Hydra adds a key to a composed mapping only where the override begins with + or ++.
+# What composing raises on values that cannot be used: Hydra checks few of them before it takes them
+# for names of files or for lists.
+UNUSABLE = (
+    HydraException,
+    OmegaConfBaseException,
+    YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OSError,
+    RecursionError,
+)
+# Mappings whose keys are the user's own.  Hydra adds a key to a composed mapping only where the
+# override begins with + or ++.
 FREE = tuple(
     f"{group}.{name}"
     for group, part in Plan.model_fields.items()
@@ -49,21 +61,41 @@ FREE = tuple(
 )
 FULL_KEY = re.compile(r"full_key: (\S+)")
 BF16_LAYERS = ("precision.fp8.first_layers_bf16", "precision.fp8.last_layers_bf16")
-COMMAND_KEYS = ("experiment", "dry_run")  # keys of conf/config.yaml that steer a command and are no part of the plan
+COMMAND_KEYS = (
+    "experiment",
+    "dry_run",
+)  # keys of conf/config.yaml that steer a command and are no part of the plan
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the override lists of a multirun: the product of every `key=a,b` (Hydra's basic sweeper)."""
+    """Return the override lists of a multirun: the product of every `key=a,b` (Hydra's basic
+    sweeper).
+    """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        axes = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line or ""] for o in parsed]
-    except (HydraException, ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python converts
-        raise InputError(f"cannot read the overrides: {one_line(str(error))}; write key=value") from None
+        axes = [
+            (
+                [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+                if o.is_sweep_override()
+                else [o.input_line or ""]
+            )
+            for o in parsed
+        ]
+    except (
+        HydraException,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a number of more digits than Python converts
+        raise InputError(
+            f"cannot read the overrides: {one_line(str(error))}; write key=value"
+        ) from None
     return [list(choice) for choice in itertools.product(*axes)]
 
 
 def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
-    """Return the composed tree as plain Python values; raise InputError on an unknown key, group or option."""
+    """Return the composed tree as plain Python values; raise InputError on an unknown key, group or
+    option.
+    """
     check_site(overrides, conf)
     try:
         config = without_hydra(composed([_free(override) for override in overrides], conf))
@@ -74,20 +106,31 @@ def compose_tree(overrides: Sequence[str], conf: Path = CONF) -> dict[str, Any]:
         raise InputError(_explain(error, overrides, conf)) from None
     assert isinstance(tree, dict)
     if "made_with" in tree:
-        raise InputError(f"this experiment trains nothing; make its figure with {tree['made_with']}")
-    return {str(key): value for key, value in tree.items() if (key, value) != ("local", {})}  # an empty site file
+        raise InputError(
+            f"this experiment trains nothing; make its figure with {tree['made_with']}"
+        )
+    return {
+        str(key): value for key, value in tree.items() if (key, value) != ("local", {})
+    }  # an empty site file
 
 
-def compose_plan(overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequence[Rule] = RULES) -> Plan:
-    """Return the plan for `overrides`, checked by `rules`; InputError with one clear line otherwise.
+def compose_plan(
+    overrides: Sequence[str] = (), conf: Path = CONF, rules: Sequence[Rule] = RULES
+) -> Plan:
+    """Return the plan for `overrides`, checked by `rules`; InputError with one clear line
+    otherwise.
 
-    A recommended layout may give way to one that fits (recipes.compose.fitting), unless memory is not among the rules: that of a run
-    which has happened stays.
+    A recommended layout may give way to one that fits (recipes.compose.fitting), unless memory is
+    not among the rules: that of a run which has happened stays.
     """
 
     def accepts(change: Change) -> State:
         try:
-            kept = [override for override in overrides if override.lstrip("+").partition("=")[0] not in change]
+            kept = [
+                override
+                for override in overrides
+                if override.lstrip("+").partition("=")[0] not in change
+            ]
             changed = check(_composed([*kept, *of_change(change).split()], conf, rules), rules)
         except InputError:
             return "refused"
@@ -112,7 +155,9 @@ def _without_secrets(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(tree, ensure_ascii=False, skipkeys=True, default=str).encode()
     except UnicodeEncodeError:
-        raise InputError("an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew") from None
+        raise InputError(
+            "an override, or a file of conf/, has bytes in it that are no UTF-8; write it anew"
+        ) from None
     refuse_secrets(tree)
     return tree
 
@@ -142,22 +187,30 @@ def compose_data(overrides: Sequence[str] = (), conf: Path = CONF) -> tuple[Data
 
 
 def _free(override: str) -> str:
-    """Return an override that may add keys where its key, or one within its value, may be the user's own.
+    """Return an override that may add keys where its key, or one within its value, may be the
+    user's own.
 
     A key that is not is refused by the plan's types, which know the fields beside it.
     """
     key, _, value = override.partition("=")
-    is_free = value.startswith("{") or any(key == free or key.startswith(f"{free}.") for free in FREE)
+    is_free = value.startswith("{") or any(
+        key == free or key.startswith(f"{free}.") for free in FREE
+    )
     return f"++{override}" if is_free and key[:1] not in "+~" else override
 
 
 def _sizes_are_numbers(tree: dict[str, Any]) -> None:
-    """The sizes of a mapping are multiplied before the plan's types are looked at, and a text times a number is a longer text."""
+    """The sizes of a mapping are multiplied before the plan's types are looked at, and a text times
+    a number is a longer text.
+    """
     mapping = tree.get("mapping")
     for name in ("tp", "pp", "cp"):
         size = mapping.get(name) if isinstance(mapping, dict) else None
         if not isinstance(size, int | None):
-            raise InputError(f"mapping.{name} is no whole number (given: {one_line(repr(size))[:80]}); see conf/ for what it takes")
+            raise InputError(
+                f"mapping.{name} is no whole number (given: {one_line(repr(size))[:80]}); see conf/"
+                " for what it takes"
+            )
 
 
 def _bf16_layers_are_kept(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -168,12 +221,19 @@ def _bf16_layers_are_kept(tree: dict[str, Any], overrides: Sequence[str]) -> Non
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key in BF16_LAYERS and value != "0":
-            raise InputError(f"{override}: settings.bf16_layers=false keeps no layer in BF16; set settings.bf16_layers=true, or leave it out")
+            raise InputError(
+                f"{override}: settings.bf16_layers=false keeps no layer in BF16; set"
+                " settings.bf16_layers=true, or leave it out"
+            )
 
 
 def _shorten_warmup(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """An experiment's warm-up that is as long as the run gives way to the model's own; one from the command line stays."""
-    asked = any(override.lstrip("+").partition("=")[0] == "train.warmup_steps" for override in overrides)
+    """An experiment's warm-up that is as long as the run gives way to the model's own; one from the
+    command line stays.
+    """
+    asked = any(
+        override.lstrip("+").partition("=")[0] == "train.warmup_steps" for override in overrides
+    )
     train = tree.get("train")
     if asked or not isinstance(train, dict):
         return
@@ -182,8 +242,12 @@ def _shorten_warmup(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         train["warmup_steps"] = None
 
 
-def plan_from_tree(tree: dict[str, Any], overrides: Sequence[str] | None = None, conf: Path = CONF) -> Plan:
-    """Return the typed plan of a plain tree; InputError names the file that is wrong where `overrides` composed the tree."""
+def plan_from_tree(
+    tree: dict[str, Any], overrides: Sequence[str] | None = None, conf: Path = CONF
+) -> Plan:
+    """Return the typed plan of a plain tree; InputError names the file that is wrong where
+    `overrides` composed the tree.
+    """
     try:
         return Plan.model_validate(tree)
     except ValidationError as error:
@@ -197,14 +261,22 @@ def _wrong(error: ValidationError, overrides: Sequence[str] | None, conf: Path) 
 
 
 def _missing(key: str, overrides: Sequence[str], conf: Path) -> InputError:
-    """Return the error for a value that must be given; a misspelt key is named before what lacks."""
-    tree = {name: part for name, part in _with_gaps(overrides, conf).items() if name not in (*COMMAND_KEYS, "local")}
+    """Return the error for a value that must be given; a misspelt key is named before what
+    lacks.
+    """
+    tree = {
+        name: part
+        for name, part in _with_gaps(overrides, conf).items()
+        if name not in (*COMMAND_KEYS, "local")
+    }
     try:
         Plan.model_validate(tree)
     except ValidationError as error:
         if any(map(_is_unknown, error.errors(include_url=False))):
             return _wrong(error, overrides, conf)
-    return InputError(f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes")
+    return InputError(
+        f"{key} has no default and must be given; add {key}=…, see conf/ for what it takes"
+    )
 
 
 def _with_gaps(overrides: Sequence[str], conf: Path) -> dict[str, Any]:
@@ -220,19 +292,36 @@ def _is_unknown(problem: ErrorDetails) -> bool:
 
 
 def _problem(error: ValidationError) -> tuple[str, str]:
-    """Return the key of a value that the plan's types refuse, and what is wrong: a key too many before one that lacks."""
+    """Return the key of a value that the plan's types refuse, and what is wrong: a key too many
+    before one that lacks.
+    """
     problems = error.errors(include_url=False)
     problem = next(filter(_is_unknown, problems), problems[0])
     where = ".".join(str(part) for part in problem["loc"])
     if _is_unknown(problem):
         near = _near(str(problem["loc"][-1]), _siblings(problem["loc"]))
-        return where, f"{where}: no such field in the plan{near}; remove it, or see conf/ for the fields that there are"
+        return (
+            where,
+            (
+                f"{where}: no such field in the plan{near}; remove it, or see conf/ for the fields"
+                " that there are"
+            ),
+        )
     if problem["type"] == "missing":
-        return where.rpartition(".")[0] or where, f"{where}: {problem['msg']}; see conf/ for what it takes"
+        return (
+            where.rpartition(".")[0] or where,
+            f"{where}: {problem['msg']}; see conf/ for what it takes",
+        )
     message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     given = one_line(repr(problem["input"]))[:80]
     is_bare = problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float)
-    return where, f"{where}: {message} (given: {given}); {'put it in quotes' if is_bare else 'see conf/ for what it takes'}"
+    return (
+        where,
+        (
+            f"{where}: {message} (given: {given});"
+            f" {'put it in quotes' if is_bare else 'see conf/ for what it takes'}"
+        ),
+    )
 
 
 def _siblings(where: Sequence[str | int]) -> list[str]:
@@ -248,7 +337,9 @@ def _siblings(where: Sequence[str | int]) -> list[str]:
 def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     text = one_line(str(error))
     if "Config group override must be a string" in text:
-        return "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
+        return (
+            "a group of conf/ must name one of its files, as in mapping=single; see conf/ for them"
+        )
     swept = next((o for o in overrides if "," in o and "[" not in o and "{" not in o), None)
     if swept:
         key, _, values = swept.partition("=")
@@ -268,19 +359,29 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
         options = sorted(p.stem for p in (conf / key).glob("*.yaml"))
         if value in options:
             return _not_there(text, overrides, conf)
-        return f"{wrong}: conf/{key} has no such option; choose one of {', '.join(options)}{_near(value, options)}"
+        return (
+            f"{wrong}: conf/{key} has no such option; choose one of"
+            f" {', '.join(options)}{_near(value, options)}"
+        )
     if key in FREE:
-        return f"{wrong}: it takes names with values; write {key}.NAME=value or {key}={{NAME: value}}"
+        return (
+            f"{wrong}: it takes names with values; write {key}.NAME=value or {key}={{NAME: value}}"
+        )
     if key:
         inner = full[1] if full and full[1].startswith(f"{key}.") else key
         if others := _elsewhere(inner, conf):
             return f"{wrong}: no such key with these options; it takes {others}"
-        return f"{wrong}: no such key in conf/; check its spelling{_near_key(inner, _known_keys(conf))}"
+        return (
+            f"{wrong}: no such key in conf/; check its"
+            f" spelling{_near_key(inner, _known_keys(conf))}"
+        )
     return f"cannot compose the plan: {text}"
 
 
 def _not_there(text: str, overrides: Sequence[str], conf: Path) -> str:
-    """Return what to say where the options exist and a key does not, or only under other options (precision=bf16 has no precision.fp8)."""
+    """Return what to say where the options exist and a key does not, or only under other options
+    (precision=bf16 has no precision.fp8).
+    """
     groups = {path.name for path in conf.iterdir() if path.is_dir()}
     keys = [o for o in overrides if o.split("=")[0] not in groups]
     if not keys:
@@ -292,16 +393,23 @@ def _not_there(text: str, overrides: Sequence[str], conf: Path) -> str:
     key = wrong.split("=")[0].lstrip("+~")
     if others := _elsewhere(key, conf):
         return f"{wrong}: no such key with these options; it takes {others}"
-    return f"{wrong}: no such key with these options; check its spelling{_near_key(key, sorted(known))}"
+    return (
+        f"{wrong}: no such key with these options; check its"
+        f" spelling{_near_key(key, sorted(known))}"
+    )
 
 
 def _elsewhere(key: str, conf: Path) -> str:
-    """Return the options of a key's group that have the key, as overrides: `data=text` for data.root; "" for none."""
+    """Return the options of a key's group that have the key, as overrides: `data=text` for
+    data.root; "" for none.
+    """
     group, _, inner = key.partition(".")
     having = []
     for path in sorted((conf / group).glob("*.yaml")) if inner else []:
         tree = OmegaConf.to_container(OmegaConf.load(path))
-        if isinstance(tree, dict) and inner in _paths({str(name): value for name, value in tree.items()}):
+        if isinstance(tree, dict) and inner in _paths(
+            {str(name): value for name, value in tree.items()}
+        ):
             having.append(f"{group}={path.stem}")
     return " or ".join(having)
 

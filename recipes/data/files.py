@@ -24,8 +24,8 @@ from recipes.run_folder import read_json
 
 SPLITS = ("train", "heldout")
 TWICE = (
-    "{prefix} is in data.train and in data.heldout: a held-out loss would be one of text trained on; "
-    "name other files, or data.split=[949,50,1] in place of data.heldout"
+    "{prefix} is in data.train and in data.heldout: a held-out loss would be one of text trained"
+    " on; name other files, or data.split=[949,50,1] in place of data.heldout"
 )
 SHARES = ("train", "held-out", "test")  # of data.split
 PREPARE = "python -m recipes.training.data prepares it ahead"
@@ -77,7 +77,10 @@ def blend(items: Sequence[str]) -> list[tuple[float | None, str]]:
         return [(None, item.strip()) for item in items]
     weights, prefixes = numbers[::2], numbers[1::2]
     if len(items) % 2 or None in weights or any(number is not None for number in prefixes):
-        raise ValueError("mixes weights and prefixes; write prefixes alone, or a weight before each (write ./ before a path that is a number)")
+        raise ValueError(
+            "mixes weights and prefixes; write prefixes alone, or a weight before each (write ./"
+            " before a path that is a number)"
+        )
     pairs = list(zip(weights, (item.strip() for item in items[1::2]), strict=True))
     bad = next((w for w, _ in pairs if w is None or not 0 < w < math.inf), None)
     if bad is not None:
@@ -98,7 +101,9 @@ def prepared_root(data: Data, vocab_size: int) -> Path:
 
 
 def tokenizer_of_job(plan: Plan) -> str:
-    """Return what the plan's job loads as tokenizer: for text the copy beside the prepared files."""
+    """Return what the plan's job loads as tokenizer: for text the copy beside the prepared
+    files.
+    """
     if plan.data.kind == "text":
         return str(prepared_root(plan.data, plan.model.vocab_size) / "tokenizer")
     return str(plan.data.tokenizer)
@@ -115,11 +120,17 @@ def check_made_from(root: Path, data: Data) -> None:
     try:
         made = read_json(record)["asked"]
     except (ValueError, KeyError):
-        raise InputError(f"{record} was changed or cut: nothing says what was prepared; remove {root} to prepare it again") from None
+        raise InputError(
+            f"{record} was changed or cut: nothing says what was prepared; remove {root} to prepare"
+            " it again"
+        ) from None
     except OSError as error:
         raise InputError(f"{record} cannot be read ({error.strerror})") from None
     if made != asked(data):
-        raise InputError(f"{root} was prepared from {made}, the plan asks for {asked(data)}; choose another data.root")
+        raise InputError(
+            f"{root} was prepared from {made}, the plan asks for {asked(data)}; choose another"
+            " data.root"
+        )
 
 
 def check_data(plan: Plan, in_job: bool = False, contents: bool = True) -> Facts:
@@ -168,11 +179,14 @@ def _unprepared(data: Data, vocab_size: int) -> Facts:
 
 
 def check_tokenizer(named: str | None, path: str | None, vocab_size: int) -> None:
-    """Raise InputError where `path`, which the plan calls `named`, has no tokenizer of this vocabulary."""
+    """Raise InputError where `path`, which the plan calls `named`, has no tokenizer of this
+    vocabulary.
+    """
     found = entries(path) if path else None
     if found and found > vocab_size:
         raise InputError(
-            f"data.tokenizer={named} has {found} entries, the model's vocabulary {vocab_size} (model.vocab_size); choose another model or tokenizer"
+            f"data.tokenizer={named} has {found} entries, the model's vocabulary {vocab_size}"
+            " (model.vocab_size); choose another model or tokenizer"
         )
 
 
@@ -193,13 +207,21 @@ def wrong_data(data: Data) -> str | None:
     missing = next((name for name in NEEDED[data.kind] if not getattr(data, name)), None)
     if missing:
         return f"data.{missing} is empty, data={data.kind} needs it; set it"
-    return _without_effect(data) or _nothing_held_out(data) or _no_path(data) or _malformed(data) or _one_set_twice(data)
+    return (
+        _without_effect(data)
+        or _nothing_held_out(data)
+        or _no_path(data)
+        or _malformed(data)
+        or _one_set_twice(data)
+    )
 
 
 def _without_effect(data: Data) -> str | None:
     """A field that a kind of data does not read would be ignored."""
     known = dict.fromkeys(name for names in READ.values() for name in names)
-    given = next((name for name in known if getattr(data, name) and name not in READ[data.kind]), None)
+    given = next(
+        (name for name in known if getattr(data, name) and name not in READ[data.kind]), None
+    )
     if given is None:
         return None
     takes = " or ".join(f"data={kind}" for kind, names in READ.items() if given in names)
@@ -212,15 +234,25 @@ def _nothing_held_out(data: Data) -> str | None:
     if data.split and data.heldout:
         return "data.split and data.heldout both say what is held out; set one of them"
     if not data.split and not data.heldout:
-        return "data.heldout is empty; set it, or data.split=[949,50,1] to hold out a share of data.train"
+        return (
+            "data.heldout is empty; set it, or data.split=[949,50,1] to hold out a share of"
+            " data.train"
+        )
     return None
 
 
 def _no_path(data: Data) -> str | None:
-    given = {name: getattr(data, name) for name in ("root", "sources", "train", "heldout", "tokenizer")}
+    given = {
+        name: getattr(data, name) for name in ("root", "sources", "train", "heldout", "tokenizer")
+    }
     texts = [(name, text) for name, value in given.items() for text in _texts(value)]
     name, text = next(((n, t) for n, t in texts if ADDRESS.match(t)), ("", ""))
-    return f"data.{name} names {text}, no path of a file system; copy it to a disk that the nodes share" if text else None
+    return (
+        f"data.{name} names {text}, no path of a file system; copy it to a disk that the nodes"
+        " share"
+        if text
+        else None
+    )
 
 
 def _texts(value: object) -> Sequence[str]:
@@ -246,7 +278,9 @@ def _one_set_twice(data: Data) -> str | None:
 
 
 def read_by_job(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield the paths that the plan's job reads, each with its key; prepared text needs no more than its root."""
+    """Yield the paths that the plan's job reads, each with its key; prepared text needs no more
+    than its root.
+    """
     data = plan.data
     root = prepared_root(data, plan.model.vocab_size)
     if data.kind == "text" and os.path.exists(on_this_machine(f"{root}/provenance.json", plan)):
@@ -322,7 +356,12 @@ def parts_of(data: Data, vocab_size: int) -> dict[str, list[Part]]:
         given = {"train": blend(data.train), "heldout": blend(data.heldout)}
     if data.split:
         return _by_share(given["train"], data.split)
-    found = {split: [Part(each := open_indexed(prefix), 0, each.tokens, weight) for weight, prefix in one] for split, one in given.items()}
+    found = {
+        split: [
+            Part(each := open_indexed(prefix), 0, each.tokens, weight) for weight, prefix in one
+        ]
+        for split, one in given.items()
+    }
     _no_file_twice(found)
     return found
 

@@ -102,7 +102,9 @@ def open_indexed(prefix: str) -> Indexed:
 def _is_a_prefix(prefix: str) -> None:
     path = Path(prefix)
     if path.suffix in (".bin", ".idx") and not os.path.exists(f"{prefix}.bin"):
-        raise InputError(f"{prefix} names a file; name the prefix of .bin and .idx: {path.with_suffix('')}")
+        raise InputError(
+            f"{prefix} names a file; name the prefix of .bin and .idx: {path.with_suffix('')}"
+        )
     if os.path.isdir(prefix) and not os.path.exists(f"{prefix}.bin"):
         found = sorted(str(p.with_suffix("")) for p in path.glob("*.idx"))[:3]
         which = f"a prefix in it: {', '.join(found)}" if found else "a prefix; it holds no .idx"
@@ -148,7 +150,10 @@ def _opened(prefix: str, idx_bytes: int, bin_bytes: int) -> Indexed:
 
 def _is_megatrons(prefix: str, head: bytes) -> None:
     if head.startswith(OLD_MAGIC):
-        raise InputError(f"{prefix}.idx is in fairseq's older format; prepare the data with Megatron-LM's tools/preprocess_data.py")
+        raise InputError(
+            f"{prefix}.idx is in fairseq's older format; prepare the data with Megatron-LM's"
+            " tools/preprocess_data.py"
+        )
     if not MAGIC.startswith(head[: len(MAGIC)]):
         raise InputError(f"{prefix}.idx is no index of a Megatron data set; {AGAIN}")
 
@@ -157,11 +162,15 @@ def _ends_agree(found: Indexed) -> None:
     """The last sequence must end where the .bin ends, the last document with the last sequence."""
     last, size = int(found.ends()[-1]), found.dtype.itemsize
     if last != found.sequences:
-        raise InputError(f"{found.prefix}.idx ends its documents at sequence {last:,} and has {found.sequences:,}: it was changed; {AGAIN}")
+        raise InputError(
+            f"{found.prefix}.idx ends its documents at sequence {last:,} and has"
+            f" {found.sequences:,}: it was changed; {AGAIN}"
+        )
     end = int(found._offsets()[-1]) + int(found._lengths()[-1]) * size
     if end != found.bin_bytes:
         raise InputError(
-            f"{found.prefix}.bin has {found.bin_bytes:,} bytes, its .idx describes {end:,}: one of them was cut, or is of another data set; {AGAIN}"
+            f"{found.prefix}.bin has {found.bin_bytes:,} bytes, its .idx describes {end:,}: one of"
+            f" them was cut, or is of another data set; {AGAIN}"
         )
 
 
@@ -201,7 +210,10 @@ def _index_agrees(found: Indexed) -> None:
         sizes = lengths[start:stop].astype(np.int64) * found.dtype.itemsize
         wanted = at + np.concatenate(([0], np.cumsum(sizes)))
         if sizes.min() < 0 or not np.array_equal(offsets[start:stop], wanted[:-1]):
-            raise InputError(f"{found.prefix}.idx: lengths and offsets of its sequences disagree: it was changed; {AGAIN}")
+            raise InputError(
+                f"{found.prefix}.idx: lengths and offsets of its sequences disagree: it was"
+                f" changed; {AGAIN}"
+            )
         at = int(wanted[-1])
     if any((np.diff(ends[a : b + 1]) < 0).any() for a, b in _chunks(0, len(ends))) or ends[0] < 0:
         raise InputError(f"{found.prefix}.idx: its documents are out of order; {AGAIN}")
@@ -214,7 +226,9 @@ def _ids_fit(found: Indexed, vocab_size: int, parts: Sequence[tuple[int, int]]) 
             piece = ids[start:stop]
             low, high = int(piece.min()), int(piece.max())
             if low < 0 or high >= vocab_size:
-                raise InputError(wrong_id(f"{found.prefix}.bin", low if low < 0 else high, vocab_size))
+                raise InputError(
+                    wrong_id(f"{found.prefix}.bin", low if low < 0 else high, vocab_size)
+                )
 
 
 def wrong_id(where: str, token: int, vocab_size: int) -> str:

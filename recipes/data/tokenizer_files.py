@@ -54,7 +54,10 @@ def _in_folder(folder: Path) -> Path | None:
     if len(models) == 1:
         return _checked(models[0])
     what = f"{len(models)} .model files: name one" if models else "no tokenizer"
-    raise InputError(f"data.tokenizer={folder} holds {what}; a Hugging Face folder has tokenizer.json, a SentencePiece tokenizer is one .model file")
+    raise InputError(
+        f"data.tokenizer={folder} holds {what}; a Hugging Face folder has tokenizer.json, a"
+        " SentencePiece tokenizer is one .model file"
+    )
 
 
 def _checked(path: Path) -> Path:
@@ -69,7 +72,9 @@ def _checked(path: Path) -> Path:
             "tokenizer, which has tokenizer.json"
         )
     if not _pieces(path):
-        raise InputError(f"data.tokenizer={path} is no SentencePiece model, or was cut; name {WHAT}")
+        raise InputError(
+            f"data.tokenizer={path} is no SentencePiece model, or was cut; name {WHAT}"
+        )
     return path
 
 
@@ -87,7 +92,11 @@ def _of_json(path: Path) -> int | None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = tree["model"]["vocab"]
-        ids = [vocabulary[word] for word in vocabulary] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        ids = (
+            [vocabulary[word] for word in vocabulary]
+            if isinstance(vocabulary, dict)
+            else [len(vocabulary) - 1]
+        )
         return int(max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])) + 1
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -96,7 +105,8 @@ def _of_json(path: Path) -> int | None:
 def _pieces(path: Path) -> int:
     """Return the pieces of a SentencePiece model, 0 where the file is none.
 
-    The file is one protobuf message whose field 1 repeats, a piece each (sentencepiece_model.proto).
+    The file is one protobuf message whose field 1 repeats, a piece each
+    (sentencepiece_model.proto).
     """
     data, at, count = path.read_bytes(), 0, 0
     try:

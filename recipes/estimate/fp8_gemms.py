@@ -33,7 +33,9 @@ def fp8_gemms(plan: Plan, stage: int = 0) -> int:
 
 
 def refusal(plan: Plan, counted: float, stage: int = 0) -> str | None:
-    """Return what is wrong with the FP8 GEMMs counted in a step; None where the plan implies them."""
+    """Return what is wrong with the FP8 GEMMs counted in a step; None where the plan implies
+    them.
+    """
     planned = fp8_gemms(plan, stage)
     if counted == planned or counted - planned in _captures(plan, stage):
         return None

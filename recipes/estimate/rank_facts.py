@@ -1,7 +1,8 @@
 """What was built for one rank of a job, and how it compares with the plan's own arithmetic.
 
-Facts are read from NeMo's and Megatron-Core's objects (recipes/training/rehearsal); expectations are those
-of recipes/estimate/memory.py, on which the check of memory, the choice of layouts and the predictor rest.
+Facts are read from NeMo's and Megatron-Core's objects (recipes/training/rehearsal); expectations
+are those of recipes/estimate/memory.py, on which the check of memory, the choice of layouts and the
+predictor rest.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class Difference(NamedTuple):
 class RankFacts:
     """One rank as built.
 
-    `layers`: the numbers of its layers from 0, for each chunk of the pipeline stage.  `parameters`: in layers that run in FP8, in
-    BF16, and of embedding and output layer.  Bytes: `weights` in BF16, `fp8_parameters` those kept in FP8 alone,
-    `gradients`, and `optimizer` with its main parameters.  `groups`: members of its process groups.
-    `checkpoint`: bytes of each whole tensor that the rank has a part of.
+    `layers`: the numbers of its layers from 0, for each chunk of the pipeline stage.  `parameters`:
+    in layers that run in FP8, in BF16, and of embedding and output layer.  Bytes: `weights` in
+    BF16, `fp8_parameters` those kept in FP8 alone, `gradients`, and `optimizer` with its main
+    parameters.  `groups`: members of its process groups. `checkpoint`: bytes of each whole tensor
+    that the rank has a part of.
     """
 
     rank: int
@@ -51,13 +53,21 @@ class RankFacts:
 
 
 def differences(plan: Plan, facts: RankFacts) -> list[Difference]:
-    """Return the rank's parameters and bytes by our arithmetic and as built; gathered FP8 copies are made in the first step."""
+    """Return the rank's parameters and bytes by our arithmetic and as built; gathered FP8 copies
+    are made in the first step.
+    """
     weights, state = stage_state(plan, facts.stage)
-    kinds = ("parameters of FP8 layers", "parameters of BF16 layers", "parameters of embedding and output layer")
+    kinds = (
+        "parameters of FP8 layers",
+        "parameters of BF16 layers",
+        "parameters of embedding and output layer",
+    )
     return [
         *(Difference(*each) for each in zip(kinds, weights, facts.parameters, strict=True)),
         Difference("bytes of BF16 weights", state["weights"], facts.weights),
-        Difference("bytes of parameters kept in FP8", state["fp8_parameters"], facts.fp8_parameters),
+        Difference(
+            "bytes of parameters kept in FP8", state["fp8_parameters"], facts.fp8_parameters
+        ),
         Difference("bytes of gradients", state["gradients"], facts.gradients),
         Difference("bytes of the optimizer", state["optimizer"], facts.optimizer),
     ]
@@ -65,5 +75,9 @@ def differences(plan: Plan, facts: RankFacts) -> list[Difference]:
 
 def wrong(plan: Plan, facts: RankFacts) -> list[str]:
     """Return in what a rank is not as the plan's arithmetic has it; empty where it is."""
-    found = [f"{d.name}: {d.expected:,.0f} counted, {d.built:,.0f} built" for d in differences(plan, facts) if abs(d.relative) > TOLERANCE]
+    found = [
+        f"{d.name}: {d.expected:,.0f} counted, {d.built:,.0f} built"
+        for d in differences(plan, facts)
+        if abs(d.relative) > TOLERANCE
+    ]
     return [f"rank {facts.rank} (pipeline stage {facts.stage}): {text}" for text in found]

@@ -1,8 +1,9 @@
 """Which learning rate, warm-up and global batch does a run take where its plan leaves them open?
 
-They belong to a model and its convergence, not to the layout that is fastest: `conf/model/<name>.yaml` holds them under
-`convergence`, each with its source.  What the user gives stays; what is null is filled here, and `described` says for a
-composed plan where it follows the published schedule and where not.
+They belong to a model and its convergence, not to the layout that is fastest:
+`conf/model/<name>.yaml` holds them under `convergence`, each with its source.  What the user gives
+stays; what is null is filled here, and `described` says for a composed plan where it follows the
+published schedule and where not.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from numpy.typing import NDArray
 from recipes.plan import Convergence, Plan, Train
 
 Tree = dict[str, Any]
-# For a model whose file has no schedule: the project's own, for the small models that it trains on one machine.
-FALLBACK = Convergence(max_lr=3.0e-4, min_lr=3.0e-5, warmup_steps=10, source="this project, for small models")
+# For a model whose file has no schedule: the project's own, for the small models that it trains on
+# one machine.
+FALLBACK = Convergence(
+    max_lr=3.0e-4, min_lr=3.0e-5, warmup_steps=10, source="this project, for small models"
+)
 WARMUP_DIVISOR = 10  # a warm-up that nobody gave takes at most a tenth of the steps
 
 
@@ -47,7 +51,9 @@ def _final_rate(peak: Any, own: Tree) -> Any:
 
 
 def _warmup(own: Any, max_steps: Any) -> Any:
-    """Return the warm-up in steps; a value of another type is left for the plan's types to refuse."""
+    """Return the warm-up in steps; a value of another type is left for the plan's types to
+    refuse.
+    """
     numbers = type(own) is int and type(max_steps) is int
     return min(own, max_steps // WARMUP_DIVISOR) if numbers else own
 
@@ -55,15 +61,22 @@ def _warmup(own: Any, max_steps: Any) -> Any:
 def fill_batch(tree: Tree, asked: Any) -> None:
     """Set the global batch to the model's own, in place of the layout's.
 
-    Nothing changes where the user `asked` for one, on the CPU (its layout is sized for a laptop), for a model without a
-    published batch, or under settings whose `batch` is the layout's.
+    Nothing changes where the user `asked` for one, on the CPU (its layout is sized for a laptop),
+    for a model without a published batch, or under settings whose `batch` is the layout's.
     """
     published, mapping = _own(tree).get("batch_tokens"), tree["mapping"]
     wants_layouts = tree["settings"].get("batch", "layout") == "layout"
-    if asked is not None or published is None or wants_layouts or not tree["gpu"]["compute_capability"]:
+    if (
+        asked is not None
+        or published is None
+        or wants_layouts
+        or not tree["gpu"]["compute_capability"]
+    ):
         return
     ranks = mapping["tp"] * mapping["pp"] * mapping["cp"]
-    multiple = batch_multiple(max(1, tree["num_gpus"] // ranks), mapping["micro_batch"], mapping["pp"], mapping["vp"])
+    multiple = batch_multiple(
+        max(1, tree["num_gpus"] // ranks), mapping["micro_batch"], mapping["pp"], mapping["vp"]
+    )
     own = nearest(published, tree["seq_length"], multiple)
     if own != mapping["global_batch"]:
         mapping["source"] += "; global batch: the model's"
@@ -79,7 +92,11 @@ def own_batch(plan: Plan) -> int | None:
     published = own.batch_tokens if own else None
     if published is None or plan.settings.batch == "layout" or plan.on_cpu:
         return None
-    return nearest(published, plan.seq_length, batch_multiple(max(1, plan.data_parallel), m.micro_batch, m.pp, m.vp))
+    return nearest(
+        published,
+        plan.seq_length,
+        batch_multiple(max(1, plan.data_parallel), m.micro_batch, m.pp, m.vp),
+    )
 
 
 def takes_own_batch(plan: Plan) -> bool:
@@ -88,7 +105,9 @@ def takes_own_batch(plan: Plan) -> bool:
 
 
 def batch_multiple(data_parallel: int, micro_batch: int, pp: int, vp: int) -> int:
-    """Return what a global batch must be a multiple of, in sequences; virtual stages need whole rounds of pp micro-batches."""
+    """Return what a global batch must be a multiple of, in sequences; virtual stages need whole
+    rounds of pp micro-batches.
+    """
     return data_parallel * micro_batch * (pp if vp > 1 else 1)
 
 
@@ -100,8 +119,9 @@ def nearest(tokens: int, seq_length: int, multiple: int) -> int:
 def rates(train: Train, steps: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the learning rate of each step, counted from 1, as a run's lr column has it.
 
-    NeMo v2.3.2, core/optim/lr_scheduler.py: WarmupAnnealHoldPolicy and CosineAnnealing without constant steps, whose first
-    step is number 0, and whose warm-up takes one step more than it is told.
+    NeMo v2.3.2, core/optim/lr_scheduler.py: WarmupAnnealHoldPolicy and CosineAnnealing without
+    constant steps, whose first step is number 0, and whose warm-up takes one step more than it is
+    told.
     """
     past, warmup = steps - 1, train.warmup_steps
     rising = train.max_lr * (past + 1) / (warmup + 1)
@@ -111,7 +131,9 @@ def rates(train: Train, steps: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def described(plan: Plan) -> Tree:
-    """Return the schedule of a plan as facts, with the sentences that say where it is not as published."""
+    """Return the schedule of a plan as facts, with the sentences that say where it is not as
+    published.
+    """
     t, own = plan.train, plan.model.convergence
     return {
         "max_steps": t.max_steps,
@@ -120,7 +142,9 @@ def described(plan: Plan) -> Tree:
         "min_lr": t.min_lr,
         "warmup_steps": t.warmup_steps,
         "published": own.model_dump() if own else None,
-        "differs_from_published": [*_rate_notes(plan, own), *_batch_notes(plan, own)] if own else [],
+        "differs_from_published": (
+            [*_rate_notes(plan, own), *_batch_notes(plan, own)] if own else []
+        ),
     }
 
 

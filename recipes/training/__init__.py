@@ -1,1 +1,4 @@
-"""The heavy half: how NeMo trains a plan.  Nothing outside this package imports torch, Megatron-Core or NeMo."""
+"""The heavy half: how NeMo trains a plan.
+
+Nothing outside this package imports torch, Megatron-Core or NeMo.
+"""

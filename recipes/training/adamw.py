@@ -1,12 +1,15 @@
-"""AdamW for BF16 moments in one Triton kernel: what FusedAdam does with FP32 copies, in one pass over memory.
+"""AdamW for BF16 moments in one Triton kernel: what FusedAdam does with FP32 copies, in one pass
+over memory.
 
-Transformer Engine's FusedAdam (2.11, pytorch/optimizers/fused_adam.py) copies BF16 moments to FP32, updates them by
-multi_tensor/adam.cu and copies them back.  Here a parameter's 18 bytes (gradient, weight, remainder, two moments; BF16 gradients) are
-read and written once.  The FP32 master weight is kept as there: the BF16 weight, rounded to nearest, and the lower 16 bits (`remainder`).
+Transformer Engine's FusedAdam (2.11, pytorch/optimizers/fused_adam.py) copies BF16 moments to FP32,
+updates them by multi_tensor/adam.cu and copies them back.  Here a parameter's 18 bytes (gradient,
+weight, remainder, two moments; BF16 gradients) are read and written once.  The FP32 master weight
+is kept as there: the BF16 weight, rounded to nearest, and the lower 16 bits (`remainder`).
 
-The arithmetic is adam.cu's in FP32, with the same fused multiply-adds.  Divisions and the square root are rounded to nearest here;
-Transformer Engine's are the GPU's approximations, and flush subnormal numbers.  So moments come out the same, and an update of a
-master weight differs in the last bits.
+The arithmetic is adam.cu's in FP32, with the same fused multiply-adds.  Divisions and the square
+root are rounded to nearest here; Transformer Engine's are the GPU's approximations, and flush
+subnormal numbers.  So moments come out the same, and an update of a master weight differs in the
+last bits.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ def _adamw_kernel(
     WIDE_GRAD: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    """One step over `count` elements; all pointers are of 16-bit integers but the gradient's, which is FP32 if WIDE_GRAD."""
+    """One step over `count` elements; all pointers are of 16-bit integers but the gradient's, which
+    is FP32 if WIDE_GRAD.
+    """
     place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = place < count
     g = tl.load(grad_ptr + place, mask=inside, other=0)
@@ -84,31 +89,60 @@ def _adamw_kernel(
     tl.store(v_ptr + place, _rounded(v), mask=inside)
 
 
-def update(weight: Tensor, remainder: Tensor, m: Tensor, v: Tensor, grad: Tensor, scalars: tuple[float, ...]) -> None:
-    """Step one parameter: BF16 weight and moments, int16 remainder, BF16 or FP32 gradient, all contiguous; `scalars` as of `scalars_of`."""
+def update(
+    weight: Tensor,
+    remainder: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    scalars: tuple[float, ...],
+) -> None:
+    """Step one parameter: BF16 weight and moments, int16 remainder, BF16 or FP32 gradient, all
+    contiguous; `scalars` as of `scalars_of`.
+    """
     kinds = (weight.dtype, remainder.dtype, m.dtype, v.dtype)
-    if kinds != (torch.bfloat16, torch.int16, torch.bfloat16, torch.bfloat16) or grad.dtype not in (torch.bfloat16, torch.float32):
+    if kinds != (torch.bfloat16, torch.int16, torch.bfloat16, torch.bfloat16) or grad.dtype not in (
+        torch.bfloat16,
+        torch.float32,
+    ):
         raise TypeError(
-            f"settings.adam_kernel=triton updates BF16 weights and moments with their remainders, not {kinds} with a gradient of {grad.dtype}; "
-            "set settings.adam_kernel=transformer_engine"
+            "settings.adam_kernel=triton updates BF16 weights and moments with their remainders,"
+            f" not {kinds} with a gradient of {grad.dtype}; set"
+            " settings.adam_kernel=transformer_engine"
         )
     if not all(tensor.is_contiguous() for tensor in (weight, remainder, m, v, grad)):
-        raise ValueError("settings.adam_kernel=triton updates contiguous parameters; set settings.adam_kernel=transformer_engine")
+        raise ValueError(
+            "settings.adam_kernel=triton updates contiguous parameters; set"
+            " settings.adam_kernel=transformer_engine"
+        )
     wide = grad.dtype == torch.float32
     half = [tensor.view(torch.int16) for tensor in (weight, remainder, m, v)]
     _adamw_kernel[(triton.cdiv(weight.numel(), ELEMENTS),)](
-        *half, grad if wide else grad.view(torch.int16), weight.numel(), *scalars, WIDE_GRAD=wide, ELEMENTS=ELEMENTS, num_warps=WARPS
+        *half,
+        grad if wide else grad.view(torch.int16),
+        weight.numel(),
+        *scalars,
+        WIDE_GRAD=wide,
+        ELEMENTS=ELEMENTS,
+        num_warps=WARPS,
     )
 
 
 def scalars_of(group: dict[str, Any]) -> tuple[float, ...]:
-    """Return lr, both betas, their bias corrections, eps and weight decay of a parameter group at its step.
+    """Return lr, both betas, their bias corrections, eps and weight decay of a parameter group at
+    its step.
 
     Corrections as adam.cu computes them: powers of the FP32 betas in FP64.
     """
     betas = [float(np.float32(beta)) for beta in group["betas"]]
     corrections = [1 - beta ** group["step"] if group["bias_correction"] else 1.0 for beta in betas]
-    return (float(group["lr"]), *betas, *corrections, float(group["eps"]), float(group["weight_decay"]))
+    return (
+        float(group["lr"]),
+        *betas,
+        *corrections,
+        float(group["eps"]),
+        float(group["weight_decay"]),
+    )
 
 
 @torch.no_grad()
@@ -116,7 +150,10 @@ def step(self: Any, closure: Any = None, grad_scaler: Any = None) -> Any:
     """Stand in for FusedAdam.step (TE 2.11): one step of all parameters that have a gradient."""
     loss = closure() if closure is not None else None
     if self.capturable or not self.adam_w_mode:
-        raise ValueError("settings.adam_kernel=triton is plain AdamW; set settings.adam_kernel=transformer_engine")
+        raise ValueError(
+            "settings.adam_kernel=triton is plain AdamW; set"
+            " settings.adam_kernel=transformer_engine"
+        )
     for group in self.param_groups:
         if not group["params"]:
             continue
@@ -125,8 +162,19 @@ def step(self: Any, closure: Any = None, grad_scaler: Any = None) -> Any:
         for parameter in group["params"]:
             if not self.state[parameter]:
                 self.initialize_state(parameter, self.store_param_remainders)
-            grad = getattr(parameter, "decoupled_grad", None) if self.use_decoupled_grad else parameter.grad
+            grad = (
+                getattr(parameter, "decoupled_grad", None)
+                if self.use_decoupled_grad
+                else parameter.grad
+            )
             if grad is not None:
                 state = self.state[parameter]
-                update(parameter.data, state["master_param"], state["exp_avg"], state["exp_avg_sq"], grad.data, scalars)
+                update(
+                    parameter.data,
+                    state["master_param"],
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    grad.data,
+                    scalars,
+                )
     return loss

@@ -1,6 +1,8 @@
-"""What model does a NeMo recipe build?  Read from NeMo's own configuration of it, before the plan's values are put in.
+"""What model does a NeMo recipe build?  Read from NeMo's own configuration of it, before the plan's
+values are put in.
 
-The job asks this, so that a NeMo that differs from the list (recipes/nemo_recipes.py) is noticed before a step is made.
+The job asks this, so that a NeMo that differs from the list (recipes/nemo_recipes.py) is noticed
+before a step is made.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ NORMS = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
 
 
 def architecture(model: run.Config) -> dict[str, Value]:
-    """Return the architecture of a recipe's model by the names of the plan's fields; KeyError for an unknown activation."""
+    """Return the architecture of a recipe's model by the names of the plan's fields; KeyError for
+    an unknown activation.
+    """
     config = model.config
     rope, window = config.position_embedding_type == "rope", _window(config)
     found = {
@@ -58,11 +62,17 @@ def architecture(model: run.Config) -> dict[str, Value]:
 
 
 def _window(config: run.Config) -> Any:
-    """Return the window as set, or the default of the class: Mistral's comes from a factory, which Fiddle does not call."""
+    """Return the window as set, or the default of the class: Mistral's comes from a factory, which
+    Fiddle does not call.
+    """
     if "window_size" in config.__arguments__:
         return config.window_size
-    field = next(field for field in dataclasses.fields(config.__fn_or_cls__) if field.name == "window_size")
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    field = next(
+        field for field in dataclasses.fields(config.__fn_or_cls__) if field.name == "window_size"
+    )
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _optional(config: run.Config, name: str) -> float | None:
@@ -70,10 +80,15 @@ def _optional(config: run.Config, name: str) -> float | None:
 
 
 def refuse_another(model: run.Config, plan: Plan) -> None:
-    """Raise InputError where NeMo's model is not the plan's; a field that the plan leaves open is not compared."""
+    """Raise InputError where NeMo's model is not the plan's; a field that the plan leaves open is
+    not compared.
+    """
     theirs = architecture(model)
     for name in FIXED:
         ours = getattr(plan.model, name)
         if ours is not None and ours != theirs[name]:
-            what = f"the plan has model.{name}={ours}, the NeMo that is installed builds {plan.model.nemo_recipe} with {theirs[name]}"
+            what = (
+                f"the plan has model.{name}={ours}, the NeMo that is installed builds"
+                f" {plan.model.nemo_recipe} with {theirs[name]}"
+            )
             raise InputError(f"{what}; launch it anew with the stack that is installed")

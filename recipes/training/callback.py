@@ -1,4 +1,5 @@
-"""What a run writes while it trains: a line a step, held-out loss, events, status, and the evidence that FP8 was on.
+"""What a run writes while it trains: a line a step, held-out loss, events, status, and the evidence
+that FP8 was on.
 
 The loggers that the plan names (W&B, TensorBoard) get the same numbers under the same names.
 """
@@ -24,7 +25,16 @@ from recipes.errors import InputError, one_line
 from recipes.estimate.fp8_gemms import refusal
 from recipes.gpu_record import GpuRecord
 from recipes.plan import Fp8, plan_from_json
-from recipes.run_folder import append_line, event, flatten, keep_until, rows_of, set_status, sha256, write_json
+from recipes.run_folder import (
+    append_line,
+    event,
+    flatten,
+    keep_until,
+    rows_of,
+    set_status,
+    sha256,
+    write_json,
+)
 from recipes.training import devices, stop, watchdog
 from recipes.training.console import training_line, validation_line
 from recipes.training.deferred import Moment, Number
@@ -32,12 +42,16 @@ from recipes.training.layers import Fp8Mixin, fp8_modules
 from recipes.training.manifest import complete, complete_gpus, manifest
 from recipes.training.te_layers import Watched, watch
 
-NON_FINITE = re.compile(r"found (NaN|Inf) in")  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
+NON_FINITE = re.compile(
+    r"found (NaN|Inf) in"
+)  # megatron/core/distributed/param_and_grad_buffer.py, v0.12.3
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A step that the host has launched to its end: its numbers, and points in the device's work."""
+    """A step that the host has launched to its end: its numbers, and points in the device's
+    work.
+    """
 
     step: int
     loss: Number
@@ -55,8 +69,9 @@ class Ended:
 class RunFolderCallback(Callback):  # type: ignore[misc]
     """Lightning callback that fills the run folder, from rank 0 alone.
 
-    On a GPU a step's line is written while the next one is under way (recipes/training/deferred.py), or before what comes between them: an
-    evaluation, a checkpoint, the end.  `plan_json` is the plan as text: NeMo's recipe objects hold plain values.
+    On a GPU a step's line is written while the next one is under way
+    (recipes/training/deferred.py), or before what comes between them: an evaluation, a checkpoint,
+    the end.  `plan_json` is the plan as text: NeMo's recipe objects hold plain values.
     """
 
     def __init__(self, folder: str, plan_json: str) -> None:
@@ -72,24 +87,32 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         self.attention_recorded = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Seed the initial weights: NeMo 2.3 (lightning/_strategy_lib.py:96) always seeds with 1234, just before this."""
+        """Seed the initial weights: NeMo 2.3 (lightning/_strategy_lib.py:96) always seeds with
+        1234, just before this.
+        """
         megatron_init._set_random_seed(self.plan.seed)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Record what runs, and the step from which it goes on; what was written beyond that step is dropped.
+        """Record what runs, and the step from which it goes on; what was written beyond that step
+        is dropped.
 
-        An evaluation that was due at that step and is not written, for a pause left it out or the job died, is made up for.
+        An evaluation that was due at that step and is not written, for a pause left it out or the
+        job died, is made up for.
         """
         self._alive()
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.layers = {**fp8_modules(pl_module), **watch(pl_module, self._looked_at())}
         stop.listen()
         _count_batches_of(trainer)
-        gc.freeze()  # NeMo's GarbageCollectionCallback walks all objects every 100 steps, 0.4 s of it over imported modules
+        # NeMo's GarbageCollectionCallback walks all objects every 100 steps, 0.4 s of it over
+        # imported modules
+        gc.freeze()
         gpus = self._watch_gpu(trainer) if torch.cuda.is_available() else []
         if trainer.is_global_zero:
             self._begin(trainer, gpus)
-        if trainer.strategy.broadcast(trainer.is_global_zero and self._lacks_evaluation(trainer.global_step)):
+        if trainer.strategy.broadcast(
+            trainer.is_global_zero and self._lacks_evaluation(trainer.global_step)
+        ):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
@@ -106,20 +129,29 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         step = trainer.global_step
         for name in ("metrics.jsonl", "fp8.jsonl"):
             keep_until(self.folder / name, step)
-        write_json(self.folder / "manifest.json", manifest(self.plan, self.folder, gpus, resumed=step > 0))
+        write_json(
+            self.folder / "manifest.json", manifest(self.plan, self.folder, gpus, resumed=step > 0)
+        )
         event(self.folder, "resume" if step else "start", step=step, code=code())
         set_status(self.folder, "running", step=step)
         for logger in trainer.loggers:
             logger.log_hyperparams(flatten(self.plan.model_dump()))
 
     def _lacks_evaluation(self, step: int) -> bool:
-        due = step > 0 and step % self.plan.train.eval_interval == 0 and self.plan.settings.evaluation
-        return due and not any("heldout_loss" in row and row["step"] == step for row in rows_of(self.folder / "metrics.jsonl"))
+        due = (
+            step > 0 and step % self.plan.train.eval_interval == 0 and self.plan.settings.evaluation
+        )
+        return due and not any(
+            "heldout_loss" in row and row["step"] == step
+            for row in rows_of(self.folder / "metrics.jsonl")
+        )
 
     def _alive(self) -> None:
         watchdog.got_further(self.plan.train.step_timeout_s)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock of a step, and look closely at the layers where it is time to."""
         diagnose = self._is_diagnosed(trainer.global_step + 1)
         for layer in self.layers.values():
@@ -132,13 +164,21 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         """Mark where the last backward pass ends."""
         self.backward_ended = Moment()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the step's numbers, and write those of the step before; on a CPU, and on a diagnosed step, these at once."""
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the step's numbers, and write those of the step before; on a CPU, and on a diagnosed
+        step, these at once.
+        """
         self._alive()
         ended, step, logged = Moment(), trainer.global_step, trainer.callback_metrics
-        if stop.asked_on_rank_0(self.folder) or (self.plan.train.stop_after and step >= self.plan.train.stop_after):
+        if stop.asked_on_rank_0(self.folder) or (
+            self.plan.train.stop_after and step >= self.plan.train.stop_after
+        ):
             trainer.should_stop = True
-            if step < self.plan.train.max_steps:  # Lightning evaluates where it stops: it would cost the time that is left to save
+            if (
+                step < self.plan.train.max_steps
+            ):  # Lightning evaluates where it stops: it would cost the time that is left to save
                 trainer.limit_val_batches = 0
         gemms = self._gemms() - self.gemms_before
         self._runs_as_planned(gemms, step, trainer.global_rank)
@@ -147,15 +187,31 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         if not self.attention_recorded:  # Transformer Engine chooses when it is first asked
             self.attention_recorded = True
             complete(self.folder, attention=devices.attention(pl_module))
-        loss, grad_norm, lr = (Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr"))
+        loss, grad_norm, lr = (
+            Number(logged.get(name)) for name in ("reduced_train_loss", "grad_norm", "lr")
+        )
         assert self.started
         skipped = _skipped_updates(trainer)
         before = self.unwritten
         gpu = self.sampler.take() if self.sampler else None
-        self.unwritten = Ended(step, loss, grad_norm, lr, self.started, self.backward_ended, ended, skipped, _memory_gb(), gemms, gpu)
+        self.unwritten = Ended(
+            step,
+            loss,
+            grad_norm,
+            lr,
+            self.started,
+            self.backward_ended,
+            ended,
+            skipped,
+            _memory_gb(),
+            gemms,
+            gpu,
+        )
         if before:
             self._write_step(trainer, before)
-        if not self.ahead or self._is_diagnosed(step):  # what the layers met is theirs until the next step begins
+        if not self.ahead or self._is_diagnosed(
+            step
+        ):  # what the layers met is theirs until the next step begins
             self._catch_up(trainer)
 
     def _runs_as_planned(self, gemms: int, step: int, rank: int) -> None:
@@ -172,19 +228,31 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
 
     def _write_step(self, trainer: Any, ended: Ended) -> None:
         """Append a step's metrics; a loss that is no number is an event."""
-        step, step_time, skipped = ended.step, ended.started.until(ended.ended), any(found.read() for found in ended.skipped)
+        step, step_time, skipped = (
+            ended.step,
+            ended.started.until(ended.ended),
+            any(found.read() for found in ended.skipped),
+        )
         row = {
             "step": step,
             "tokens": step * self.plan.tokens_per_step,
             "loss": ended.loss.read(),
-            "grad_norm": math.nan if skipped else ended.grad_norm.read(),  # else that of an earlier step
+            "grad_norm": (
+                math.nan if skipped else ended.grad_norm.read()
+            ),  # else that of an earlier step
             "lr": ended.lr.read(),
             "step_time_s": step_time,
-            "optimizer_time_s": ended.backward_ended.until(ended.ended) if ended.backward_ended else math.nan,
+            "optimizer_time_s": (
+                ended.backward_ended.until(ended.ended) if ended.backward_ended else math.nan
+            ),
             "tokens_per_s_per_gpu": self.plan.tokens_per_step / step_time / self.plan.num_gpus,
             "memory_gb": ended.memory_gb,
             "fp8_gemms": ended.fp8_gemms,
-            **({f"gpu_{name}": value for name, value in asdict(ended.gpu).items()} if ended.gpu else {}),
+            **(
+                {f"gpu_{name}": value for name, value in asdict(ended.gpu).items()}
+                if ended.gpu
+                else {}
+            ),
         }
         self._write(trainer, row)
         if self.plan.train.is_printed(step):
@@ -196,27 +264,47 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def _judge(self, row: dict[str, float], skipped: bool) -> None:
         """Record what is wrong with a step, and end the run where it is lost or the plan says so.
 
-        A gradient norm of exactly 0 is that of an optimizer which no gradient reached: nothing is trained.
+        A gradient norm of exactly 0 is that of an optimizer which no gradient reached: nothing is
+        trained.
         """
         if row["grad_norm"] == 0:
             event(self.folder, "no_gradients", step=row["step"])
-            raise FloatingPointError(f"the gradient norm of step {row['step']} is 0: no gradient reaches the optimizer, and nothing is trained")
+            raise FloatingPointError(
+                f"the gradient norm of step {row['step']} is 0: no gradient reaches the optimizer,"
+                " and nothing is trained"
+            )
         if skipped:
             event(self.folder, "skipped_update", step=row["step"], why="NaN or Inf in gradients")
         if not math.isfinite(row["loss"]):
             event(self.folder, "non_finite_loss", step=row["step"])
             if self.plan.train.on_non_finite == "stop":
                 raise FloatingPointError(f"the loss of step {row['step']} is {row['loss']}")
-        elif not skipped and not math.isfinite(row["grad_norm"]):  # where Megatron-Core does not look (settings.check_gradients=false)
+        elif not skipped and not math.isfinite(
+            row["grad_norm"]
+        ):  # where Megatron-Core does not look (settings.check_gradients=false)
             event(self.folder, "non_finite_gradients", step=row["step"])
             if self.plan.train.on_non_finite == "stop":
-                raise FloatingPointError(f"the gradient norm of step {row['step']} is {row['grad_norm']}")
+                raise FloatingPointError(
+                    f"the gradient norm of step {row['step']} is {row['grad_norm']}"
+                )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients; write what is known of the step before."""
+        """Record, from whichever rank it is, that Megatron-Core met NaN or Inf in gradients; write
+        what is known of the step before.
+        """
         if NON_FINITE.search(str(exception)):
-            event(self.folder, "non_finite_gradients", step=trainer.global_step + 1, rank=trainer.global_rank, why=one_line(str(exception))[:200])
-        with suppress(Exception):  # the disk may be full or the GPU lost, and the exception that came first is the one to tell
+            event(
+                self.folder,
+                "non_finite_gradients",
+                step=trainer.global_step + 1,
+                rank=trainer.global_rank,
+                why=one_line(str(exception))[:200],
+            )
+        with suppress(
+            Exception
+            # the disk may be full or the GPU lost, and the exception that came first is the one to
+            # tell
+        ):
             self._catch_up(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -227,11 +315,20 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         """Write the steps before the checkpoint that a run would go on from."""
         self._catch_up(trainer)
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Keep the loss of a global batch: Lightning's own mean (val_loss) weighs the first batch less than the others.
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the loss of a global batch: Lightning's own mean (val_loss) weighs the first batch
+        less than the others.
 
-        NeMo 2.3 (pytorch/strategies/megatron_strategy.py, validation_step) logs it without a batch size, and Lightning 2.4
-        takes the size of the micro-batch before, one for the first.
+        NeMo 2.3 (pytorch/strategies/megatron_strategy.py, validation_step) logs it without a batch
+        size, and Lightning 2.4 takes the size of the micro-batch before, one for the first.
         """
         self._alive()
         self.heldout.append(outputs.detach().float())
@@ -243,18 +340,25 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
         step, loss = trainer.global_step, _mean_over_pipeline(self.heldout)
         self.heldout.clear()
         if trainer.is_global_zero and step % self.plan.train.eval_interval == 0:
-            self._write(trainer, {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss})
+            self._write(
+                trainer,
+                {"step": step, "tokens": step * self.plan.tokens_per_step, "heldout_loss": loss},
+            )
             print(validation_line(step, loss, self.plan), flush=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the last step and what else ran on the GPUs, and give the last checkpoint its time."""
+        """Write the last step and what else ran on the GPUs, and give the last checkpoint its
+        time.
+        """
         self._alive()
         self._catch_up(trainer)
         if torch.cuda.is_available():
             at_end = devices.gathered(devices.Gpu().others())
             if self.sampler:
                 self.sampler.stop()
-                complete_gpus(self.folder, at_end, self.sampler.most_others, self.sampler.capped_share)
+                complete_gpus(
+                    self.folder, at_end, self.sampler.most_others, self.sampler.capped_share
+                )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the end, or the pause, now that the last checkpoint is written."""
@@ -270,10 +374,14 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def _write(self, trainer: Any, row: dict[str, Any]) -> None:
         append_line(self.folder / "metrics.jsonl", row)
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
+            logger.log_metrics(
+                {k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"]
+            )
 
     def _looked_at(self) -> Fp8 | None:
-        """Return the recipe that Transformer Engine's layers are diagnosed for; none on random tokens, whose numbers say nothing."""
+        """Return the recipe that Transformer Engine's layers are diagnosed for; none on random
+        tokens, whose numbers say nothing.
+        """
         return None if self.plan.data.kind == "mock" else self.plan.precision.fp8
 
     def _is_diagnosed(self, step: int) -> bool:
@@ -285,24 +393,31 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
     def _write_diagnostics(self, step: int) -> None:
         for name, layer in self.layers.items():
             for role, seen in layer.fp8_quantiser.seen.items() if layer.fp8_quantiser else ():
-                append_line(self.folder / "fp8.jsonl", {"step": step, "module": name, "role": role, **asdict(seen)})
+                append_line(
+                    self.folder / "fp8.jsonl",
+                    {"step": step, "module": name, "role": role, **asdict(seen)},
+                )
 
 
 def _count_batches_of(trainer: Any) -> None:
     """Set Lightning's count of batches to the step that training goes on from.
 
-    Lightning 2.4 (loops/training_epoch_loop.py:269-273) saves checkpoints before it counts the batch, so a resumed run
-    would be one behind and evaluate a step late.
+    Lightning 2.4 (loops/training_epoch_loop.py:269-273) saves checkpoints before it counts the
+    batch, so a resumed run would be one behind and evaluate a step late.
     """
     counted = trainer.fit_loop.epoch_loop.batch_progress.current
     counted.ready = counted.started = counted.processed = counted.completed = trainer.global_step
 
 
 def _skipped_updates(trainer: Any) -> list[Number]:
-    """Return, an entry an optimizer, whether Megatron-Core found NaN or Inf in the gradients and left the parameters as they were."""
+    """Return, an entry an optimizer, whether Megatron-Core found NaN or Inf in the gradients and
+    left the parameters as they were.
+    """
     optimizer = getattr(trainer.optimizers[0], "mcore_optimizer", None)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [Number(part.found_inf) for part in parts if getattr(part, "grad_scaler", None) is not None]
+    return [
+        Number(part.found_inf) for part in parts if getattr(part, "grad_scaler", None) is not None
+    ]
 
 
 def _mean_over_pipeline(losses: list[torch.Tensor]) -> float:

@@ -1,10 +1,13 @@
-"""Checkpoints that a run can rely on: the newest two are kept, each with a record of its files, and a broken one is passed over.
+"""Checkpoints that a run can rely on: the newest two are kept, each with a record of its files, and
+a broken one is passed over.
 
-NeMo's own callback (v2.3.2, lightning/pytorch/callbacks/model_checkpoint.py and lightning/resume.py) loses runs in four places:
-it resumes from a copy named `-last` alone, and refuses to go on where the first of these was being written when the job died;
-it keeps one step, twice, so that there is none to fall back to; it writes no last checkpoint where the last step is a multiple
-of val_check_interval; and it looks for a checkpoint's step in its whole path, which may have "step" in it elsewhere.  A file that
-was cut or changed after it was written is either an error deep in PyTorch or, where only values changed, other weights.
+NeMo's own callback (v2.3.2, lightning/pytorch/callbacks/model_checkpoint.py and
+lightning/resume.py) loses runs in four places: it resumes from a copy named `-last` alone, and
+refuses to go on where the first of these was being written when the job died; it keeps one step,
+twice, so that there is none to fall back to; it writes no last checkpoint where the last step is a
+multiple of val_check_interval; and it looks for a checkpoint's step in its whole path, which may
+have "step" in it elsewhere.  A file that was cut or changed after it was written is either an error
+deep in PyTorch or, where only values changed, other weights.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from recipes.errors import InputError
 from recipes.run_folder import CHECKPOINT, event, finished_checkpoints
 
 T = TypeVar("T")
-RECORD = "files.rank{rank}of{world}.json"  # of a checkpoint's files: size in bytes and CRC-32, written by the rank that wrote them
+RECORD = (  # of a checkpoint's files: size in bytes and CRC-32, written by the rank that wrote them
+    "files.rank{rank}of{world}.json"
+)
 SHARD = re.compile(r"__(\d+)_\d+\.distcp")
 PASSED_OVER = "-passed-over"
 CHUNK_BYTES = 16 << 20
@@ -47,8 +52,12 @@ class Resume(AutoResume):
 class Strategy(MegatronStrategy):
     """NeMo's strategy; training loads the newest checkpoint that is as it was written."""
 
-    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        """Load it; InputError where none is whole, for to begin anew is not for a program to decide."""
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, selective_restore: bool = False
+    ) -> dict[str, Any]:
+        """Load it; InputError where none is whole, for to begin anew is not for a program to
+        decide.
+        """
         if self.trainer.state.fn != "fit":
             return super().load_checkpoint(checkpoint_path, selective_restore)
         given = Path(checkpoint_path)
@@ -60,14 +69,21 @@ class Strategy(MegatronStrategy):
                 if self.is_global_zero:
                     _pass_over(broken)
                 dist.barrier()
-                return super().load_checkpoint(ckpt_to_weights_subdir(path, is_saving=False), selective_restore)
+                return super().load_checkpoint(
+                    ckpt_to_weights_subdir(path, is_saving=False), selective_restore
+                )
             broken[path] = wrong
         why = "; ".join(f"{path.name}: {wrong}" for path, wrong in broken.items())
-        raise InputError(f"{folder / 'checkpoints'} has no whole checkpoint any more ({why}); remove {folder} to train from the first step again")
+        raise InputError(
+            f"{folder / 'checkpoints'} has no whole checkpoint any more ({why}); remove {folder} to"
+            " train from the first step again"
+        )
 
 
 def _pass_over(broken: dict[Path, str]) -> None:
-    """Say that checkpoints cannot be used, and move them out of the way of those that will be written in their place."""
+    """Say that checkpoints cannot be used, and move them out of the way of those that will be
+    written in their place.
+    """
     for path, why in broken.items():
         event(path.parent.parent, "checkpoint_passed_over", checkpoint=path.name, why=why)
         print(f"warning: {path}: {why}; the checkpoint before it is used", file=sys.stderr)
@@ -77,14 +93,20 @@ def _pass_over(broken: dict[Path, str]) -> None:
 
 
 def difference(checkpoint: Path) -> str | None:
-    """Return where a checkpoint differs from what was written, None if nowhere; each rank looks at its share of the files."""
+    """Return where a checkpoint differs from what was written, None if nowhere; each rank looks at
+    its share of the files.
+    """
     records = sorted(checkpoint.glob(RECORD.format(rank="*", world="*")))
     if not (checkpoint / "weights" / ".metadata").exists():
         return "weights/.metadata is missing"
     if not records:
         return None  # written before there was a record
     try:
-        known = {name: (int(size), int(crc)) for record in records for name, (size, crc) in json.loads(record.read_text()).items()}
+        known = {
+            name: (int(size), int(crc))
+            for record in records
+            for name, (size, crc) in json.loads(record.read_text()).items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return "the record of its files cannot be read"
     world = int(records[0].stem.rpartition("of")[2])
@@ -118,7 +140,10 @@ def _checksum(path: Path, sync: bool = False) -> int:
 
 def first_word(word: str | None) -> str | None:
     """Return what the first rank that has something to say says, on every rank."""
-    speaks = torch.tensor([dist.get_world_size() if word is None else dist.get_rank()], device=torch.cuda.current_device())
+    speaks = torch.tensor(
+        [dist.get_world_size() if word is None else dist.get_rank()],
+        device=torch.cuda.current_device(),
+    )
     dist.all_reduce(speaks, ReduceOp.MIN)
     if int(speaks) == dist.get_world_size():
         return None
@@ -126,28 +151,45 @@ def first_word(word: str | None) -> str | None:
 
 
 def said_by(rank: int, word: T) -> T:
-    """Return what a rank says, on every rank: nodes may see a shared file system at different moments."""
+    """Return what a rank says, on every rank: nodes may see a shared file system at different
+    moments.
+    """
     said = [word]
     dist.broadcast_object_list(said, rank, device=torch.device(torch.cuda.current_device()))
     return said[0]
 
 
 class Checkpoints(ModelCheckpoint):
-    """NeMo's checkpoint callback; keeps the newest two, records their files, and always saves at the end."""
+    """NeMo's checkpoint callback; keeps the newest two, records their files, and always saves at
+    the end.
+    """
 
     def nemo_topk_check_previous_run(self) -> None:
-        """Take up what the folder holds, and remove what a job that died left behind beyond that."""
+        """Take up what the folder holds, and remove what a job that died left behind beyond
+        that.
+        """
         found = said_by(0, [str(path) for path in finished_checkpoints(Path(self.dirpath).parent)])
         for path in found[self.save_top_k :]:
             self._del_model_without_trainer(path)
-        steps = {path + self.FILE_EXTENSION: torch.tensor(_step(path)) for path in found[: self.save_top_k]}
+        steps = {
+            path + self.FILE_EXTENSION: torch.tensor(_step(path))
+            for path in found[: self.save_top_k]
+        }
         self.best_k_models = steps
         if steps:
-            self.best_model_path, self.kth_best_model_path = max(steps, key=steps.get), min(steps, key=steps.get)
-            self.best_model_score, self.kth_value = steps[self.best_model_path], steps[self.kth_best_model_path]
+            self.best_model_path, self.kth_best_model_path = (
+                max(steps, key=steps.get),
+                min(steps, key=steps.get),
+            )
+            self.best_model_score, self.kth_value = (
+                steps[self.best_model_path],
+                steps[self.kth_best_model_path],
+            )
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Save where it is time to; after the last step once its evaluation is written (on_train_end)."""
+        """Save where it is time to; after the last step once its evaluation is written
+        (on_train_end).
+        """
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, *args)
 
@@ -156,7 +198,9 @@ class Checkpoints(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _get_finalize_save_checkpoint_callback(self, trainer: Any, filepath: str, global_step: int) -> Callable[[], None]:
+    def _get_finalize_save_checkpoint_callback(
+        self, trainer: Any, filepath: str, global_step: int
+    ) -> Callable[[], None]:
         finalize = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
 
         def record_and_finalize() -> None:
@@ -173,9 +217,14 @@ def _step(path: str) -> int:
 
 
 def _record(checkpoint: Path) -> None:
-    """Bring this rank's files to the disk, and the run's lines up to here with them; write down their sizes and checksums."""
+    """Bring this rank's files to the disk, and the run's lines up to here with them; write down
+    their sizes and checksums.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
-    files = {str(path.relative_to(checkpoint)): (path.stat().st_size, _checksum(path, sync=True)) for path in _files_of(rank, checkpoint)}
+    files = {
+        str(path.relative_to(checkpoint)): (path.stat().st_size, _checksum(path, sync=True))
+        for path in _files_of(rank, checkpoint)
+    }
     if rank == 0:
         for lines in checkpoint.parent.parent.glob("*.jsonl"):
             _checksum(lines, sync=True)

@@ -13,7 +13,9 @@ from recipes.plan import Plan
 
 
 def training_line(row: dict[str, Any], epoch: int, plan: Plan) -> str:
-    """Return the line of a step, from its row in metrics.jsonl; NeMo counts steps from 0, and memory in bytes."""
+    """Return the line of a step, from its row in metrics.jsonl; NeMo counts steps from 0, and
+    memory in bytes.
+    """
     fields = {
         "lr": f"{row['lr']:.6g}",
         "global_batch_size": plan.mapping.global_batch,

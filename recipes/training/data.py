@@ -4,9 +4,9 @@ Prepares a corpus ahead of a run (data=text; a run prepares what it misses), or 
 data that were prepared elsewhere (data=indexed) and compares them with the model's vocabulary.  Of
 the model it needs model.vocab_size alone; GPU, precision and memory play no part.
 
-Files are written in a folder beside the target, which is renamed at the end, under a lock: an interrupted
-preparation leaves nothing that could be taken for whole, a repeated one finds its work done, and two at once wait for
-each other.
+Files are written in a folder beside the target, which is renamed at the end, under a lock: an
+interrupted preparation leaves nothing that could be taken for whole, a repeated one finds its work
+done, and two at once wait for each other.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ EXAMPLES = """examples:
   %(prog)s data.sources=[/texts] data.root=data/mine model=llama3_8b data.tokenizer=/tokenizers/llama3
   %(prog)s data=indexed data.train=[/data/c4/part0] data.split=[949,50,1] data.tokenizer=/tokenizers/llama3 \\
       model=llama3_8b
-"""
+"""  # noqa: E501
 BATCH = 256  # documents tokenised at once, in parallel
 SAMPLES, BLOCK = 64, 1 << 16  # of tokens that are hashed: 4 MiB of a file, however large
 
 
 def prepare(data: Data, vocab_size: int, contents: bool = True) -> Path:
-    """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now if need be.
+    """Return the folder with tokenizer/, train and heldout .bin/.idx and provenance.json, made now
+    if need be.
 
     `data` is of kind text.  `contents`: whether the tokens of what was made before are looked at.
     InputError where the folder was made from other text or another tokenizer, is damaged, or cannot
@@ -78,7 +79,10 @@ def prepare(data: Data, vocab_size: int, contents: bool = True) -> Path:
     try:
         return _prepared(data, vocab_size, root, contents)
     except OSError as error:
-        raise InputError(f"{root} cannot be made or read ({error.strerror or error}); choose another data.root or make room") from None
+        raise InputError(
+            f"{root} cannot be made or read ({error.strerror or error}); choose another data.root"
+            " or make room"
+        ) from None
 
 
 def _prepared(data: Data, vocab_size: int, root: Path, contents: bool) -> Path:
@@ -96,7 +100,9 @@ def _prepared(data: Data, vocab_size: int, root: Path, contents: bool) -> Path:
 
 
 def _made_before(root: Path, data: Data, vocab_size: int, contents: bool) -> Path:
-    """Return a folder that was prepared earlier; InputError where it is damaged or of other text."""
+    """Return a folder that was prepared earlier; InputError where it is damaged or of other
+    text.
+    """
     check_made_from(root, data)
     sets = sets_of(parts_of(data, vocab_size))
     fitting(str(root / "tokenizer"), vocab_size)
@@ -128,10 +134,16 @@ def facts(data: Data, vocab_size: int) -> dict[str, Any]:
 
 
 def fingerprints(data: Data, vocab_size: int) -> dict[str, Any]:
-    """Return what a manifest says beside: hashes of the tokenizer's content, and of samples of indexed tokens, too many to read."""
+    """Return what a manifest says beside: hashes of the tokenizer's content, and of samples of
+    indexed tokens, too many to read.
+    """
     if data.kind == "mock":
         return {}
-    name = str(data.tokenizer) if data.kind == "indexed" else str(prepared_root(data, vocab_size) / "tokenizer")
+    name = (
+        str(data.tokenizer)
+        if data.kind == "indexed"
+        else str(prepared_root(data, vocab_size) / "tokenizer")
+    )
     found: dict[str, Any] = {"tokenizer_sha256": load(name).sha256()}
     if data.kind == "indexed":
         files = [Path(f"{prefix}.bin") for _, prefix in (*blend(data.train), *blend(data.heldout))]
@@ -150,11 +162,16 @@ def _write(data: Data, vocab_size: int, work: Path) -> None:
     files = source_files(data.sources)
     if not files:
         suffixes = ", ".join(SUFFIXES)
-        raise InputError(f"data.sources={list(data.sources)} holds no file of {suffixes}; name text")
+        raise InputError(
+            f"data.sources={list(data.sources)} holds no file of {suffixes}; name text"
+        )
     tokenizer, end = _tokenizer(data, files, vocab_size, work / "tokenizer")
     counts = _tokenise(files, tokenizer, end, work)
     if not all(count.sum() for count in counts.values()):
-        raise InputError(f"data: {len(files)} file(s) leave nothing to train on or nothing to hold out; name more in data.sources")
+        raise InputError(
+            f"data: {len(files)} file(s) leave nothing to train on or nothing to hold out; name"
+            " more in data.sources"
+        )
     share = counts["heldout"][counts["heldout"] > 0] / counts["heldout"].sum()
     provenance = {
         "source": list(data.sources) or f"Python {sys.version.split()[0]} standard library",
@@ -167,7 +184,9 @@ def _write(data: Data, vocab_size: int, work: Path) -> None:
     (work / "provenance.json").write_text(json.dumps(provenance, indent=1))
 
 
-def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Path) -> tuple[Tokenizer, int]:
+def _tokenizer(
+    data: Data, files: list[SourceFile], vocab_size: int, folder: Path
+) -> tuple[Tokenizer, int]:
     """Return the plan's tokenizer, or one trained on the text, and the id that ends a document.
 
     A copy lies in `folder`.
@@ -186,19 +205,26 @@ def _tokenizer(data: Data, files: list[SourceFile], vocab_size: int, folder: Pat
 
 
 def fitting(name: str, vocab_size: int) -> tuple[Tokenizer, int]:
-    """Return a tokenizer and the id that ends a document; InputError where a model cannot use it."""
+    """Return a tokenizer and the id that ends a document; InputError where a model cannot use
+    it.
+    """
     tokenizer = load(name)
     if tokenizer.entries > vocab_size:
         raise InputError(
-            f"data.tokenizer={name} has {tokenizer.entries} entries, the model's vocabulary {vocab_size}; choose another model or tokenizer"
+            f"data.tokenizer={name} has {tokenizer.entries} entries, the model's vocabulary"
+            f" {vocab_size}; choose another model or tokenizer"
         )
     if tokenizer.end is None:
-        raise InputError(f"data.tokenizer={name} has no end-of-text token to part documents with; choose another")
+        raise InputError(
+            f"data.tokenizer={name} has no end-of-text token to part documents with; choose another"
+        )
     return tokenizer, tokenizer.end
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE with `vocab_size` entries and write it to `folder` in Hugging Face's form."""
+    """Train a byte-level BPE with `vocab_size` entries and write it to `folder` in Hugging Face's
+    form.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -206,25 +232,39 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD).save_pretrained(str(folder))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD
+    ).save_pretrained(str(folder))
 
 
-def _tokenise(files: list[SourceFile], tokenizer: Tokenizer, end: int, work: Path) -> dict[str, np.ndarray]:
+def _tokenise(
+    files: list[SourceFile], tokenizer: Tokenizer, end: int, work: Path
+) -> dict[str, np.ndarray]:
     """Write both splits' .bin/.idx; return how often each token occurs in each."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     entries = tokenizer.entries
     dtype = DType.optimal_dtype(entries)
-    builders = {split: IndexedDatasetBuilder(str(work / f"{split}.bin"), dtype=dtype) for split in SPLITS}
+    builders = {
+        split: IndexedDatasetBuilder(str(work / f"{split}.bin"), dtype=dtype) for split in SPLITS
+    }
     counts = {split: np.zeros(entries, dtype=np.int64) for split in SPLITS}
     parted = are_parted(files)
     for batch in _batches(d for f in _shown(files, "tokenising") for d in documents(f, parted)):
         encoded = tokenizer.encode([d.text for d in batch])
         for document, ids in zip(batch, encoded, strict=True):
             if max(ids, default=0) >= entries:
-                raise InputError(f"data.tokenizer gives token {max(ids)}, and has {entries} entries; it is damaged, choose another")
+                raise InputError(
+                    f"data.tokenizer gives token {max(ids)}, and has {entries} entries; it is"
+                    " damaged, choose another"
+                )
             row = np.array([*ids, end], dtype=dtype)
             builders[document.split].add_document(row, [len(row)])
             counts[document.split] += np.bincount(row, minlength=entries)
@@ -250,7 +290,9 @@ def _sha256(path: Path) -> str:
 
 
 def _sampled_sha256(path: Path) -> str:
-    """Return the hash of a file's size and of SAMPLES blocks of BLOCK bytes, spread evenly from its beginning to its end."""
+    """Return the hash of a file's size and of SAMPLES blocks of BLOCK bytes, spread evenly from its
+    beginning to its end.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -279,7 +321,9 @@ def prepare_or_check(data: Data, vocab_size: int) -> str:
     with Console(stderr=True).status("reading every token"):
         check_contents(sets_of(parts), vocab_size, everything=True)
     counts = {name: sum(part.tokens for part in split) for name, split in parts.items()}
-    return f"{', '.join(data.train)}: whole, {counts} tokens, all within model.vocab_size={vocab_size}"
+    return (
+        f"{', '.join(data.train)}: whole, {counts} tokens, all within model.vocab_size={vocab_size}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     form = argparse.RawDescriptionHelpFormatter
     name = "python -m recipes.training.data"
     parser = ArgumentParser(prog=name, description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    what = "Hydra overrides: data=…, data.sources=…, data.tokenizer=…, and model=… for its vocabulary"
+    what = (
+        "Hydra overrides: data=…, data.sources=…, data.tokenizer=…, and model=… for its vocabulary"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
     try:
         data, vocab_size = compose_data(parser.parse_args(argv).overrides)

@@ -1,7 +1,9 @@
-"""The GPU that this process trains on, as NVML sees it: identity, limits, other processes, clocks, power and energy.
+"""The GPU that this process trains on, as NVML sees it: identity, limits, other processes, clocks,
+power and energy.
 
-NVML is a library of NVIDIA's driver.  Its Python binding is nvidia-ml-py (module pynvml), which NVIDIA's containers bring.  A question
-that cannot be asked, or that the driver does not answer, gives None: no run fails for want of evidence.
+NVML is a library of NVIDIA's driver.  Its Python binding is nvidia-ml-py (module pynvml), which
+NVIDIA's containers bring.  A question that cannot be asked, or that the driver does not answer,
+gives None: no run fails for want of evidence.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ from recipes.gpu_record import GpuRecord, Others
 
 INTERVAL_S = 0.2  # between two samples: five a second cost the host some 0.1 ms of its time
 LOOK_FOR_OTHERS = 25  # samples between two looks at the processes on the GPU
-CHOICES = ("transformer_engine.pytorch.attention.dot_product_attention", "transformer_engine.pytorch.attention")
+CHOICES = (
+    "transformer_engine.pytorch.attention.dot_product_attention",
+    "transformer_engine.pytorch.attention",
+)
 POWER_CAP = 0x4  # nvml.h: nvmlClocksEventReasonSwPowerCap
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a GPU did since it was asked before: mean SM clock and power over the samples, joules by its energy counter; None: unknown."""
+    """What a GPU did since it was asked before: mean SM clock and power over the samples, joules by
+    its energy counter; None: unknown.
+    """
 
     sm_clock_mhz: float | None = None
     power_w: float | None = None
@@ -37,7 +44,9 @@ class Sampled:
 
 
 class Gpu:
-    """The current CUDA device; each answer is None where NVML, its binding or the driver does not give it."""
+    """The current CUDA device; each answer is None where NVML, its binding or the driver does not
+    give it.
+    """
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -57,7 +66,11 @@ class Gpu:
 
     @cached_property
     def _handle(self) -> Any:
-        return self._asked("nvmlDeviceGetHandleByUUID", self.uuid) if self._nvml and self.uuid else None
+        return (
+            self._asked("nvmlDeviceGetHandleByUUID", self.uuid)
+            if self._nvml and self.uuid
+            else None
+        )
 
     def _asked(self, function: str, *arguments: Any) -> Any:
         try:
@@ -93,15 +106,17 @@ class Gpu:
     def others(self) -> Others | None:
         """Return the other processes that have a CUDA context on this GPU.
 
-        A container may hide process ids, or translate them: then this process is one of those listed.  None where this one, which has
-        a context, is not among any: nothing was told.
+        A container may hide process ids, or translate them: then this process is one of those
+        listed.  None where this one, which has a context, is not among any: nothing was told.
         """
         found = self._ask("nvmlDeviceGetComputeRunningProcesses")
         if not found:
             return None
         others = [process for process in found if process.pid != os.getpid()]
         if len(others) == len(found):
-            others = sorted(found, key=lambda process: process.usedGpuMemory or 0)[:-1]  # the largest is taken for this process
+            others = sorted(found, key=lambda process: process.usedGpuMemory or 0)[
+                :-1
+            ]  # the largest is taken for this process
         held = [process.usedGpuMemory for process in others]
         return Others(processes=len(others), memory_gb=None if None in held else sum(held) / 1e9)
 
@@ -114,14 +129,18 @@ class Gpu:
             name=self.name,
             driver=driver.decode() if isinstance(driver, bytes) else driver,
             power_limit_w=self._scaled(1e-3, "nvmlDeviceGetEnforcedPowerLimit"),
-            max_sm_clock_mhz=self._scaled(1, "nvmlDeviceGetMaxClockInfo", getattr(self._nvml, "NVML_CLOCK_SM", None)),
+            max_sm_clock_mhz=self._scaled(
+                1, "nvmlDeviceGetMaxClockInfo", getattr(self._nvml, "NVML_CLOCK_SM", None)
+            ),
             others_at_start=self.others(),
         )
 
 
 @dataclass
 class Sampler:
-    """Looks at a GPU five times a second in a thread of its own, which waits for neither the device nor the training loop."""
+    """Looks at a GPU five times a second in a thread of its own, which waits for neither the device
+    nor the training loop.
+    """
 
     gpu: Gpu
     most_others: Others | None = None
@@ -183,22 +202,32 @@ def gathered(value: Any) -> list[Any]:
 
 
 def cudnn() -> dict[str, str]:
-    """Return the versions of cuDNN that PyTorch and Transformer Engine have loaded, and the one that PyTorch was built with.
+    """Return the versions of cuDNN that PyTorch and Transformer Engine have loaded, and the one
+    that PyTorch was built with.
 
-    Not by torch.backends.cudnn.version(): where an older cuDNN is loaded than PyTorch was built with, that raises.
+    Not by torch.backends.cudnn.version(): where an older cuDNN is loaded than PyTorch was built
+    with, that raises.
     """
     found = {}
-    with suppress(Exception):  # not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11: torch/backends/cudnn/__init__.py)
+    with suppress(
+        Exception
+        # not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11:
+        # torch/backends/cudnn/__init__.py)
+    ):
         asked = torch._C._cudnn
         found["torch"] = ".".join(map(str, asked.getRuntimeVersion()))
         found["torch_built_with"] = ".".join(map(str, asked.getCompileVersion()))
     with suppress(Exception):  # not installed, or without the question
-        found["transformer_engine"] = _release(import_module("transformer_engine_torch").get_cudnn_version())
+        found["transformer_engine"] = _release(
+            import_module("transformer_engine_torch").get_cudnn_version()
+        )
     return found
 
 
 def libraries() -> dict[str, str]:
-    """Return the versions of the libraries that this process computes and communicates with, as far as they answer: CUDA, cuBLASLt, NCCL."""
+    """Return the versions of the libraries that this process computes and communicates with, as far
+    as they answer: CUDA, cuBLASLt, NCCL.
+    """
     found = {}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -210,18 +239,35 @@ def libraries() -> dict[str, str]:
 
 
 def attention(model: Any) -> str | None:
-    """Return what computes a model's attention: the class of its layers, and the backend that Transformer Engine chose in training.
+    """Return what computes a model's attention: the class of its layers, and the backend that
+    Transformer Engine chose in training.
 
-    Its choice stands in a module of its own (2.2: pytorch/attention.py:156; from 2.5 on pytorch/attention/dot_product_attention),
-    as the last attention that was called left it.  None where a model has no such layer.
+    Its choice stands in a module of its own (2.2: pytorch/attention.py:156; from 2.5 on
+    pytorch/attention/dot_product_attention), as the last attention that was called left it.  None
+    where a model has no such layer.
     """
-    layers = sorted({type(layer).__name__ for module in model.modules() if (layer := getattr(module, "core_attention", None)) is not None})
-    backend = next((chosen for name in CHOICES if (chosen := _backend(getattr(sys.modules.get(name), "_attention_backends", None)))), None)
+    layers = sorted(
+        {
+            type(layer).__name__
+            for module in model.modules()
+            if (layer := getattr(module, "core_attention", None)) is not None
+        }
+    )
+    backend = next(
+        (
+            chosen
+            for name in CHOICES
+            if (chosen := _backend(getattr(sys.modules.get(name), "_attention_backends", None)))
+        ),
+        None,
+    )
     return ", ".join([*layers, *([backend] if backend else [])]) if layers else None
 
 
 def _backend(chosen: Any) -> str | None:
-    """Return the name of the attention backend in Transformer Engine's record of its choice; None where it has made none."""
+    """Return the name of the attention backend in Transformer Engine's record of its choice; None
+    where it has made none.
+    """
     if not isinstance(chosen, dict):
         return None
     if chosen.get("use_flash_attention"):
@@ -233,6 +279,8 @@ def _backend(chosen: Any) -> str | None:
 
 
 def _release(number: int) -> str:
-    """Return cudnnGetVersion's number as major.minor.patch: 91900 is 9.19.0, 8907 is 8.9.7 (cudnn_version.h)."""
+    """Return cudnnGetVersion's number as major.minor.patch: 91900 is 9.19.0, 8907 is 8.9.7
+    (cudnn_version.h).
+    """
     thousands = 10_000 if number >= 90_000 else 1_000
     return f"{number // thousands}.{number % thousands // 100}.{number % 100}"

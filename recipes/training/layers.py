@@ -1,11 +1,13 @@
-"""Megatron-Core layers whose FP8 is this project's own: linear layers, and attention for a CPU, put in by module spec.
+"""Megatron-Core layers whose FP8 is this project's own: linear layers, and attention for a CPU, put
+in by module spec.
 
-`layer_spec` takes Megatron-Core's local transformer layer and puts, in place of its linear layers (linear_qkv,
-linear_proj, linear_fc1, linear_fc2), subclasses whose three GEMMs run in FP8.  The vocabulary layers stay in BF16, as
-with Transformer Engine.
+`layer_spec` takes Megatron-Core's local transformer layer and puts, in place of its linear layers
+(linear_qkv, linear_proj, linear_fc1, linear_fc2), subclasses whose three GEMMs run in FP8.  The
+vocabulary layers stay in BF16, as with Transformer Engine.
 
-On a GPU the rest is Transformer Engine's, as in NeMo's default layers: attention, norms, and the linear maps of layers that are
-kept in BF16.  There the norm before linear_qkv and linear_fc1 is fused with them, here it stands alone; both hand BF16 on.
+On a GPU the rest is Transformer Engine's, as in NeMo's default layers: attention, norms, and the
+linear maps of layers that are kept in BF16.  There the norm before linear_qkv and linear_fc1 is
+fused with them, here it stands alone; both hand BF16 on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from nemo.collections.llm.gpt.model.gemma2 import Gemma2Config, Gemma2DotProductAttention, TERowParallelLinearLayerNorm
+from nemo.collections.llm.gpt.model.gemma2 import (
+    Gemma2Config,
+    Gemma2DotProductAttention,
+    TERowParallelLinearLayerNorm,
+)
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm, scaled_dot_product_attention
 
@@ -49,20 +55,39 @@ class Fp8Mixin(nn.Module):
 
     @_forward_impl.setter
     def _forward_impl(self, value: object) -> None:
-        """Megatron-Core 0.12 layers.py:939 and :1174 assign the BF16 GEMM in every forward pass: ignored."""
+        """Megatron-Core 0.12 layers.py:939 and :1174 assign the BF16 GEMM in every forward pass:
+        ignored.
+        """
 
-    def _fp8_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool = False, **kwargs: Any) -> Tensor:
+    def _fp8_forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         training = self.training and torch.is_grad_enabled()
-        into_main_grad = gradient_accumulation_fusion and hasattr(weight, "main_grad")  # which the data-parallel wrapper gives
+        into_main_grad = gradient_accumulation_fusion and hasattr(
+            weight, "main_grad"
+        )  # which the data-parallel wrapper gives
         y = fp8_linear(input, weight, self.fp8_quantiser, self.fp8_calls, training, into_main_grad)
         return y if bias is None else y + bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Weights as the parent shards them; amax histories and scales replicated, one copy a layer."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Weights as the parent shards them; amax histories and scales replicated, one copy a
+        layer.
+        """
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        buffers = {k: v for k, v in self.state_dict(prefix="", keep_vars=True).items() if k.startswith("fp8_quantiser.")}
+        buffers = {
+            k: v
+            for k, v in self.state_dict(prefix="", keep_vars=True).items()
+            if k.startswith("fp8_quantiser.")
+        }
         state = {k: v for k, v in state.items() if "fp8_quantiser." not in k}
         state.update(make_sharded_tensors_for_checkpoint(buffers, prefix, {}, sharded_offsets))
         return state
@@ -77,7 +102,8 @@ class Fp8RowParallelLinear(Fp8Mixin, RowParallelLinear):
 
 
 class NormedOutput(nn.Module):
-    """A row-parallel linear layer with a norm behind it, as in Gemma 2: NeMo v2.3.2 gpt/model/gemma2.py, TERowParallelLinearLayerNorm.
+    """A row-parallel linear layer with a norm behind it, as in Gemma 2: NeMo v2.3.2
+    gpt/model/gemma2.py, TERowParallelLinearLayerNorm.
 
     NeMo leaves the norm's epsilon at TENorm's default of 1e-5, and so does this.
     """
@@ -101,13 +127,17 @@ class NormedFp8RowParallelLinear(NormedOutput, Fp8RowParallelLinear):
 
 
 class ShiftedNorm(nn.Module):
-    """RMSNorm or LayerNorm whose gain is stored less one, in FP32 arithmetic: PyTorch has none (Transformer Engine: zero_centered_gamma)."""
+    """RMSNorm or LayerNorm whose gain is stored less one, in FP32 arithmetic: PyTorch has none
+    (Transformer Engine: zero_centered_gamma).
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        self.bias = (
+            nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        )
         _of_part_of_sequence(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,17 +149,20 @@ class ShiftedNorm(nn.Module):
 
 
 class TorchNorm(nn.Module):
-    """PyTorch's norm of a configuration; Megatron-Core's own wrapper of it refuses sequence parallelism (transformer/torch_norm.py).
+    """PyTorch's norm of a configuration; Megatron-Core's own wrapper of it refuses sequence
+    parallelism (transformer/torch_norm.py).
 
-    Its parameters are marked, so that their gradients are summed over the ranks that have a part of the sequence each
-    (distributed/finalize_model_grads.py, _allreduce_layernorm_grads).
+    Its parameters are marked, so that their gradients are summed over the ranks that have a part of
+    the sequence each (distributed/finalize_model_grads.py, _allreduce_layernorm_grads).
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        self.bias = (
+            nn.Parameter(torch.zeros(hidden_size)) if config.normalization == "LayerNorm" else None
+        )
         _of_part_of_sequence(self, config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,7 +178,9 @@ def _of_part_of_sequence(norm: Any, config: Any) -> None:
 
 
 def norm_of(config: Any) -> Any:
-    """Return the class of a model's norms: Transformer Engine's where it is there, else PyTorch's or, with a shifted gain, ours."""
+    """Return the class of a model's norms: Transformer Engine's where it is there, else PyTorch's
+    or, with a shifted gain, ours.
+    """
     from nemo.collections.llm.gpt.model.base import HAVE_TE
 
     if HAVE_TE:
@@ -154,12 +189,14 @@ def norm_of(config: Any) -> Any:
 
 
 class CpuAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention with BF16 operands and FP32 arithmetic: grouped queries, sliding window, softcap and dropout.
+    """Causal attention with BF16 operands and FP32 arithmetic: grouped queries, sliding window,
+    softcap and dropout.
 
-    It takes the place of Megatron-Core's DotProductAttention, which asserts that there is no window.  A window of (w, 0)
-    lets a query see w keys before its own, as Transformer Engine's (pytorch attention, get_swa_mask).  With a softcap c
-    scores become c tanh(score / c), and their scale is that of `query_pre_attn_scalar`, as in NeMo's Gemma 2; its window
-    does not reach them, for the plan has no longer sequences (recipes/compose/model_rules.py).
+    It takes the place of Megatron-Core's DotProductAttention, which asserts that there is no
+    window.  A window of (w, 0) lets a query see w keys before its own, as Transformer Engine's
+    (pytorch attention, get_swa_mask).  With a softcap c scores become c tanh(score / c), and their
+    scale is that of `query_pre_attn_scalar`, as in NeMo's Gemma 2; its window does not reach them,
+    for the plan has no longer sequences (recipes/compose/model_rules.py).
     """
 
     def __init__(self, config: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
@@ -167,13 +204,23 @@ class CpuAttention(MegatronModule):  # type: ignore[misc]
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         of_gemma2: float | None = getattr(config, "query_pre_attn_scalar", None)
         self.scale = of_gemma2**-0.5 if of_gemma2 else softmax_scale  # None: of the head's size
-        self.window: int | None = config.window_size[0] if config.window_size and not self.softcap else None
+        self.window: int | None = (
+            config.window_size[0] if config.window_size and not self.softcap else None
+        )
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Take (sequence, batch, heads, dim) and return (sequence, batch, heads * dim).
 
-        `attention_mask` (batch, 1, sequence, sequence) is True where a token must not look; without document masks it holds
-        nothing but causality.
+        `attention_mask` (batch, 1, sequence, sequence) is True where a token must not look; without
+        document masks it holds nothing but causality.
         """
         q, k, v = (t.permute(1, 2, 0, 3).float() for t in (query, key, value))
         seen = self._seen(query.shape[0], attention_mask)
@@ -183,7 +230,14 @@ class CpuAttention(MegatronModule):  # type: ignore[misc]
         else:
             grouped = q.shape[1] != k.shape[1]
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped, dropout_p=dropout, scale=self.scale
+                q,
+                k,
+                v,
+                attn_mask=seen,
+                is_causal=seen is None,
+                enable_gqa=grouped,
+                dropout_p=dropout,
+                scale=self.scale,
             )
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1).to(query.dtype)
 
@@ -197,7 +251,9 @@ class CpuAttention(MegatronModule):  # type: ignore[misc]
         inside = (before >= 0) & (before <= self.window)
         return inside if seen is None else seen & inside
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+    def _capped(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float
+    ) -> Tensor:
         heads = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)
         scores = self.softcap * torch.tanh(q @ k.transpose(-1, -2) * self.scale / self.softcap)
@@ -210,17 +266,20 @@ _document_masks = False
 
 
 def set_recipe(fp8: Fp8 | None, document_masks: bool = False) -> None:
-    """Set the recipe of the FP8 layers built from now on, and whether attention on a CPU stays within documents.
+    """Set the recipe of the FP8 layers built from now on, and whether attention on a CPU stays
+    within documents.
 
-    A process-wide setting, because NeMo writes its recipe objects into checkpoints and can write only named functions:
-    the spec function below cannot carry a value.
+    A process-wide setting, because NeMo writes its recipe objects into checkpoints and can write
+    only named functions: the spec function below cannot carry a value.
     """
     global _recipe, _document_masks
     _recipe, _document_masks = fp8, document_masks
 
 
 def _layer(config: Any, with_fp8: bool) -> ModuleSpec:
-    """Return one layer; on a GPU all have the same modules for norms, for a checkpoint stacks what layers have in common."""
+    """Return one layer; on a GPU all have the same modules for norms, for a checkpoint stacks what
+    layers have in common.
+    """
     from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec
 
     spec = local_layer_spec(config)
@@ -232,7 +291,9 @@ def _layer(config: Any, with_fp8: bool) -> ModuleSpec:
     if HAVE_TE:
         from megatron.core.extensions import transformer_engine as te
 
-        attention.core_attention = Gemma2DotProductAttention if _is_gemma2(config) else te.TEDotProductAttention
+        attention.core_attention = (
+            Gemma2DotProductAttention if _is_gemma2(config) else te.TEDotProductAttention
+        )
         attention.linear_qkv = mlp.linear_fc1 = te.TEColumnParallelLinear
     if with_fp8:
         attention.linear_qkv = mlp.linear_fc1 = Fp8ColumnParallelLinear
@@ -241,7 +302,9 @@ def _layer(config: Any, with_fp8: bool) -> ModuleSpec:
 
 
 def _row_parallel(config: Any, with_fp8: bool) -> Any:
-    """Return the class of linear_proj and linear_fc2: in FP8 or not, with a norm behind it or not."""
+    """Return the class of linear_proj and linear_fc2: in FP8 or not, with a norm behind it or
+    not.
+    """
     from nemo.collections.llm.gpt.model.base import HAVE_TE
 
     if with_fp8:
@@ -254,16 +317,25 @@ def _row_parallel(config: Any, with_fp8: bool) -> Any:
 
 
 def _is_gemma2(config: Any) -> bool:
-    """Whether a model has the layers of Gemma 2: norms behind attention and MLP, and a softcap on its scores."""
+    """Whether a model has the layers of Gemma 2: norms behind attention and MLP, and a softcap on
+    its scores.
+    """
     return isinstance(config, Gemma2Config)
 
 
 def layer_spec(config: Any) -> TransformerBlockSubmodules:
-    """Return the layers of this rank's chunk of a GPTConfig: FP8 ones where a recipe is set, its first and last layers kept in BF16."""
-    first, last = (_recipe.first_layers_bf16, _recipe.last_layers_bf16) if _recipe else (config.num_layers, 0)
+    """Return the layers of this rank's chunk of a GPTConfig: FP8 ones where a recipe is set, its
+    first and last layers kept in BF16.
+    """
+    first, last = (
+        (_recipe.first_layers_bf16, _recipe.last_layers_bf16) if _recipe else (config.num_layers, 0)
+    )
     fp8_layers = range(first, config.num_layers - last)
     start = get_transformer_layer_offset(config)
-    layers = [_layer(config, number in fp8_layers) for number in range(start, start + get_num_layers_to_build(config))]
+    layers = [
+        _layer(config, number in fp8_layers)
+        for number in range(start, start + get_num_layers_to_build(config))
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_of(config))
 
 

@@ -1,7 +1,8 @@
 """Train the plan of a run folder: `python -m recipes.training.run FOLDER`, one process a device.
 
-The job's script starts it, under torchrun or Slurm.  Exit codes: 0 done, or paused with a checkpoint (status.json says
-which: a code of its own would make Slurm and torchrun end the ranks that are still writing), 2 wrong input, 1 otherwise.
+The job's script starts it, under torchrun or Slurm.  Exit codes: 0 done, or paused with a
+checkpoint (status.json says which: a code of its own would make Slurm and torchrun end the ranks
+that are still writing), 2 wrong input, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 def task(plan: Plan, folder: Path) -> Any:
-    """Adapt this process to its device and return the plan's NeMo recipe, built: called, it is llm.pretrain."""
+    """Adapt this process to its device and return the plan's NeMo recipe, built: called, it is
+    llm.pretrain.
+    """
     if plan.executor.threads:
         torch.set_num_threads(plan.executor.threads)
     from recipes.training.compat import cpu, transformer_engine
@@ -48,7 +51,10 @@ def task(plan: Plan, folder: Path) -> Any:
 
 
 def main(folder: Path) -> int:
-    """Train; on failure record why in the folder, which one run at a time may write.  Returns the exit code."""
+    """Train; on failure record why in the folder, which one run at a time may write.
+
+    Returns the exit code.
+    """
     stop.listen()
     first = os.environ.get("RANK", "0") == "0"
     try:
@@ -67,7 +73,11 @@ def main(folder: Path) -> int:
         if error.errno not in UNWRITABLE:
             raise
         where = error.filename or folder
-        print(f"error: {where}: {error.strerror}; make room or mend who may use it, and the same launch command continues the run", file=sys.stderr)
+        print(
+            f"error: {where}: {error.strerror}; make room or mend who may use it, and the same"
+            " launch command continues the run",
+            file=sys.stderr,
+        )
         return EXIT_WRONG_INPUT
 
 

@@ -1,9 +1,9 @@
 """Megatron-Core's samples of indexed data, each compared with the model's vocabulary as it is read.
 
-The launch and the job's preflight read stretches of a large data set (recipes/data/indexed.py), this
-reads what is trained on.  Without it an id beyond the vocabulary ends a job in a device-side assert,
-or is taken for token 0 under tensor parallelism (megatron/core/tensor_parallel/layers.py, v0.12.3:
-VocabParallelEmbedding.forward masks what is not of its own part).
+The launch and the job's preflight read stretches of a large data set (recipes/data/indexed.py),
+this reads what is trained on.  Without it an id beyond the vocabulary ends a job in a device-side
+assert, or is taken for token 0 under tensor parallelism (megatron/core/tensor_parallel/layers.py,
+v0.12.3: VocabParallelEmbedding.forward masks what is not of its own part).
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""A request to stop: a file `stop` in the run folder, SIGUSR1 or SIGTERM ask a run to end its step, save and leave.
+"""A request to stop: a file `stop` in the run folder, SIGUSR1 or SIGTERM ask a run to end its step,
+save and leave.
 
-A job's script makes the file before its time limit; a preemption sends a signal.  NeMo's PreemptionCallback (lightning/pytorch/callbacks/
-preemption.py) leaves the process from within the step's callbacks; here training ends as at its last step, so that the
-run folder and the checkpoint say the same.  Rank 0's word counts: ranks hear the signal at different steps.  On GPUs it is heard by all
-a step after it was said, so that no rank waits for its GPU to hear it (recipes/training/deferred.py).
+A job's script makes the file before its time limit; a preemption sends a signal.  NeMo's
+PreemptionCallback (lightning/pytorch/callbacks/ preemption.py) leaves the process from within the
+step's callbacks; here training ends as at its last step, so that the run folder and the checkpoint
+say the same.  Rank 0's word counts: ranks hear the signal at different steps.  On GPUs it is heard
+by all a step after it was said, so that no rank waits for its GPU to hear it
+(recipes/training/deferred.py).
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What happens in Transformer Engine's linear layers: proof that FP8 ran, and what it does to their operands.
+"""What happens in Transformer Engine's linear layers: proof that FP8 ran, and what it does to their
+operands.
 
-NeMo and Megatron-Core train on in BF16 without a word where FP8 is not to be had, so each layer's FP8 GEMMs are counted.  On
-steps that are diagnosed, this project's numerics quantise the operands that the layer had, as the recipe does, and keep what
-they met (recipes/measure/gpu/casts.py says how exactly they agree with Transformer Engine's own casts).  Of a large operand they
-take rows from all over it, and the one with the largest value, which decides a scale: the whole in FP32, with what the numerics
-make of it, would need more memory than the training it looks at.
+NeMo and Megatron-Core train on in BF16 without a word where FP8 is not to be had, so each layer's
+FP8 GEMMs are counted.  On steps that are diagnosed, this project's numerics quantise the operands
+that the layer had, as the recipe does, and keep what they met (recipes/measure/gpu/casts.py says
+how exactly they agree with Transformer Engine's own casts).  Of a large operand they take rows from
+all over it, and the one with the largest value, which decides a scale: the whole in FP32, with what
+the numerics make of it, would need more memory than the training it looks at.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ BLOCK = 128  # neighbouring rows: sub-channel scaling's blocks of weights
 
 
 class Watched:
-    """A Transformer Engine linear layer: its count of FP8 GEMMs, and a quantiser of its recipe (None: counted only)."""
+    """A Transformer Engine linear layer: its count of FP8 GEMMs, and a quantiser of its recipe
+    (None: counted only).
+    """
 
     def __init__(self, layer: Any, fp8: Fp8 | None) -> None:
         self.layer, self.fp8_calls = layer, Calls()
@@ -62,20 +66,29 @@ class Watched:
     @property
     def _looks(self) -> bool:
         """Whether this pass is looked at; none is while a CUDA graph is recorded."""
-        return self.fp8_quantiser is not None and self.fp8_quantiser.diagnose and not torch.cuda.is_current_stream_capturing()
+        return (
+            self.fp8_quantiser is not None
+            and self.fp8_quantiser.diagnose
+            and not torch.cuda.is_current_stream_capturing()
+        )
 
     @torch.no_grad()
     def _look(self, x: Tensor, role: str) -> None:
         found = self.fp8_quantiser
         if isinstance(found, DelayedScaling):
             _scales_of(self.layer, found)
-        values = x.dequantize() if hasattr(x, "dequantize") and type(x) is not Tensor and type(x) is not nn.Parameter else x
+        values = (
+            x.dequantize()
+            if hasattr(x, "dequantize") and type(x) is not Tensor and type(x) is not nn.Parameter
+            else x
+        )
         assert found
         found(sample(values.detach().reshape(-1, x.shape[-1])).float(), role, training=False)
 
 
 def sample(x: Tensor, elements: int = LOOKED_AT) -> Tensor:
-    """Return about `elements` of `x` [rows, columns]: blocks of rows spread over it, the last row being that with the largest |x|.
+    """Return about `elements` of `x` [rows, columns]: blocks of rows spread over it, the last row
+    being that with the largest |x|.
 
     A NaN counts as largest.  All of `x` where it is no larger.
     """
@@ -91,7 +104,9 @@ def sample(x: Tensor, elements: int = LOOKED_AT) -> Tensor:
 
 
 def _normed(module: Any, x: Tensor) -> Tensor:
-    """Return what the GEMM of a layer multiplies: its input, or the norm of it that LayerNormLinear computes inside."""
+    """Return what the GEMM of a layer multiplies: its input, or the norm of it that LayerNormLinear
+    computes inside.
+    """
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
         return x
@@ -102,18 +117,26 @@ def _normed(module: Any, x: Tensor) -> Tensor:
 
 
 def _scales_of(layer: Any, found: DelayedScaling) -> None:
-    """Take over the scales that the layer used (fp8_meta: forward input, weight, output; backward the gradient first)."""
+    """Take over the scales that the layer used (fp8_meta: forward input, weight, output; backward
+    the gradient first).
+    """
     forward, backward = (layer.fp8_meta[key].scale for key in ("scaling_fwd", "scaling_bwd"))
     found.scale.data = torch.stack([forward[0], forward[1], backward[0]])
 
 
 def watch(model: nn.Module, fp8: Fp8 | None) -> dict[str, Watched]:
-    """Return the Transformer Engine linear layers of `model` by name, watched from now on; looked at closely if `fp8` is given."""
+    """Return the Transformer Engine linear layers of `model` by name, watched from now on; looked
+    at closely if `fp8` is given.
+    """
     try:
         from transformer_engine.pytorch import LayerNormLinear, Linear
     except ImportError:
         return {}
-    layers = {name: Watched(m, fp8) for name, m in model.named_modules() if isinstance(m, (Linear, LayerNormLinear))}
+    layers = {
+        name: Watched(m, fp8)
+        for name, m in model.named_modules()
+        if isinstance(m, (Linear, LayerNormLinear))
+    }
     for watched in layers.values():
         watched.layer.register_forward_hook(watched.forward)
     _watch_graphs({watched.layer: watched for watched in layers.values()})
@@ -121,7 +144,8 @@ def watch(model: nn.Module, fp8: Fp8 | None) -> dict[str, Watched]:
 
 
 def _watch_graphs(layers: dict[nn.Module, Watched]) -> None:
-    """Count in replayed CUDA graphs too: no module is called there, but the kernels are those of the pass that was recorded.
+    """Count in replayed CUDA graphs too: no module is called there, but the kernels are those of
+    the pass that was recorded.
 
     Megatron-Core 0.12 transformer/cuda_graphs.py: a runner a layer and micro-batch in flight.
     """

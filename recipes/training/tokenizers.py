@@ -108,7 +108,9 @@ def _hugging_face(name: str) -> HuggingFace:
 
     try:
         found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # nor asks whether to
-    except Exception as error:  # a damaged file raises whatever its reader does, Exception itself too
+    except (
+        Exception
+    ) as error:  # a damaged file raises whatever its reader does, Exception itself too
         raise InputError(f"data.tokenizer={name} cannot be loaded {_why(name, error)}") from None
     return HuggingFace(found)
 

@@ -1,4 +1,6 @@
-"""docs/models.md: which of NeMo's recipes train here, and why the others do not; made from the list by `python -m recipes.upstream.nemo_source --write`."""
+"""docs/models.md: which of NeMo's recipes train here, and why the others do not; made from the list
+by `python -m recipes.upstream.nemo_source --write`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ environment. On GPUs Llama 3, Llama 3.1 405B and Nemotron-4 were run ([h200.md](
 - A sliding window of 4,096 lets a token see 4,096 tokens before itself, as Transformer Engine counts. Hugging Face's includes the
   token itself and sees one fewer.
 - Recommended layouts exist for the five models of NVIDIA's tables. The others start from no model parallelism.
-"""
+"""  # noqa: E501
 
 
 def text() -> str:
@@ -77,7 +79,11 @@ def _row(name: str, versions: list[str]) -> tuple[str, bool]:
 def _architecture(recipe: NemoRecipe) -> str:
     """Return what a model has, in words."""
     model = recipe.model
-    places = "learned positions" if model["position_embedding"] == "learned_absolute" else f"RoPE base {model['rotary_base']:,.0f}"
+    places = (
+        "learned positions"
+        if model["position_embedding"] == "learned_absolute"
+        else f"RoPE base {model['rotary_base']:,.0f}"
+    )
     parts = [str(model["activation"]), str(model["normalization"]), places]
     if model["rotary_percent"] not in (None, 1.0):
         parts.append(f"on {model['rotary_percent']:.0%} of a head")
@@ -98,5 +104,9 @@ def _architecture(recipe: NemoRecipe) -> str:
         "post_norms": "post norms",
         "embedding_scaling": "scaled embeddings",
     }
-    parts += [words for field, words in flags.items() if model[field] and not (field == "qkv_bias" and model["linear_bias"])]
+    parts += [
+        words
+        for field, words in flags.items()
+        if model[field] and not (field == "qkv_bias" and model["linear_bias"])
+    ]
     return ", ".join(parts)

@@ -1,14 +1,15 @@
 """What do NeMo's recipes build?  Read from NeMo's source, which is parsed and never imported.
 
-    python -m recipes.upstream.nemo_source                    compare the list with the NeMo that is installed
-    python -m recipes.upstream.nemo_source SOURCE             the same with a source tree (a folder that holds nemo/)
-    python -m recipes.upstream.nemo_source SOURCE --write     write the rows of that version into the list, and docs/models.md
-    python -m recipes.upstream.nemo_source --model NAME       print a conf/model file for a recipe of the list
+    python -m recipes.upstream.nemo_source                    compare the list with the NeMo that is
+    installed python -m recipes.upstream.nemo_source SOURCE             the same with a source tree
+    (a folder that holds nemo/) python -m recipes.upstream.nemo_source SOURCE --write     write the
+    rows of that version into the list, and docs/models.md python -m recipes.upstream.nemo_source
+    --model NAME       print a conf/model file for a recipe of the list
 
-A recipe is a module of nemo/collections/llm/recipes with a `pretrain_recipe`, or with a `finetune_recipe` alone.  Its
-function `model` names the class of its configuration, whose fields come from the classes that it inherits from
-(nemo/collections/llm/*/model) and in the end from Megatron-Core's TransformerConfig.  The exit code is 1 where the list
-differs from the source.
+A recipe is a module of nemo/collections/llm/recipes with a `pretrain_recipe`, or with a
+`finetune_recipe` alone.  Its function `model` names the class of its configuration, whose fields
+come from the classes that it inherits from (nemo/collections/llm/*/model) and in the end from
+Megatron-Core's TransformerConfig.  The exit code is 1 where the list differs from the source.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ DIFFERENT = 1
 Row = dict[str, str]
 Fields = dict[str, Any]
 
-# Defaults of Megatron-Core's TransformerConfig, the same in 0.12.3 and 0.13.0 (transformer/transformer_config.py); None
-# for ffn_hidden_size is four times hidden_size, for num_query_groups the number of heads.
+# Defaults of Megatron-Core's TransformerConfig, the same in 0.12.3 and 0.13.0
+# (transformer/transformer_config.py); None for ffn_hidden_size is four times hidden_size, for
+# num_query_groups the number of heads.
 MEGATRON: Fields = {
     "activation_func": "gelu",
     "add_bias_linear": True,
@@ -55,11 +57,14 @@ MEGATRON: Fields = {
     "rotary_interleaved": False,
     "window_size": None,
 }
-FAMILIES = {  # a class that the configuration inherits from: why this project does not train the model
+# a class that the configuration inherits from: why this project does not train the model
+FAMILIES = {
     "T5Config": "an encoder and a decoder (T5), and this project trains decoders alone",
     "BertConfig": "an encoder (BERT), and this project trains decoders alone",
     "HyenaConfig": "a model of Hyena's convolutions, and this project trains transformers alone",
-    "SSMConfig": "a Mamba model or a hybrid with Mamba layers, and this project trains transformers alone",
+    "SSMConfig": (
+        "a Mamba model or a hybrid with Mamba layers, and this project trains transformers alone"
+    ),
 }
 ACTIVATIONS = {
     ("silu", True): "swiglu",
@@ -75,16 +80,26 @@ NORMS = {
     ("LayerNorm", False): "layernorm",
     ("LayerNorm", True): "layernorm1p",
 }
-LAYERS = ("default_layer_spec", "gemma2_layer_spec")  # layers that recipes/training/layers.py has too
-NEEDED = ("dir", "name", "num_nodes", "num_gpus_per_node")  # arguments that recipes/training/recipe.py gives
+LAYERS = (
+    "default_layer_spec",
+    "gemma2_layer_spec",
+)  # layers that recipes/training/layers.py has too
+NEEDED = (
+    "dir",
+    "name",
+    "num_nodes",
+    "num_gpus_per_node",
+)  # arguments that recipes/training/recipe.py gives
 
 
-# ------------------------------------------------------------------------------------------------ classes of models
+# -------------------------------------------------------------------------------- classes of models
 
 
 @dataclass
 class Source:
-    """A parsed NeMo: its version ("2.3"), recipe modules, classes and functions of its models by name."""
+    """A parsed NeMo: its version ("2.3"), recipe modules, classes and functions of its models by
+    name.
+    """
 
     version: str
     modules: dict[str, ast.Module]
@@ -93,12 +108,16 @@ class Source:
     types: dict[str, type] = field(default_factory=dict)
 
     def ancestors(self, name: str) -> list[str]:
-        """Return the names of a class and its bases in Python's order, those that NeMo does not define too."""
+        """Return the names of a class and its bases in Python's order, those that NeMo does not
+        define too.
+        """
         return [cls.__name__ for cls in self._type(name).__mro__ if cls is not object]
 
     def _type(self, name: str) -> type:
         if name not in self.types:
-            bases = [_last(base) for base in self.classes[name].bases] if name in self.classes else []
+            bases = (
+                [_last(base) for base in self.classes[name].bases] if name in self.classes else []
+            )
             self.types[name] = type(name, tuple(self._type(base) for base in bases if base), {})
         return self.types[name]
 
@@ -108,24 +127,40 @@ class Source:
         for ancestor in reversed(self.ancestors(name)):
             cls = self.classes.get(ancestor)
             if cls and any(_last(mark) == "dataclass" for mark in cls.decorator_list):
-                set_here = (s for s in cls.body if isinstance(s, ast.AnnAssign) and s.value is not None)
-                values |= {s.target.id: _value(s.value) for s in set_here if isinstance(s.target, ast.Name) and s.value}
+                set_here = (
+                    s for s in cls.body if isinstance(s, ast.AnnAssign) and s.value is not None
+                )
+                values |= {
+                    s.target.id: _value(s.value)
+                    for s in set_here
+                    if isinstance(s.target, ast.Name) and s.value
+                }
         return values
 
 
 def numbers(root: Path) -> dict[str, Any]:
-    """Return MAJOR, MINOR, PATCH and the like of the NeMo below `root`; InputError where there is none."""
+    """Return MAJOR, MINOR, PATCH and the like of the NeMo below `root`; InputError where there is
+    none.
+    """
     try:
         info = (root / "nemo/package_info.py").read_text()
     except OSError:
-        raise InputError(f"{root} holds no nemo/package_info.py; name the folder of a NeMo source tree") from None
-    return {_last(s.targets[0]): _value(s.value) for s in ast.parse(info).body if isinstance(s, ast.Assign)}
+        raise InputError(
+            f"{root} holds no nemo/package_info.py; name the folder of a NeMo source tree"
+        ) from None
+    return {
+        _last(s.targets[0]): _value(s.value)
+        for s in ast.parse(info).body
+        if isinstance(s, ast.Assign)
+    }
 
 
 def read(root: Path) -> Source:
     """Return the NeMo below `root` (a folder that holds nemo/); InputError where there is none."""
     found = numbers(root)
-    modules = {path.stem: ast.parse(path.read_text()) for path in sorted((root / RECIPES).glob("*.py"))}
+    modules = {
+        path.stem: ast.parse(path.read_text()) for path in sorted((root / RECIPES).glob("*.py"))
+    }
     source = Source(f"{found['MAJOR']}.{found['MINOR']}", modules)
     for path in sorted((root / MODELS).glob("*/model/*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -137,7 +172,9 @@ def read(root: Path) -> Source:
 
 
 def installed() -> Path:
-    """Return the folder that holds the installed NeMo, without importing it; InputError where there is none."""
+    """Return the folder that holds the installed NeMo, without importing it; InputError where there
+    is none.
+    """
     spec = find_spec("nemo")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("NeMo is not installed here; name the folder of its source tree")
@@ -145,7 +182,9 @@ def installed() -> Path:
 
 
 def _last(node: ast.AST | None) -> str:
-    """Return the last part of a dotted name: silu of torch.nn.functional.silu; "" of anything else."""
+    """Return the last part of a dotted name: silu of torch.nn.functional.silu; "" of anything
+    else.
+    """
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -164,12 +203,14 @@ def _value(node: ast.expr) -> Any:
         return _last(node) or ast.unparse(node)
 
 
-# ------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 @dataclass
 class Built:
-    """What a recipe's function `model` builds: classes of model and configuration, and fields set by the recipe."""
+    """What a recipe's function `model` builds: classes of model and configuration, and fields set
+    by the recipe.
+    """
 
     model: str = ""
     config: str = ""
@@ -179,7 +220,11 @@ class Built:
 def rows(source: Source) -> list[Row]:
     """Return the rows of the list for a version of NeMo, by name."""
     recipes = {name: _functions(module) for name, module in source.modules.items()}
-    known = {name: found for name, found in recipes.items() if {"pretrain_recipe", "finetune_recipe"} & found.keys()}
+    known = {
+        name: found
+        for name, found in recipes.items()
+        if {"pretrain_recipe", "finetune_recipe"} & found.keys()
+    }
     return [_row(source, name, found) for name, found in known.items()]
 
 
@@ -196,9 +241,14 @@ def _row(source: Source, name: str, functions: dict[str, ast.FunctionDef]) -> Ro
     values: Fields = {"nemo": source.version, "recipe": name, "refused": refused}
     if not refused:
         try:
-            values |= {"config": built.config} | _sizes(fields) | _architecture(source, built, fields)
+            values |= (
+                {"config": built.config} | _sizes(fields) | _architecture(source, built, fields)
+            )
         except (KeyError, TypeError) as error:
-            raise InputError(f"{name}: {built.config} has something that this command does not know: {one_line(str(error))}") from None
+            raise InputError(
+                f"{name}: {built.config} has something that this command does not know:"
+                f" {one_line(str(error))}"
+            ) from None
         values["performance_mode"] = "performance_mode" in _arguments(functions["pretrain_recipe"])
     return {column: _text(values.get(column)) for column in COLUMNS}
 
@@ -211,8 +261,12 @@ def _arguments(function: ast.FunctionDef) -> list[str]:
     return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
 
 
-def _follow(source: Source, module: str, function: ast.FunctionDef, given: Fields, built: Built) -> None:
-    """Note in `built` what a function of a recipe's module builds, given the values of its arguments."""
+def _follow(
+    source: Source, module: str, function: ast.FunctionDef, given: Fields, built: Built
+) -> None:
+    """Note in `built` what a function of a recipe's module builds, given the values of its
+    arguments.
+    """
     names = {**_constants(source.modules[module]), **_defaults(function), **given}
     for statement in _executed(function.body, names):
         for node in ast.walk(statement):
@@ -235,7 +289,11 @@ def _note_class(source: Source, name: str, built: Built) -> None:
 def _follow_call(source: Source, module: str, call: ast.Call, names: Fields, built: Built) -> None:
     """Follow a call of another recipe's `model`, or of a function that modules share."""
     if _last(call) == "Config":
-        built.fields |= {k.arg: _value(k.value) for k in call.keywords if k.arg and isinstance(k.value, ast.Constant)}
+        built.fields |= {
+            k.arg: _value(k.value)
+            for k in call.keywords
+            if k.arg and isinstance(k.value, ast.Constant)
+        }
         return
     owner = call.func.value if isinstance(call.func, ast.Attribute) else None
     home = _last(owner) if owner is not None else _home(source, module, _last(call))
@@ -247,20 +305,33 @@ def _follow_call(source: Source, module: str, call: ast.Call, names: Fields, bui
 
 
 def _home(source: Source, module: str, function: str) -> str:
-    """Return the recipe module that a function comes from: one that `module` imports it from, or itself."""
+    """Return the recipe module that a function comes from: one that `module` imports it from, or
+    itself.
+    """
     for node in source.modules[module].body:
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == function for alias in node.names):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and any(alias.name == function for alias in node.names)
+        ):
             return node.module.rpartition(".")[2]
     return module
 
 
 def _constants(module: ast.Module) -> Fields:
-    return {_last(s.targets[0]): s.value.value for s in module.body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)}
+    return {
+        _last(s.targets[0]): s.value.value
+        for s in module.body
+        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)
+    }
 
 
 def _defaults(function: ast.FunctionDef) -> Fields:
     named = function.args.args[len(function.args.args) - len(function.args.defaults) :]
-    return {argument.arg: _value(default) for argument, default in zip(named, function.args.defaults, strict=True)}
+    return {
+        argument.arg: _value(default)
+        for argument, default in zip(named, function.args.defaults, strict=True)
+    }
 
 
 def _known(node: ast.expr, names: Fields) -> Any:
@@ -271,7 +342,9 @@ def _executed(body: Sequence[ast.stmt], names: Fields) -> Iterator[ast.stmt]:
     """Yield the statements that run, taking of an `if` the branch that the known values choose."""
     for statement in body:
         if isinstance(statement, ast.If):
-            yield from _executed(statement.body if _holds(statement.test, names) else statement.orelse, names)
+            yield from _executed(
+                statement.body if _holds(statement.test, names) else statement.orelse, names
+            )
         else:
             yield statement
 
@@ -282,7 +355,7 @@ def _holds(test: ast.expr, names: Fields) -> bool:
     return bool(_known(test, names))
 
 
-# -------------------------------------------------------------------------------------------------- what it comes to
+# --------------------------------------------------------------------------------- what it comes to
 
 
 def _refused(source: Source, pretrain: ast.FunctionDef | None, built: Built, fields: Fields) -> str:
@@ -291,16 +364,27 @@ def _refused(source: Source, pretrain: ast.FunctionDef | None, built: Built, fie
         return "for fine-tuning alone: it has no pretrain_recipe"
     raised = next((s.exc for s in pretrain.body if isinstance(s, ast.Raise)), None)
     if isinstance(raised, ast.Call):
-        return f"not for pretraining: its pretrain_recipe raises {_last(raised)}: {_value(raised.args[0])}"
+        return (
+            f"not for pretraining: its pretrain_recipe raises {_last(raised)}:"
+            f" {_value(raised.args[0])}"
+        )
     if not built.config:
         return "a Hugging Face model in a wrapper, and this project trains Megatron-Core's layers"
-    family = next((FAMILIES[name] for name in source.ancestors(built.config) if name in FAMILIES), None)
+    family = next(
+        (FAMILIES[name] for name in source.ancestors(built.config) if name in FAMILIES), None
+    )
     if family:
         return family
     if fields.get("num_moe_experts"):
-        return f"a mixture of {fields['num_moe_experts']} experts, and this project trains dense models"
+        return (
+            f"a mixture of {fields['num_moe_experts']} experts, and this project trains dense"
+            " models"
+        )
     if _layers_of(fields) not in LAYERS:
-        return f"a model with layers of its own ({_layers_of(fields)}), which this project does not know"
+        return (
+            f"a model with layers of its own ({_layers_of(fields)}), which this project does not"
+            " know"
+        )
     missing = [name for name in NEEDED if name not in _arguments(pretrain)]
     return f"not buildable: its pretrain_recipe takes no {', '.join(missing)}" if missing else ""
 
@@ -317,7 +401,9 @@ def _sizes(fields: Fields) -> Fields:
 
 
 def _architecture(source: Source, built: Built, fields: Fields) -> Fields:
-    """Return the fields of a plan's model; a choice of NeMo that the tables above do not have is a KeyError."""
+    """Return the fields of a plan's model; a choice of NeMo that the tables above do not have is a
+    KeyError.
+    """
     rope = fields["position_embedding_type"] == "rope"
     window = fields["window_size"]
     values: Fields = {
@@ -327,7 +413,9 @@ def _architecture(source: Source, built: Built, fields: Fields) -> Fields:
         "activation": ACTIVATIONS[fields["activation_func"], fields["gated_linear_unit"]],
         "fused_activation": fields["bias_activation_fusion"],
         "normalization": NORMS[fields["normalization"], fields["layernorm_zero_centered_gamma"]],
-        "post_norms": _mentions(source.functions.get(_layers_of(fields)), "TERowParallelLinearLayerNorm"),
+        "post_norms": _mentions(
+            source.functions.get(_layers_of(fields)), "TERowParallelLinearLayerNorm"
+        ),
         "linear_bias": fields["add_bias_linear"],
         "qkv_bias": fields["add_bias_linear"] or fields["add_qkv_bias"],
         "qk_norm": fields["qk_layernorm"],
@@ -346,10 +434,14 @@ def _architecture(source: Source, built: Built, fields: Fields) -> Fields:
 
 
 def _mentions(node: ast.AST | None, name: str) -> bool:
-    return node is not None and any(_last(part) == name for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Attribute)))
+    return node is not None and any(
+        _last(part) == name
+        for part in ast.walk(node)
+        if isinstance(part, (ast.Name, ast.Attribute))
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- the list
+# ----------------------------------------------------------------------------------------- the list
 
 
 def listed() -> list[Row]:
@@ -359,7 +451,9 @@ def listed() -> list[Row]:
 
 
 def differences(found: Sequence[Row], version: str) -> list[str]:
-    """Return a line for each recipe of a version that the list has otherwise, lacks or has too many."""
+    """Return a line for each recipe of a version that the list has otherwise, lacks or has too
+    many.
+    """
     ours = {row["recipe"]: row for row in listed() if row["nemo"] == version}
     theirs = {row["recipe"]: row for row in found}
     lines = []
@@ -368,7 +462,11 @@ def differences(found: Sequence[Row], version: str) -> list[str]:
         if a is None or b is None:
             lines.append(f"{name}: {'not in the list' if a is None else 'not in the source'}")
         else:
-            lines += [f"{name}: {key} is {b[key]!r}, the list has {a.get(key)!r}" for key in COLUMNS if a.get(key) != b[key]]
+            lines += [
+                f"{name}: {key} is {b[key]!r}, the list has {a.get(key)!r}"
+                for key in COLUMNS
+                if a.get(key) != b[key]
+            ]
     return lines
 
 
@@ -383,10 +481,16 @@ def write(found: Sequence[Row], version: str) -> None:
 
 
 def model_file(name: str) -> str:
-    """Return the text of a conf/model file for a recipe, of the newest version that has it; InputError where none has."""
-    version = max((version for version, recipes in by_version().items() if name in recipes), default=None)
+    """Return the text of a conf/model file for a recipe, of the newest version that has it;
+    InputError where none has.
+    """
+    version = max(
+        (version for version, recipes in by_version().items() if name in recipes), default=None
+    )
     if version is None:
-        raise InputError(f"no version of NeMo in the list has a recipe {name}; docs/models.md lists them")
+        raise InputError(
+            f"no version of NeMo in the list has a recipe {name}; docs/models.md lists them"
+        )
     recipe = by_version()[version][name]
     if recipe.refused:
         raise InputError(f"{name} is {recipe.refused}")
@@ -398,10 +502,23 @@ def model_file(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can correct."""
-    parser = ArgumentParser(prog="python -m recipes.upstream.nemo_source", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="a folder that holds nemo/ (default: the installed NeMo)")
-    parser.add_argument("--write", action="store_true", help="write the rows of the source's version into the list")
-    parser.add_argument("--model", metavar="NAME", help="print a conf/model file for a recipe of the list")
+    parser = ArgumentParser(
+        prog="python -m recipes.upstream.nemo_source",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=Path,
+        help="a folder that holds nemo/ (default: the installed NeMo)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write the rows of the source's version into the list"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="print a conf/model file for a recipe of the list"
+    )
     args = parser.parse_args(argv)
     try:
         if args.model:

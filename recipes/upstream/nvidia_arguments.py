@@ -1,8 +1,10 @@
-"""What do NVIDIA's performance scripts build for a cell?  They are executed, from a NeMo source tree, with the NeMo installed.
+"""What do NVIDIA's performance scripts build for a cell?  They are executed, from a NeMo source
+tree, with the NeMo installed.
 
-`scripts/performance` of the tree is no part of NeMo's wheel.  A script makes a recipe and a Slurm executor and hands both
-to an experiment; here an experiment keeps them, and nothing is submitted.  `recipe_fields` turns a recipe, theirs or ours,
-into one value a field, with the defaults of every class filled in.
+`scripts/performance` of the tree is no part of NeMo's wheel.  A script makes a recipe and a Slurm
+executor and hands both to an experiment; here an experiment keeps them, and nothing is submitted.
+`recipe_fields` turns a recipe, theirs or ours, into one value a field, with the defaults of every
+class filled in.
 """
 
 from __future__ import annotations
@@ -32,7 +34,14 @@ from recipes.training.recipe import build
 from recipes.upstream.nvidia_scripts import as_text
 
 PACKAGE = "scripts.performance"
-ARGUMENTS = ("--account=NONE", "--partition=NONE", "--max_steps={steps}", "--gpu={gpu}", "--compute_dtype={dtype}", "--fp8_recipe={recipe}")
+ARGUMENTS = (
+    "--account=NONE",
+    "--partition=NONE",
+    "--max_steps={steps}",
+    "--gpu={gpu}",
+    "--compute_dtype={dtype}",
+    "--fp8_recipe={recipe}",
+)
 
 
 def installed() -> str:
@@ -71,16 +80,24 @@ class Kept:
 
 
 class Job(types.SimpleNamespace):
-    """In place of NeMo-Run's Slurm executor: keeps what it is made of, by any version of NeMo-Run's names."""
+    """In place of NeMo-Run's Slurm executor: keeps what it is made of, by any version of NeMo-Run's
+    names.
+    """
 
     setup_lines: str | None = None
 
 
 def theirs(tree: Path, plan: Plan, dtype: str, recipe: str) -> dict[str, str]:
-    """Return the fields of the recipe that the script of the plan's model builds, and its job's environment."""
+    """Return the fields of the recipe that the script of the plan's model builds, and its job's
+    environment.
+    """
     values = {"steps": plan.train.max_steps, "gpu": plan.gpu.name, "dtype": dtype, "recipe": recipe}
     arguments = [argument.format(**values) for argument in ARGUMENTS]
-    arguments += [f"--gpus_per_node={plan.gpu.devices_per_node}", f"--log_dir={get_nemorun_home()}", "--dryrun"]
+    arguments += [
+        f"--gpus_per_node={plan.gpu.devices_per_node}",
+        f"--log_dir={get_nemorun_home()}",
+        "--dryrun",
+    ]
     with (
         _scripts(tree),
         mock.patch.multiple(run, Experiment=Kept, SlurmExecutor=Job),
@@ -89,13 +106,24 @@ def theirs(tree: Path, plan: Plan, dtype: str, recipe: str) -> dict[str, str]:
     ):
         runpy.run_module(f"{PACKAGE}.llm.pretrain_{plan.model.name}", run_name="__main__")
     executor = Kept.executor
-    flags = " ".join([*executor.srun_args, *getattr(getattr(executor, "launcher", None), "template_vars", {}).values()])
+    flags = " ".join(
+        [
+            *executor.srun_args,
+            *getattr(getattr(executor, "launcher", None), "template_vars", {}).values(),
+        ]
+    )
     job = {
-        "cluster.mpi": next(flag.partition("=")[2] for flag in flags.split() if flag.startswith("--mpi=")),
+        "cluster.mpi": next(
+            flag.partition("=")[2] for flag in flags.split() if flag.startswith("--mpi=")
+        ),
         "cluster.vboost": str("boost-slider --vboost 1" in (executor.setup_lines or "")),
         "gpu.gpus_per_numa_node": flags.partition("SLURM_LOCALID/")[2].partition(")")[0],
     }
-    environment = {f"environment.{name}": value for name, value in executor.env_vars.items() if name != "NEMORUN_HOME"}  # a path of this machine
+    environment = {
+        f"environment.{name}": value
+        for name, value in executor.env_vars.items()
+        if name != "NEMORUN_HOME"
+    }  # a path of this machine
     return {**recipe_fields(Kept.recipe), **job, **environment}
 
 
@@ -124,8 +152,9 @@ def _scripts(tree: Path) -> Iterator[None]:
 def _completed() -> None:
     """Make NeMo v2.4.0's scripts run: an option that they use is nowhere defined.
 
-    scripts/performance/helpers.py:407 reads `use_fsdp_double_buffer` as a name, and two scripts take it from the command
-    line, which does not know it, and pass it to a function that does not either.  It is None wherever it is documented.
+    scripts/performance/helpers.py:407 reads `use_fsdp_double_buffer` as a name, and two scripts
+    take it from the command line, which does not know it, and pass it to a function that does not
+    either.  It is None wherever it is documented.
     """
     name, parser = "use_fsdp_double_buffer", importlib.import_module(f"{PACKAGE}.argument_parser")
     try:
@@ -146,20 +175,26 @@ def _completed() -> None:
         return set_configs(*args, **given)
 
     setattr(helpers, name, None)
-    helpers.set_primary_perf_configs, parser.parse_cli_args = set_primary_perf_configs, parse_cli_args
+    helpers.set_primary_perf_configs, parser.parse_cli_args = (
+        set_primary_perf_configs,
+        parse_cli_args,
+    )
 
 
 def check_tree(tree: Path, version: str) -> None:
-    """Raise InputError where the tree's scripts cannot be executed with the NeMo that is installed."""
+    """Raise InputError where the tree's scripts cannot be executed with the NeMo that is
+    installed.
+    """
     if installed() != version:
         packages = f"nemo_toolkit=={version} and its megatron-core"
         raise InputError(
-            f"{tree} is NeMo {version} and NeMo {installed()} is installed here; run this in the container of that NeMo, or put {packages} into a "
-            "folder (pip install --no-deps --target) and name it in PYTHONPATH"
+            f"{tree} is NeMo {version} and NeMo {installed()} is installed here; run this in the"
+            f" container of that NeMo, or put {packages} into a folder (pip install --no-deps"
+            " --target) and name it in PYTHONPATH"
         )
 
 
-# ----------------------------------------------------------------------------------------------------- a recipe's fields
+# -------------------------------------------------------------------------------- a recipe's fields
 
 
 def recipe_fields(recipe: Any) -> dict[str, str]:
@@ -185,14 +220,24 @@ def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _defaults(target: Any) -> dict[str, Any]:
-    """Return the defaults of what a config would call; of a dataclass, fields with a factory too."""
+    """Return the defaults of what a config would call; of a dataclass, fields with a factory
+    too.
+    """
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # a class of Python's own, such as timedelta
         return {}
-    found = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    found = {
+        name: p.default
+        for name, p in parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
     if dataclasses.is_dataclass(target):
-        factories = {f.name: f.default_factory() for f in dataclasses.fields(target) if f.default_factory is not dataclasses.MISSING and f.init}
+        factories = {
+            f.name: f.default_factory()
+            for f in dataclasses.fields(target)
+            if f.default_factory is not dataclasses.MISSING and f.init
+        }
         found |= factories
     return found
 

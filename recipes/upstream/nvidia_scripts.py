@@ -1,16 +1,19 @@
 """Does this project ask of NeMo what NVIDIA's performance scripts ask for?
 
-    python -m recipes.upstream.nvidia_scripts                        compare every cell's plan with the values of the list
-    python -m recipes.upstream.nvidia_scripts model=llama3_8b settings.check_gradients=false    some cells, with overrides
-    python -m recipes.upstream.nvidia_scripts --nemo SOURCE          execute the scripts of a NeMo source tree, compare recipes
-    python -m recipes.upstream.nvidia_scripts --nemo SOURCE --write  and write the list and the differences
+    python -m recipes.upstream.nvidia_scripts                        compare every cell's plan with
+    the values of the list python -m recipes.upstream.nvidia_scripts model=llama3_8b
+    settings.check_gradients=false    some cells, with overrides python -m
+    recipes.upstream.nvidia_scripts --nemo SOURCE          execute the scripts of a NeMo source
+    tree, compare recipes python -m recipes.upstream.nvidia_scripts --nemo SOURCE --write  and write
+    the list and the differences
 
-The list (recipes/reference/nvidia_settings.csv) holds, by NeMo's version, what the scripts set of the fields that follow
-from a plan alone; comparing with it needs no NeMo.  `--nemo` compares every field of the two recipe objects, and needs
-the NeMo of that version installed.  Cells are those of scripts/performance: each model with a script and a file in
-conf/model, each GPU with a table of layouts, each number format of the stack.  A difference that is meant stands in
-recipes/reference/nvidia_differences.yaml, with its reason, and as found in nvidia_differences.csv.  The exit code is 1
-where there is any other.
+The list (recipes/reference/nvidia_settings.csv) holds, by NeMo's version, what the scripts set of
+the fields that follow from a plan alone; comparing with it needs no NeMo.  `--nemo` compares every
+field of the two recipe objects, and needs the NeMo of that version installed.  Cells are those of
+scripts/performance: each model with a script and a file in conf/model, each GPU with a table of
+layouts, each number format of the stack.  A difference that is meant stands in
+recipes/reference/nvidia_differences.yaml, with its reason, and as found in nvidia_differences.csv.
+The exit code is 1 where there is any other.
 """
 
 from __future__ import annotations
@@ -50,14 +53,21 @@ CLASS = ".__fn__"  # the field that holds what a config calls
 CELLS = "cells"  # the row of the list that names all cells of a version
 AXES = ("stack", "model", "precision", "gpu")
 STEPS = 50  # of a script's run; conf/experiment/throughput.yaml
-SCRIPT_RECIPES = {"bf16": "ds", "fp8_delayed": "ds", "fp8_current": "cs", "mxfp8": "mxfp8", "fp8_subchannel": "ss"}  # --fp8_recipe
+SCRIPT_RECIPES = {
+    "bf16": "ds",
+    "fp8_delayed": "ds",
+    "fp8_current": "cs",
+    "mxfp8": "mxfp8",
+    "fp8_subchannel": "ss",
+}  # --fp8_recipe
 Values = dict[str, dict[str, str]]  # cell -> field -> value
 
 
 class Deliberate(Frozen):
     """Differences that are meant, and why.
 
-    `fields` and `cells` are patterns (`*`); a cell is model.precision.gpu.  `theirs` and `ours`: only from this value to that.
+    `fields` and `cells` are patterns (`*`); a cell is model.precision.gpu.  `theirs` and `ours`:
+    only from this value to that.
     """
 
     name: Name
@@ -74,14 +84,19 @@ class Deliberate(Frozen):
             self.nemo in (None, difference.nemo)
             and self.theirs in (None, difference.theirs)
             and self.ours in (None, difference.ours)
-            and any(fnmatch.fnmatchcase(difference.field, pattern.replace("[", "[[]")) for pattern in self.fields)
+            and any(
+                fnmatch.fnmatchcase(difference.field, pattern.replace("[", "[[]"))
+                for pattern in self.fields
+            )
             and any(fnmatch.fnmatchcase(difference.cell, pattern) for pattern in self.cells)
         )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A field of a cell that NVIDIA's script of a NeMo version sets to `theirs`, and this project to `ours`."""
+    """A field of a cell that NVIDIA's script of a NeMo version sets to `theirs`, and this project
+    to `ours`.
+    """
 
     nemo: str
     cell: str
@@ -93,7 +108,9 @@ class Difference:
 @functools.cache
 def deliberate() -> tuple[Deliberate, ...]:
     """Return the differences that are meant."""
-    return TypeAdapter(tuple[Deliberate, ...]).validate_python(safe_load(DELIBERATE.read_text(encoding="utf-8")))
+    return TypeAdapter(tuple[Deliberate, ...]).validate_python(
+        safe_load(DELIBERATE.read_text(encoding="utf-8"))
+    )
 
 
 def reason(difference: Difference) -> str | None:
@@ -101,7 +118,7 @@ def reason(difference: Difference) -> str | None:
     return next((entry.name for entry in deliberate() if entry.covers(difference)), None)
 
 
-# ------------------------------------------------------------------------------------------------- what a plan states
+# ------------------------------------------------------------------------------- what a plan states
 
 
 def stated(plan: Plan) -> dict[str, str]:
@@ -116,15 +133,32 @@ def stated(plan: Plan) -> dict[str, str]:
         "use_te_rng_tracker": m.cuda_graphs,
         "fsdp": "megatron" if m.fsdp else None,
         "ddp.check_for_nan_in_grad": s.check_gradients,
-        **({"num_distributed_optimizer_instances": plan.optimizer_instances} if plan.stack.scripts.optimizer_instances else {}),
+        **(
+            {"num_distributed_optimizer_instances": plan.optimizer_instances}
+            if plan.stack.scripts.optimizer_instances
+            else {}
+        ),
     }
     plugins = {
         "grad_reduce_in_fp32": s.grad_reduce_in_fp32,
         "fp8": fp8.format if fp8 else None,
         "first_last_layers_bf16": bool(fp8 and fp8.first_layers_bf16 + fp8.last_layers_bf16),
-        **({"fp8_recipe": NEMO_NAMES[fp8.scaling], "fp8_param_gather": fp8.param_gather} if fp8 else {}),
+        **(
+            {"fp8_recipe": NEMO_NAMES[fp8.scaling], "fp8_param_gather": fp8.param_gather}
+            if fp8
+            else {}
+        ),
     }
-    model = {name: getattr(plan.model, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")}
+    model = {
+        name: getattr(plan.model, name)
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+        )
+    }
     config = {
         **model,
         "seq_length": plan.seq_length,
@@ -133,28 +167,49 @@ def stated(plan: Plan) -> dict[str, str]:
         "cpu_offloading_num_layers": m.offload_layers,
         "cross_entropy_fusion_impl": s.cross_entropy_fusion,
     }
-    adam = {name: getattr(plan.train, name) for name in ("adam_beta1", "adam_beta2", "weight_decay", "clip_grad")}
+    adam = {
+        name: getattr(plan.train, name)
+        for name in ("adam_beta1", "adam_beta2", "weight_decay", "clip_grad")
+    }
     parts: dict[str, dict[str, Any]] = {
-        "trainer": {"num_nodes": -(-plan.num_gpus // plan.gpu.devices_per_node), "max_steps": plan.train.max_steps},
+        "trainer": {
+            "num_nodes": -(-plan.num_gpus // plan.gpu.devices_per_node),
+            "max_steps": plan.train.max_steps,
+        },
         "trainer.strategy": strategy,
         "trainer.plugins": plugins,
         "trainer.callbacks[MegatronCommOverlapCallback]": {
             "tp_comm_overlap": overlaps_tp(plan),
             "overlap_param_gather_with_optimizer_step": s.overlap_param_gather_with_optimizer_step,
         },
-        "data": {"micro_batch_size": m.micro_batch, "global_batch_size": m.global_batch, "seq_length": plan.seq_length},
+        "data": {
+            "micro_batch_size": m.micro_batch,
+            "global_batch_size": m.global_batch,
+            "seq_length": plan.seq_length,
+        },
         "model.config": config,
         "optim.config": {**adam, "use_precision_aware_optimizer": s.precision_aware_optimizer},
     }
-    fields = {f"{part}.{name}": as_text(value) for part, values in parts.items() for name, value in values.items()}
+    fields = {
+        f"{part}.{name}": as_text(value)
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
     return {**fields, **job(plan)}
 
 
 def job(plan: Plan) -> dict[str, str]:
     """Return what a plan says of its job."""
     c = plan.cluster
-    beside = {"cluster.mpi": c.mpi, "cluster.vboost": c.vboost, "gpu.gpus_per_numa_node": plan.gpu.gpus_per_numa_node}
-    return {**{key: as_text(value) for key, value in beside.items()}, **{f"environment.{v.name}": v.value for v in variables(plan)}}
+    beside = {
+        "cluster.mpi": c.mpi,
+        "cluster.vboost": c.vboost,
+        "gpu.gpus_per_numa_node": plan.gpu.gpus_per_numa_node,
+    }
+    return {
+        **{key: as_text(value) for key, value in beside.items()},
+        **{f"environment.{v.name}": v.value for v in variables(plan)},
+    }
 
 
 def as_text(value: Any) -> str:
@@ -163,13 +218,22 @@ def as_text(value: Any) -> str:
     return str(int(value) if whole else value)
 
 
-# ------------------------------------------------------------------------------------------------------------ cells
+# -------------------------------------------------------------------------------------------- cells
 
 
 def plan_of(cell: str, stack: str, overrides: Sequence[str]) -> Plan:
     """Return the plan of a cell as NVIDIA measures speed."""
     model, precision, gpu = cell.split(".")
-    return compose_plan([f"stack={stack}", f"model={model}", f"precision={precision}", f"gpu={gpu}", "experiment=throughput", *overrides])
+    return compose_plan(
+        [
+            f"stack={stack}",
+            f"model={model}",
+            f"precision={precision}",
+            f"gpu={gpu}",
+            "experiment=throughput",
+            *overrides,
+        ]
+    )
 
 
 def stack_of(version: str) -> str:
@@ -178,17 +242,30 @@ def stack_of(version: str) -> str:
         stack = safe_load(path.read_text(encoding="utf-8"))
         if stack["container"] and stack["versions"]["nemo"] == version.rpartition(".")[0]:
             return str(stack["name"])
-    raise InputError(f"no stack of conf/stack has a container with NeMo {version}; add one, or name another source tree")
+    raise InputError(
+        f"no stack of conf/stack has a container with NeMo {version}; add one, or name another"
+        " source tree"
+    )
 
 
 def scripted(tree: Path, stack: str) -> list[str]:
     """Return the cells that scripts/performance of a tree has and this project knows."""
     folder = tree / "scripts/performance"
-    models = {path.stem.removeprefix("pretrain_") for path in (folder / "llm").glob("pretrain_*.py")}
-    gpus = {path.stem.removeprefix("model_configs_") for path in folder.glob("recommended_model_configs/model_configs_*.csv")}
+    models = {
+        path.stem.removeprefix("pretrain_") for path in (folder / "llm").glob("pretrain_*.py")
+    }
+    gpus = {
+        path.stem.removeprefix("model_configs_")
+        for path in folder.glob("recommended_model_configs/model_configs_*.csv")
+    }
     if not models or not gpus:
-        raise InputError(f"{folder} holds no scripts and tables of layouts; name the folder of a NeMo source tree of 2.3 or 2.4")
-    known = {axis: {path.stem for path in (CONF / axis).glob("*.yaml")} for axis in ("model", "gpu")}
+        raise InputError(
+            f"{folder} holds no scripts and tables of layouts; name the folder of a NeMo source"
+            " tree of 2.3 or 2.4"
+        )
+    known = {
+        axis: {path.stem for path in (CONF / axis).glob("*.yaml")} for axis in ("model", "gpu")
+    }
     text = safe_load((CONF / "stack" / f"{stack}.yaml").read_text(encoding="utf-8"))
     return [
         f"{model}.{precision}.{gpu}"
@@ -202,12 +279,16 @@ def scripted(tree: Path, stack: str) -> list[str]:
 def _runs(stack: dict[str, Any], precision: str, gpu: str) -> bool:
     """Whether the stack runs a number format on a GPU."""
     fp8 = safe_load((CONF / "precision" / f"{precision}.yaml").read_text(encoding="utf-8"))["fp8"]
-    here = safe_load((CONF / "gpu" / f"{gpu}.yaml").read_text(encoding="utf-8"))["compute_capability"]
+    here = safe_load((CONF / "gpu" / f"{gpu}.yaml").read_text(encoding="utf-8"))[
+        "compute_capability"
+    ]
     if fp8 is None or fp8["scaling"] not in stack["fp8"]:
         return fp8 is None
     support = stack["fp8"][fp8["scaling"]]
     highest = support["max_capability"]
-    return capability(support["min_capability"]) <= capability(here) and (highest is None or capability(here) <= capability(highest))
+    return capability(support["min_capability"]) <= capability(here) and (
+        highest is None or capability(here) <= capability(highest)
+    )
 
 
 def chosen(cell: str, stack: str, named: dict[str, list[str]]) -> bool:
@@ -216,24 +297,39 @@ def chosen(cell: str, stack: str, named: dict[str, list[str]]) -> bool:
     return all(parts[axis] in options for axis, options in named.items())
 
 
-# -------------------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def compared(version: str, theirs: Values, ours: Values) -> list[Difference]:
-    """Return where two tables of the same cells differ; an object that one side lacks is one difference, its class."""
+    """Return where two tables of the same cells differ; an object that one side lacks is one
+    difference, its class.
+    """
     found = []
     for cell, their in theirs.items():
-        other = [field for field in sorted(their.keys() | ours[cell].keys()) if their.get(field, ABSENT) != ours[cell].get(field, ABSENT)]
+        other = [
+            field
+            for field in sorted(their.keys() | ours[cell].keys())
+            if their.get(field, ABSENT) != ours[cell].get(field, ABSENT)
+        ]
         parts = tuple(
             field.removesuffix(CLASS)
             for field in other
-            if field.endswith(CLASS) and ABSENT in (their.get(field, ABSENT), ours[cell].get(field, ABSENT))
+            if field.endswith(CLASS)
+            and ABSENT in (their.get(field, ABSENT), ours[cell].get(field, ABSENT))
         )
         inside = tuple(f"{part}." for part in parts)
         for field in other:
             is_whole = field.endswith(CLASS) and not field.removesuffix(CLASS).startswith(inside)
             if is_whole or not (field in parts or field.startswith(inside)):
-                found.append(Difference(version, cell, field, their.get(field, ABSENT), ours[cell].get(field, ABSENT)))
+                found.append(
+                    Difference(
+                        version,
+                        cell,
+                        field,
+                        their.get(field, ABSENT),
+                        ours[cell].get(field, ABSENT),
+                    )
+                )
     return found
 
 
@@ -248,8 +344,12 @@ def with_list(version: str, theirs: Values, overrides: Sequence[str]) -> list[Di
     return compared(version, theirs, ours)
 
 
-def with_tree(tree: Path, version: str, cells: Sequence[str], overrides: Sequence[str]) -> tuple[Values, list[Difference]]:
-    """Return what the scripts of a tree set, and where the recipes that this project builds differ."""
+def with_tree(
+    tree: Path, version: str, cells: Sequence[str], overrides: Sequence[str]
+) -> tuple[Values, list[Difference]]:
+    """Return what the scripts of a tree set, and where the recipes that this project builds
+    differ.
+    """
     from recipes.training.compat import cpu
 
     cpu.activate()
@@ -257,7 +357,9 @@ def with_tree(tree: Path, version: str, cells: Sequence[str], overrides: Sequenc
 
     check_tree(tree, version)
     plans = {cell: plan_of(cell, stack_of(version), overrides) for cell in cells}
-    built = {cell: {**ours(plan), **job(plan)} for cell, plan in plans.items()}  # first: the 405B's script changes NeMo's own constants
+    built = {
+        cell: {**ours(plan), **job(plan)} for cell, plan in plans.items()
+    }  # first: the 405B's script changes NeMo's own constants
     other = {
         (field, value, built[cell].get(field))
         for cell, plan in plans.items()
@@ -265,28 +367,48 @@ def with_tree(tree: Path, version: str, cells: Sequence[str], overrides: Sequenc
         if built[cell].get(field) != value
     }
     if other:
-        raise RuntimeError(f"`stated` and the recipes that are built disagree (field, plan, recipe): {sorted(other)}")
+        raise RuntimeError(
+            "`stated` and the recipes that are built disagree (field, plan, recipe):"
+            f" {sorted(other)}"
+        )
     scripts = {
-        cell: theirs(tree, plan, "bf16" if plan.precision.fp8 is None else "fp8", SCRIPT_RECIPES[plan.precision.name]) for cell, plan in plans.items()
+        cell: theirs(
+            tree,
+            plan,
+            "bf16" if plan.precision.fp8 is None else "fp8",
+            SCRIPT_RECIPES[plan.precision.name],
+        )
+        for cell, plan in plans.items()
     }
     return scripts, compared(version, scripts, built)
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def listed() -> dict[str, Values]:
-    """Return the list: by NeMo version and cell, what the scripts set of the fields that a plan states."""
+    """Return the list: by NeMo version and cell, what the scripts set of the fields that a plan
+    states.
+    """
     with SETTINGS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    found: dict[str, Values] = {row["nemo"]: {cell: {} for cell in row["cells"].split()} for row in rows if row["field"] == CELLS}
+    found: dict[str, Values] = {
+        row["nemo"]: {cell: {} for cell in row["cells"].split()}
+        for row in rows
+        if row["field"] == CELLS
+    }
     for row in rows:
         values = found[row["nemo"]]
         if row["field"] == CELLS:
             continue
         for cell in values if row["cells"] == "*" else row["cells"].split():
             values[cell][row["field"]] = row["value"]
-    return {version: {cell: {f: v for f, v in fields.items() if v != ABSENT} for cell, fields in cells.items()} for version, cells in found.items()}
+    return {
+        version: {
+            cell: {f: v for f, v in fields.items() if v != ABSENT} for cell, fields in cells.items()
+        }
+        for version, cells in found.items()
+    }
 
 
 def shipped() -> set[Difference]:
@@ -302,14 +424,21 @@ def shipped() -> set[Difference]:
 
 
 def write(version: str, theirs: Values, found: Sequence[Difference]) -> None:
-    """Put the rows of a version into the list and the table of differences, in place of those that they have."""
+    """Put the rows of a version into the list and the table of differences, in place of those that
+    they have.
+    """
     rows = [{"nemo": version, "field": CELLS, "value": "", "cells": " ".join(theirs)}]
     for field in sorted({field for fields in theirs.values() for field in fields}):
         values = {cell: theirs[cell].get(field, ABSENT) for cell in theirs}
         common, _ = Counter(values.values()).most_common(1)[0]
         rows.append({"nemo": version, "field": field, "value": common, "cells": "*"})
         rows += [
-            {"nemo": version, "field": field, "value": value, "cells": " ".join(cell for cell in values if values[cell] == value)}
+            {
+                "nemo": version,
+                "field": field,
+                "value": value,
+                "cells": " ".join(cell for cell in values if values[cell] == value),
+            }
             for value in sorted(set(values.values()) - {common})
         ]
     _replace(SETTINGS, version, rows)
@@ -339,7 +468,9 @@ def _replace(path: Path, version: str, rows: Sequence[dict[str, str]]) -> None:
 
 
 def _grouped(found: Iterable[Difference]) -> Iterator[tuple[Difference, str]]:
-    """Yield one difference of those that are alike in field and values, and the cells that have it."""
+    """Yield one difference of those that are alike in field and values, and the cells that have
+    it.
+    """
     groups: dict[tuple[str, str, str, str], list[Difference]] = {}
     for d in found:
         groups.setdefault((d.nemo, d.field, d.theirs, d.ours), []).append(d)
@@ -347,23 +478,40 @@ def _grouped(found: Iterable[Difference]) -> Iterator[tuple[Difference, str]]:
         yield group[0], " ".join(d.cell for d in group)
 
 
-# ---------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a difference is not meant, 2 for a wrong input."""
     parser = ArgumentParser(
-        prog="python -m recipes.upstream.nvidia_scripts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recipes.upstream.nvidia_scripts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", help="model=… precision=… gpu=… stack=… choose cells; others change each plan")
-    parser.add_argument("--nemo", type=Path, metavar="SOURCE", help="the folder of a NeMo source tree (holds nemo/ and scripts/)")
-    parser.add_argument("--write", action="store_true", help="with --nemo and all cells: write what was found")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="model=… precision=… gpu=… stack=… choose cells; others change each plan",
+    )
+    parser.add_argument(
+        "--nemo",
+        type=Path,
+        metavar="SOURCE",
+        help="the folder of a NeMo source tree (holds nemo/ and scripts/)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="with --nemo and all cells: write what was found"
+    )
     args = parser.parse_args(argv)
     try:
         named, rest = _named(args.overrides)
         if args.write and (args.overrides or not args.nemo):
-            raise InputError("--write needs --nemo, and all cells as they are: leave the overrides out")
-        return _with_tree(args.nemo, named, rest, args.write) if args.nemo else _with_list(named, rest)
+            raise InputError(
+                "--write needs --nemo, and all cells as they are: leave the overrides out"
+            )
+        return (
+            _with_tree(args.nemo, named, rest, args.write) if args.nemo else _with_list(named, rest)
+        )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -379,7 +527,11 @@ def _named(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 def _with_list(named: dict[str, list[str]], rest: Sequence[str]) -> int:
     found, count, known = list[Difference](), 0, shipped()
     for version, theirs in listed().items():
-        cells = {cell: fields for cell, fields in theirs.items() if chosen(cell, stack_of(version), named)}
+        cells = {
+            cell: fields
+            for cell, fields in theirs.items()
+            if chosen(cell, stack_of(version), named)
+        }
         found += with_list(version, cells, rest)
         count += len(cells)
     unmeant = [d for d in found if d not in known or reason(d) is None]
@@ -395,7 +547,11 @@ def _with_tree(tree: Path, named: dict[str, list[str]], rest: Sequence[str], to_
     unmeant = [d for d in found if reason(d) is None]
     code = _report(found, unmeant, len(cells), f"scripts/performance of NeMo {version}")
     if to_write:
-        write(version, {cell: _of_a_plan(theirs[cell], plan_of(cell, stack, ())) for cell in cells}, found)
+        write(
+            version,
+            {cell: _of_a_plan(theirs[cell], plan_of(cell, stack, ())) for cell in cells},
+            found,
+        )
         print(f"written to {SETTINGS.name} and {DIFFERENCES.name}")
     return code
 
@@ -403,20 +559,34 @@ def _with_tree(tree: Path, named: dict[str, list[str]], rest: Sequence[str], to_
 def _of_a_plan(theirs: dict[str, str], plan: Plan) -> dict[str, str]:
     """Return those of a script's fields that a plan states, and the whole environment."""
     fields = stated(plan)
-    return {field: value for field, value in theirs.items() if field in fields or field.startswith("environment.")}
+    return {
+        field: value
+        for field, value in theirs.items()
+        if field in fields or field.startswith("environment.")
+    }
 
 
-def _report(found: Sequence[Difference], unmeant: Sequence[Difference], count: int, what: str) -> int:
+def _report(
+    found: Sequence[Difference], unmeant: Sequence[Difference], count: int, what: str
+) -> int:
     """Print how many differences have which reason, and each that is not meant."""
     if not count:
-        raise InputError("no cell has these names; python -m recipes.upstream.nvidia_scripts without overrides compares all")
+        raise InputError(
+            "no cell has these names; python -m recipes.upstream.nvidia_scripts without overrides"
+            " compares all"
+        )
     reasons = Counter(reason(d) for d in found if d not in unmeant)
-    print(f"{count} cell(s) compared with {what}: {len(found)} difference(s), {len(unmeant)} not meant")
+    print(
+        f"{count} cell(s) compared with {what}: {len(found)} difference(s), {len(unmeant)} not"
+        " meant"
+    )
     for entry in deliberate():
         if reasons[entry.name]:
             print(f"  {entry.name}: {reasons[entry.name]} ({entry.why})")
     for d, cells in _grouped(unmeant):
-        print(f"{d.field}: NVIDIA {d.theirs}, here {d.ours} (NeMo {d.nemo}: {cells})", file=sys.stderr)
+        print(
+            f"{d.field}: NVIDIA {d.theirs}, here {d.ours} (NeMo {d.nemo}: {cells})", file=sys.stderr
+        )
     return DIFFERENT if unmeant else 0
 
 

@@ -1,4 +1,6 @@
-"""Every notebook runs top to bottom on the run folders that the repository ships, and holds neither outputs nor logic."""
+"""Every notebook runs top to bottom on the run folders that the repository ships, and holds neither
+outputs nor logic.
+"""
 
 import ast
 import re
@@ -14,19 +16,39 @@ LOGIC = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If, ast.Try, ast
 
 
 def test_the_notebooks_are_there() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"loss_convergence", "step_time", "gemm_granularity", "recipe_numerics", "throughput_tables"}
+    assert {path.stem for path in NOTEBOOKS} >= {
+        "loss_convergence",
+        "step_time",
+        "gemm_granularity",
+        "recipe_numerics",
+        "throughput_tables",
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_its_figures_with_captions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_and_shows_its_figures_with_captions(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ANALYSIS.parent))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ANALYSIS)}}).execute()
-    html = "".join(o.data.get("text/html", "") for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if "data" in o)
+    html = "".join(
+        o.data.get("text/html", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for o in cell.outputs
+        if "data" in o
+    )
     figures = re.findall(r"<figcaption><b>.+?</b> .{40,}?</figcaption>", html)
     assert figures and html.count("<svg") == len(figures)
-    errors = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"]
+    errors = [
+        o
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for o in cell.outputs
+        if o.output_type == "error"
+    ]
     assert not errors
 
 

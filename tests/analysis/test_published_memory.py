@@ -12,7 +12,12 @@ from recipes.estimate.memory import estimate
 
 
 def found(model: str, gpu: str, precision: str, release: str) -> list[Row]:
-    return [row for row in rows() if (row.model, row.gpu, row.plan.precision.name, row.release) == (model, gpu, precision, release)]
+    return [
+        row
+        for row in rows()
+        if (row.model, row.gpu, row.plan.precision.name, row.release)
+        == (model, gpu, precision, release)
+    ]
 
 
 def test_no_published_row_is_refused() -> None:
@@ -32,13 +37,19 @@ def test_every_line_of_offloaded_layers_is_of_a_published_row() -> None:
         lines = list(csv.DictReader(file))
     for line in lines:
         cell = (line["model"], line["gpu"], line["precision"], int(line["num_gpus"]))
-        ran = [plan_as_ran(row) for row in rows() if (row.model, row.gpu, row.plan.precision.name, row.plan.num_gpus) == cell]
+        ran = [
+            plan_as_ran(row)
+            for row in rows()
+            if (row.model, row.gpu, row.plan.precision.name, row.plan.num_gpus) == cell
+        ]
         assert any(plan.mapping.offload_layers == int(line["offload_layers"]) for plan in ran), cell
         assert line["source"]
 
 
 def test_rows_take_the_properties_of_their_stack() -> None:
-    """MXFP8 parameters and SwiGLU's offloaded input from 25.07 on; none before, nor MXFP8 parameters under FSDP."""
+    """MXFP8 parameters and SwiGLU's offloaded input from 25.07 on; none before, nor MXFP8
+    parameters under FSDP.
+    """
     for row in rows():
         plan = plan_as_ran(row)
         newer = tuple(map(int, row.release.split(".")[:2])) >= (25, 7)
@@ -52,7 +63,9 @@ def test_rows_take_the_properties_of_their_stack() -> None:
 def test_the_stack_that_offloads_swiglu_keeps_less() -> None:
     (row,) = found("llama31_405b", "gb200", "fp8_current", "25.07")
     plan = plan_as_ran(row)
-    without = plan.model_copy(update={"stack": plan.stack.model_copy(update={"offloads_swiglu": False})})
+    without = plan.model_copy(
+        update={"stack": plan.stack.model_copy(update={"offloads_swiglu": False})}
+    )
     width = 2 * 2 * 53248 / 2  # bytes a token: two BF16 outputs a hidden unit, over tp=2
     more = estimate(without).terms["activations"] - estimate(plan).terms["activations"]
     assert plan.mapping.offload_layers == 95 and more == 95 * 8192 * width

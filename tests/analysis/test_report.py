@@ -1,4 +1,6 @@
-"""The page: six curves and the table are in it, it needs nothing beside itself, and text of runs cannot become markup."""
+"""The page: six curves and the table are in it, it needs nothing beside itself, and text of runs
+cannot become markup.
+"""
 
 import json
 import re
@@ -32,24 +34,43 @@ class Page(HTMLParser):
 
 
 def six(make: Maker, **manifest: object) -> list[str]:
-    runs = [make("bf16", curve(400), "bf16", **manifest), make("bf16.2", curve(400, 3), "bf16", ("seed=2",), **manifest)]
-    runs += [make(name, curve(400) + own_noise(i, 400, 0.002), name, **manifest) for i, name in enumerate(FP8)]
+    runs = [
+        make("bf16", curve(400), "bf16", **manifest),
+        make("bf16.2", curve(400, 3), "bf16", ("seed=2",), **manifest),
+    ]
+    runs += [
+        make(name, curve(400) + own_noise(i, 400, 0.002), name, **manifest)
+        for i, name in enumerate(FP8)
+    ]
     return [str(run) for run in runs]
 
 
-def test_the_page_holds_six_curves_the_table_and_nothing_from_elsewhere(make: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_holds_six_curves_the_table_and_nothing_from_elsewhere(
+    make: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "deep" / "report.html"
     assert report([*six(make), "--out", str(out), "--png", str(tmp_path / "png")]) == 0
     page = Page(out)
     loss = out.read_text().split("<figure>")[1]
     for precision in COLOURS:
         assert f"stroke: {COLOURS[precision].lower()}" in loss, precision
-    assert loss.count(f"stroke: {COLOURS['bf16'].lower()}; stroke-width: 1.4") + loss.count("stroke-dasharray: 5.18") >= 2, "two BF16 seeds"
+    assert (
+        loss.count(f"stroke: {COLOURS['bf16'].lower()}; stroke-width: 1.4")
+        + loss.count("stroke-dasharray: 5.18")
+        >= 2
+    ), "two BF16 seeds"
     assert [tag for tag, _ in page.tags].count("figure") == 4
     assert all(name in page.text for name in FP8) and "verdict" in page.text
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    assert not [a for _, a in page.tags if re.match(r"https?:", a.get("src") or a.get("xlink:href") or "")]
-    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == ["gap.png", "heldout.png", "loss.png", "step_time.png"]
+    assert not [
+        a for _, a in page.tags if re.match(r"https?:", a.get("src") or a.get("xlink:href") or "")
+    ]
+    assert sorted(p.name for p in (tmp_path / "png").iterdir()) == [
+        "gap.png",
+        "heldout.png",
+        "loss.png",
+        "step_time.png",
+    ]
     assert str(out) in capsys.readouterr().out.replace("\n", "")
 
 
@@ -65,7 +86,9 @@ def test_text_of_a_run_is_shown_not_run(make: Maker, tmp_path: Path) -> None:
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
 
-def test_unsound_runs_are_left_out_by_name_and_none_at_all_is_an_error(make: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsound_runs_are_left_out_by_name_and_none_at_all_is_an_error(
+    make: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report.html"
     runs = six(make)
     broken = make("broken", curve(400))

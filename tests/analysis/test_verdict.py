@@ -57,7 +57,10 @@ def test_planted_gaps_are_judged_as_they_should(name: str, make: Maker) -> None:
     found = Counter[str]()
     for seed in SEEDS:
         base = load_run(make(f"bf16.{seed}", curve(seed=seed), "bf16"))
-        verdict = judge(base, load_run(make(f"fp8.{seed}", curve(seed=seed) + gap + own_noise(seed, size=0.006))))
+        verdict = judge(
+            base,
+            load_run(make(f"fp8.{seed}", curve(seed=seed) + gap + own_noise(seed, size=0.006))),
+        )
         found[verdict.verdict] += 1
         assert (verdict.spikes > verdict.base_spikes) == (name == "a spike that recovers")
     print(f"{name}: {dict(found)}")
@@ -70,7 +73,12 @@ def test_too_few_steps_are_undecided_and_say_how_many_would_do(make: Maker) -> N
     undecided = 0
     for seed in SEEDS:
         base = load_run(make(f"bf16.{seed}", curve(steps, seed), "bf16"))
-        verdict = judge(base, load_run(make(f"fp8.{seed}", curve(steps, seed) + 0.005 + own_noise(seed, steps, 0.03))))
+        verdict = judge(
+            base,
+            load_run(
+                make(f"fp8.{seed}", curve(steps, seed) + 0.005 + own_noise(seed, steps, 0.03))
+            ),
+        )
         undecided += verdict.verdict == "undecided"
         assert verdict.verdict != "fail"
         assert verdict.tokens_to_decide is None or verdict.tokens_to_decide > 0
@@ -94,7 +102,9 @@ def test_student_over_seeds_is_wrong_as_rarely_as_it_says(seeds: int) -> None:
     assert rate.pass_at_102 <= 0.035 and rate.fail_at_098 <= 0.04
 
 
-def test_the_table_of_error_rates_is_made_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_error_rates_is_made_by_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert error_rates(["--pairs", "0"]) == 2 and "from 1 on" in capsys.readouterr().err
     monkeypatch.setattr("analysis.convergence.error_rates.KINDS", {"white": KINDS["white"]})
     assert error_rates(["--pairs", "2", "--out", str(tmp_path / "rates.csv")]) == 0
@@ -139,17 +149,32 @@ def test_each_limit_judges_for_itself(make: Maker) -> None:
 
 
 def test_the_noise_floor_is_the_distance_of_bf16_seeds(make: Maker) -> None:
-    runs = [load_run(make(f"bf16.{s}", curve() + s * 0.003, "bf16", (f"seed={s}",))) for s in (1, 2)]
-    verdict = judge(runs[0], load_run(make("fp8", curve() + 0.003, overrides=("seed=1",))), runs[1:])
+    runs = [
+        load_run(make(f"bf16.{s}", curve() + s * 0.003, "bf16", (f"seed={s}",))) for s in (1, 2)
+    ]
+    verdict = judge(
+        runs[0], load_run(make("fp8", curve() + 0.003, overrides=("seed=1",))), runs[1:]
+    )
     assert verdict.noise_floor == pytest.approx(0.003)
-    either_side = [load_run(make(f"bf16.{s}", curve() + apart, "bf16", (f"seed={s}",))) for s, apart in ((3, 0.005), (4, -0.003))]
-    assert judge(runs[0], load_run(make("fp8.2", curve(), overrides=("seed=1",))), either_side).noise_floor == pytest.approx(0.008)
+    either_side = [
+        load_run(make(f"bf16.{s}", curve() + apart, "bf16", (f"seed={s}",)))
+        for s, apart in ((3, 0.005), (4, -0.003))
+    ]
+    assert judge(
+        runs[0], load_run(make("fp8.2", curve(), overrides=("seed=1",))), either_side
+    ).noise_floor == pytest.approx(0.008)
 
 
 @pytest.mark.parametrize(("apart", "verdict"), [(0.01, "undecided"), (0.002, "fail")])
-def test_a_gap_that_bf16_with_another_seed_could_have_fails_nobody(make: Maker, apart: float, verdict: str) -> None:
-    runs = [load_run(make(f"bf16.{s}", curve() + s * apart, "bf16", (f"seed={s}",))) for s in (1, 2)]
-    found = judge(runs[0], load_run(make("fp8", curve() + apart + 0.03, overrides=("seed=1",))), runs[1:])
+def test_a_gap_that_bf16_with_another_seed_could_have_fails_nobody(
+    make: Maker, apart: float, verdict: str
+) -> None:
+    runs = [
+        load_run(make(f"bf16.{s}", curve() + s * apart, "bf16", (f"seed={s}",))) for s in (1, 2)
+    ]
+    found = judge(
+        runs[0], load_run(make("fp8", curve() + apart + 0.03, overrides=("seed=1",))), runs[1:]
+    )
     assert found.verdict == verdict and found.within_noise == (verdict == "undecided")
     if found.within_noise:
         assert found.tokens_to_decide is None and "another seed" in " ".join(notes(found))
@@ -160,35 +185,56 @@ def test_seed_noise_is_exceeded_in_less_than_one_case_in_twenty(others: int) -> 
     losses = np.random.default_rng(others).normal(size=(4000, others + 2))
     beyond = [abs(row[-1] - row[0]) > seed_noise(row[1:-1] - row[0]) for row in losses]
     assert 0.02 < np.mean(beyond) < 0.05
-    assert np.mean([abs(row[-1] - row[0]) > np.abs(row[1:-1] - row[0]).max() for row in losses]) > 0.15  # the largest gap is no bound
+    assert (
+        np.mean([abs(row[-1] - row[0]) > np.abs(row[1:-1] - row[0]).max() for row in losses]) > 0.15
+    )  # the largest gap is no bound
 
 
 def test_a_recipe_with_several_seeds_gets_a_row_a_seed_and_the_mean_over_them(make: Maker) -> None:
     gaps = {1: 0.06, 2: -0.09, 3: 0.0}
     runs = [load_run(make(f"bf16.{s}", curve(), "bf16", (f"seed={s}",))) for s in gaps]
-    runs += [load_run(make(f"fp8.{s}", curve() + gap, "fp8_current", (f"seed={s}",))) for s, gap in gaps.items()]
+    runs += [
+        load_run(make(f"fp8.{s}", curve() + gap, "fp8_current", (f"seed={s}",)))
+        for s, gap in gaps.items()
+    ]
     found = compare([*runs, load_run(make("mx", curve(), "mxfp8", ("seed=1",)))])
     lines = shown(found.rows)
     names = ["fp8_current s1", "fp8_current s2", "fp8_current s3", "fp8_current", "mxfp8"]
     assert [line["precision"] for line in lines] == names
     assert [line["seeds"] for line in lines] == ["1", "1", "1", "3", "1"]
     assert headline(found.rows).endswith("s1: seed 1") and "s1" not in headline(found.rows[-1:])
-    together = judge_seeds([v for v in found.verdicts if v.candidate.plan.precision.name == "fp8_current"])
+    together = judge_seeds(
+        [v for v in found.verdicts if v.candidate.plan.precision.name == "fp8_current"]
+    )
     expected = np.array([verdict.gaps["tail"].relative.value for verdict in together.verdicts])
     interval = ttest_1samp(expected, 0).confidence_interval(0.95)
     mean = together.gap
     assert (mean.value, mean.low, mean.high) == pytest.approx((expected.mean(), *interval))
-    assert found.rows[0]["over_seeds"]["seeds"] == [1, 2, 3] and found.rows[-1]["over_seeds"] is None
+    assert (
+        found.rows[0]["over_seeds"]["seeds"] == [1, 2, 3] and found.rows[-1]["over_seeds"] is None
+    )
     texts = all_notes(found)
-    assert any(note.startswith("fp8_current: undecided over 3 seeds; more than 30") for note in texts)
+    assert any(
+        note.startswith("fp8_current: undecided over 3 seeds; more than 30") for note in texts
+    )
     assert any(note.startswith("1 seed: ") for note in texts)
 
 
 @pytest.mark.parametrize(
     ("gaps", "verdict", "code"),
-    [((0.0, 0.001, -0.001), "pass", 0), ((0.03, 0.032, 0.031), "fail", 1), ((0.0, 0.012, -0.012), "undecided", 3)],
+    [
+        ((0.0, 0.001, -0.001), "pass", 0),
+        ((0.03, 0.032, 0.031), "fail", 1),
+        ((0.0, 0.012, -0.012), "undecided", 3),
+    ],
 )
-def test_seeds_decide_what_a_pair_cannot(gaps: tuple[float, ...], verdict: str, code: int, make: Maker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_decide_what_a_pair_cannot(
+    gaps: tuple[float, ...],
+    verdict: str,
+    code: int,
+    make: Maker,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A gap that drifts to its end is undecided in each pair, and decided over three seeds."""
     runs = []
     for seed, gap in enumerate(gaps, 1):
@@ -210,7 +256,11 @@ def test_pairs_that_share_a_base_are_no_seeds_of_a_recipe(make: Maker) -> None:
 
 def test_the_noise_floor_lets_nothing_pass(make: Maker) -> None:
     runs = [load_run(make(f"bf16.{s}", curve() + s * 0.5, "bf16", (f"seed={s}",))) for s in (1, 2)]
-    found = judge(runs[0], load_run(make("fp8", curve() + 0.5 + 0.00575 + own_noise(3), overrides=("seed=1",))), runs[1:])
+    found = judge(
+        runs[0],
+        load_run(make("fp8", curve() + 0.5 + 0.00575 + own_noise(3), overrides=("seed=1",))),
+        runs[1:],
+    )
     assert found.verdict == "undecided" and not found.within_noise
 
 
@@ -220,9 +270,20 @@ def test_another_stack_is_named_and_is_no_other_layout(make: Maker) -> None:
     found = compare([base, load_run(make("mxfp8", curve(), "mxfp8", (*one, "stack=emulated")))])
     named = "stack nemo_25_04_te_2_11 → emulated"
     (verdict,) = found.verdicts
-    assert verdict.layout == "iso-mapping" and verdict.platform == [named] and any(named in note for note in all_notes(found))
-    assert row(verdict)["differs"][-1] == named and "on h200, iso-mapping: " in headline([row(verdict)])
-    wider = judge(base, load_run(make("wider", curve(), "fp8_current", (*one, "num_gpus=2", "stack=nemo_25_04_te_2_11"))))
+    assert (
+        verdict.layout == "iso-mapping"
+        and verdict.platform == [named]
+        and any(named in note for note in all_notes(found))
+    )
+    assert row(verdict)["differs"][-1] == named and "on h200, iso-mapping: " in headline(
+        [row(verdict)]
+    )
+    wider = judge(
+        base,
+        load_run(
+            make("wider", curve(), "fp8_current", (*one, "num_gpus=2", "stack=nemo_25_04_te_2_11"))
+        ),
+    )
     assert wider.layout == "best-mapping (num_gpus 1 → 2)" and not wider.platform
     assert "iso-mapping: mxfp8; best-mapping: fp8_current" in headline([row(verdict), row(wider)])
 
@@ -237,7 +298,9 @@ def test_spikes_are_counted_once_each() -> None:
 
 @pytest.mark.parametrize(("phi", "length"), [(0.0, 75), (0.5, 300), (0.9, 2000), (0.999, 2000)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(phi: float, length: int) -> None:
-    """The interval is a 99.5 % one; over 400 autoregressive series the truth may be missed in 1 %."""
+    """The interval is a 99.5 % one; over 400 autoregressive series the truth may be missed in 1
+    %.
+    """
     rng = np.random.default_rng(7)
     missed = 0
     for _ in range(400):

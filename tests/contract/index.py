@@ -37,14 +37,17 @@ def _yaml(path: Path) -> dict[str, Any]:
 def our_uses() -> list[Use]:
     """Return what recipes/ uses of upstream packages in the containers.
 
-    A rehearsal runs in this project's own environment alone, where tests/recipes/test_rehearse.py runs it.
+    A rehearsal runs in this project's own environment alone, where tests/recipes/test_rehearse.py
+    runs it.
     """
     declared = read("types.yaml")
     fields = ("names", "attributes", "returns", "mixed_into", "reached")
     types = Types(frozenset(declared["packages"]), **{key: declared[key] for key in fields})
     _add_recipes(types)
     rehearsal = ROOT / "recipes" / "training" / "rehearsal"
-    files = sorted(path for path in (ROOT / "recipes").rglob("*.py") if rehearsal not in path.parents)
+    files = sorted(
+        path for path in (ROOT / "recipes").rglob("*.py") if rehearsal not in path.parents
+    )
     texts = [Use(text, "text", where) for where, text in declared["texts"].items()]
     return [*collect(ROOT, files, types), *texts, *_schedules(declared["schedules"])]
 
@@ -178,7 +181,9 @@ def absent_names(stacks: Sequence[str]) -> dict[str, str]:
 
 
 def refuses(stack: str, what: str) -> bool:
-    """Return whether a stack's own file refuses a scaling, the emulation of FP8, or parameters kept in MXFP8."""
+    """Return whether a stack's own file refuses a scaling, the emulation of FP8, or parameters kept
+    in MXFP8.
+    """
     text = _yaml(ROOT / "conf" / "stack" / f"{stack}.yaml")
     if what == "parameters in MXFP8":
         return not text["scripts"]["mxfp8_parameters"]

@@ -1,4 +1,6 @@
-"""Slurm that does not answer, devices that are taken, paths that are no files: through the commands."""
+"""Slurm that does not answer, devices that are taken, paths that are no files: through the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ NO_ANSWERS = ("timeout", "controller", "quiet", "garbage", "half", "error-and-0"
 LOST = ("taken", "silent", "killed")
 
 
-@fault(AREA, "squeue that fails, prints something else or stops midway, in launch, cancel and status of a run that has a job", small=2, full=6)
+@fault(
+    AREA,
+    "squeue that fails, prints something else or stops midway, in launch, cancel and status of a"
+    " run that has a job",
+    small=2,
+    full=6,
+)
 def slurm_without_an_answer(count: int, folder: Path) -> Outcome:
     """Nothing is submitted or cancelled, and status calls the state unknown."""
     outcome = Outcome()
@@ -40,21 +48,33 @@ def slurm_without_an_answer(count: int, folder: Path) -> Outcome:
             patch.setenv("SQUEUE", failure)
             ends = [call(main, launched), call(cancel.main, [run])]
             shown = call(status.main, [run])
-            wrong = first.wrong((0,)) or next((end.wrong(()) for end in ends if end.wrong(())), None) or shown.wrong(())
+            wrong = (
+                first.wrong((0,))
+                or next((end.wrong(()) for end in ends if end.wrong(())), None)
+                or shown.wrong(())
+            )
             if queue.ids != [1001] or queue.state(1001) != "RUNNING" or "unknown" not in shown.out:
                 wrong = wrong or f"jobs {queue.ids}; status: {shown.out[-200:]}"
         outcome.add(f"{REFUSED}, the state named unknown", lost=wrong and f"{failure}: {wrong}")
     return outcome
 
 
-@fault(AREA, "sbatch whose answer is lost after it took the job, and the same launch again", small=1, full=3)
+@fault(
+    AREA,
+    "sbatch whose answer is lost after it took the job, and the same launch again",
+    small=1,
+    full=3,
+)
 def lost_submissions(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     for how in LOST[:count]:
         with pytest.MonkeyPatch.context() as patch:
             queue = Standins(folder / how, patch)
             patch.setenv("SBATCH", how)
-            ends = [call(main, [*SLURM, f"runs_dir={folder}/runs-{how}", "run_name=one"]) for _ in range(2)]
+            ends = [
+                call(main, [*SLURM, f"runs_dir={folder}/runs-{how}", "run_name=one"])
+                for _ in range(2)
+            ]
             wrong = next((end.wrong((0,)) for end in ends if end.wrong((0,))), None)
             wrong = wrong or (None if queue.ids == [1001] else f"jobs {queue.ids}")
         outcome.add("found by its script, one job", lost=wrong and f"{how}: {wrong}")
@@ -91,7 +111,8 @@ ANOTHERS = ({"who": "mallory"}, {"script": "/home/other/runs/two/job/job.sbatch"
 
 @fault(
     AREA,
-    "a job number that another user's or another run's job has by now: `launch.cancel`, `launch.status`, `launch`",
+    "a job number that another user's or another run's job has by now: `launch.cancel`,"
+    " `launch.status`, `launch`",
     small=1,
     full=2,
 )
@@ -151,12 +172,16 @@ ON_GPUS = ["gpu=h100", "executor=local", "mapping=single", "data=mock", "mapping
 
 @fault(
     AREA,
-    "three launches at the same moment, of two GPUs each, on a machine of four (a stand-in for nvidia-smi)",
+    "three launches at the same moment, of two GPUs each, on a machine of four (a stand-in for"
+    " nvidia-smi)",
     small=1,
     full=8,
 )
 def launches_for_the_same_gpus(count: int, folder: Path) -> Outcome:
-    """No GPU has two runs at once, and every run comes to train.  A run is a stand-in that takes its GPUs for a moment."""
+    """No GPU has two runs at once, and every run comes to train.
+
+    A run is a stand-in that takes its GPUs for a moment.
+    """
     outcome = Outcome()
     for n in range(count):
         place, token = folder / str(n), uuid4().hex
@@ -164,9 +189,16 @@ def launches_for_the_same_gpus(count: int, folder: Path) -> Outcome:
         tool.write_text(FOUR_GPUS)
         tool.chmod(0o755)
         (place / "used").mkdir()
-        env = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", "TOKEN": token, "USED": str(place / "used")}
+        env = {
+            **os.environ,
+            "PATH": f"{place}:{os.environ['PATH']}",
+            "TOKEN": token,
+            "USED": str(place / "used"),
+        }
         env.pop("CUDA_VISIBLE_DEVICES", None)
-        asked = [[*ON_GPUS, "num_gpus=2", f"runs_dir={place}/runs", f"run_name=run{k}"] for k in range(3)]
+        asked = [
+            [*ON_GPUS, "num_gpus=2", f"runs_dir={place}/runs", f"run_name=run{k}"] for k in range(3)
+        ]
         try:
             together([[sys.executable, "-c", WITH_PYTHON, stub, *one] for one in asked], env)
         finally:
@@ -174,11 +206,19 @@ def launches_for_the_same_gpus(count: int, folder: Path) -> Outcome:
                 lock.unlink()
         ran = (place / "used.ran").read_text().split()
         right = len(set(ran)) == len(ran) == 3 and not (place / "used.twice").exists()
-        outcome.add("all ran, no GPU shared", lost=None if right else f"{len(ran)} ran, shared: {(place / 'used.twice').exists()}")
+        outcome.add(
+            "all ran, no GPU shared",
+            lost=None if right else f"{len(ran)} ran, shared: {(place / 'used.twice').exists()}",
+        )
     return outcome
 
 
-@fault(AREA, "`--out` onto a pipe without a reader, a link, a link to nothing, a folder, below a file", small=5, full=5)
+@fault(
+    AREA,
+    "`--out` onto a pipe without a reader, a link, a link to nothing, a folder, below a file",
+    small=5,
+    full=5,
+)
 def strange_outputs(count: int, folder: Path) -> Outcome:
     """None is replaced and none is waited for."""
     outcome = Outcome()
@@ -191,12 +231,20 @@ def strange_outputs(count: int, folder: Path) -> Outcome:
         before = os.path.lexists(folder / name) and (folder / name).lstat().st_ino
         ended = call(throughput.main, [*H100, "--out", folder / name])
         replaced = before and (folder / name).lstat().st_ino != before
-        wrong = ended.wrong((0,) if name in ("link.md", "dangling.md") else ()) or ("replaced" if replaced else None)
+        wrong = ended.wrong((0,) if name in ("link.md", "dangling.md") else ()) or (
+            "replaced" if replaced else None
+        )
         outcome.add("written through or refused with one line", lost=wrong and f"{name}: {wrong}")
     return outcome
 
 
-@fault(AREA, "a run whose plan, status, metrics, events or log is a pipe or /dev/zero, among others: `launch.status`", small=10, full=10)
+@fault(
+    AREA,
+    "a run whose plan, status, metrics, events or log is a pipe or /dev/zero, among others:"
+    " `launch.status`",
+    small=10,
+    full=10,
+)
 def no_files_in_a_run_folder(count: int, folder: Path) -> Outcome:
     """Every run is named, the broken one as well."""
     outcome = Outcome()
@@ -207,7 +255,11 @@ def no_files_in_a_run_folder(count: int, folder: Path) -> Outcome:
         (broken / name).unlink(missing_ok=True)
         os.mkfifo(broken / name) if kind == "pipe" else (broken / name).symlink_to("/dev/zero")
         ended = call(status.main, [runs])
-        missing = [run.name for run in (whole, broken) if str(run) not in ended.out.replace("\n", "") and run.name not in ended.out]
+        missing = [
+            run.name
+            for run in (whole, broken)
+            if str(run) not in ended.out.replace("\n", "") and run.name not in ended.out
+        ]
         wrong = ended.wrong((0,)) or (f"{missing} not named" if missing else None)
         outcome.add("all runs named", lost=wrong and f"{name} is {kind}: {wrong}")
     return outcome

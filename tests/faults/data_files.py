@@ -1,4 +1,5 @@
-"""Broken data: files that are cut, empty, of another tokenizer or no text; preparations that are killed, or two at once.
+"""Broken data: files that are cut, empty, of another tokenizer or no text; preparations that are
+killed, or two at once.
 
 The commands' `main` is called in this process, for a process that imports Megatron-Core takes
 seconds; those that are killed are processes.
@@ -36,7 +37,9 @@ def corpus(folder: Path, documents: int = 40) -> Path:
     """Write so many documents of text."""
     folder.mkdir(parents=True)
     for n in range(documents):
-        (folder / f"doc{n}.txt").write_text(f"document {n}: " + "the quick brown fox jumps over the lazy dog. é漢字 " * 5)
+        (folder / f"doc{n}.txt").write_text(
+            f"document {n}: " + "the quick brown fox jumps over the lazy dog. é漢字 " * 5
+        )
     return folder
 
 
@@ -124,13 +127,15 @@ def _empty(path: Path, draw: random.Random) -> None:
 
 @fault(
     AREA,
-    "`.bin` and `.idx` cut at any byte, longer, empty, missing or garbage; indexed and prepared data: "
-    "`recipes.training.data`, `launch`, a job's preflight",
+    "`.bin` and `.idx` cut at any byte, longer, empty, missing or garbage; indexed and prepared"
+    " data: `recipes.training.data`, `launch`, a job's preflight",
     small=6,
     full=300,
 )
 def broken_data_sets(count: int, folder: Path) -> Outcome:
-    """Garbage in .bin alone is seen where it gives ids beyond the vocabulary, as random bytes do."""
+    """Garbage in .bin alone is seen where it gives ids beyond the vocabulary, as random bytes
+    do.
+    """
     outcome, made = Outcome(), text(corpus(folder / "corpus"), folder / "out")
     whole(prepare(made))
     root = folder / "out" / f"vocab{VOCAB}"
@@ -152,7 +157,8 @@ def broken_data_sets(count: int, folder: Path) -> Outcome:
 
 @fault(
     AREA,
-    "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place: the same commands",
+    "a data set of another tokenizer, whose ids go beyond the model's vocabulary at any place: the"
+    " same commands",
     small=6,
     full=300,
 )
@@ -208,7 +214,9 @@ def text_that_is_none(count: int, folder: Path) -> Outcome:
         source.write_bytes(content)
         root = folder / f"out{n}"
         wrong = refusal(prepare_main, text(source, root))
-        wrong = wrong or ("something was left that looks whole" if (root / f"vocab{VOCAB}").exists() else None)
+        wrong = wrong or (
+            "something was left that looks whole" if (root / f"vocab{VOCAB}").exists() else None
+        )
         outcome.add(REFUSED, lost=wrong and f"{kind}: {wrong}")
     return outcome
 
@@ -220,7 +228,9 @@ def text_that_is_none(count: int, folder: Path) -> Outcome:
     full=300,
 )
 def wrong_tokenizers(count: int, folder: Path) -> Outcome:
-    """A damaged tokenizer that still loads is not refused where all its ids are in the vocabulary: it is then another tokenizer."""
+    """A damaged tokenizer that still loads is not refused where all its ids are in the vocabulary:
+    it is then another tokenizer.
+    """
     outcome, source = Outcome(), corpus(folder / "corpus")
     whole(prepare(text(source, folder / "out")))
     made = folder / "out" / f"vocab{VOCAB}"
@@ -238,7 +248,10 @@ def wrong_tokenizers(count: int, folder: Path) -> Outcome:
             wrong = call(launch, [*asked, f"runs_dir={folder}/runs", "dry_run=true"]).wrong((0,))
         if (broken / "owned").exists():
             wrong = "code of the tokenizer's folder was run"
-        outcome.add("loaded, ids in the vocabulary" if loaded else REFUSED, lost=wrong and f"seed {seed}: {wrong}")
+        outcome.add(
+            "loaded, ids in the vocabulary" if loaded else REFUSED,
+            lost=wrong and f"seed {seed}: {wrong}",
+        )
         shutil.rmtree(folder / f"made{seed}", ignore_errors=True)
     return outcome
 
@@ -256,12 +269,20 @@ def wrong_sentencepiece_models(count: int, folder: Path) -> Outcome:
     whole(prepare(text(source, folder / "out", model)))
     for seed in range(count):
         draw = random.Random(seed)
-        content, kind = model.read_bytes(), draw.choice([kind for kind in BYTES if kind != "as UTF-16"])
+        content, kind = (
+            model.read_bytes(),
+            draw.choice([kind for kind in BYTES if kind != "as UTF-16"]),
+        )
         broken.write_bytes(content if seed == 0 else BYTES[kind](content, draw))
         root = folder / f"made{seed}"
-        wrong = refusal(prepare_main, text(source, root, broken, PIECES - 1 if seed == 0 else VOCAB))
+        wrong = refusal(
+            prepare_main, text(source, root, broken, PIECES - 1 if seed == 0 else VOCAB)
+        )
         loaded = wrong == "taken for whole" and seed > 0
-        outcome.add("loaded" if loaded else REFUSED, lost=None if loaded or not wrong else f"seed {seed}, {kind}: {wrong}")
+        outcome.add(
+            "loaded" if loaded else REFUSED,
+            lost=None if loaded or not wrong else f"seed {seed}, {kind}: {wrong}",
+        )
         shutil.rmtree(root, ignore_errors=True)
     return outcome
 
@@ -274,8 +295,15 @@ def sentencepiece_model(source: Path, folder: Path) -> Path:
     from sentencepiece import SentencePieceTrainer
 
     files = ",".join(map(str, sorted(source.glob("*.txt"))))
-    sizes = {"vocab_size": PIECES, "hard_vocab_limit": True, "character_coverage": 1.0, "byte_fallback": False}
-    SentencePieceTrainer.train(input=files, model_prefix=str(folder / "pieces"), model_type="bpe", minloglevel=2, **sizes)
+    sizes = {
+        "vocab_size": PIECES,
+        "hard_vocab_limit": True,
+        "character_coverage": 1.0,
+        "byte_fallback": False,
+    }
+    SentencePieceTrainer.train(
+        input=files, model_prefix=str(folder / "pieces"), model_type="bpe", minloglevel=2, **sizes
+    )
     return folder / "pieces.model"
 
 
@@ -294,7 +322,9 @@ def _break_tokenizer(broken: Path, seed: int, draw: random.Random) -> bool:
         return True
     if seed == 3:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            kept = {k: v for k, v in json.loads((broken / name).read_text()).items() if "eos" not in k}
+            kept = {
+                k: v for k, v in json.loads((broken / name).read_text()).items() if "eos" not in k
+            }
             (broken / name).write_text(json.dumps(kept))
         return True
     path = draw.choice(sorted(broken.iterdir()))
@@ -311,12 +341,17 @@ def _process(source: Path, root: Path) -> subprocess.Popen[bytes]:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {name: (root / f"vocab{VOCAB}" / name).read_bytes() for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx")}
+    return {
+        name: (root / f"vocab{VOCAB}" / name).read_bytes()
+        for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx")
+    }
 
 
 @fault(AREA, "a preparation killed (-9) at a random moment, and run again", small=0, full=25)
 def preparation_killed(count: int, folder: Path) -> Outcome:
-    """Nothing that looks whole is left unless it is, and the second run makes what an uninterrupted one does."""
+    """Nothing that looks whole is left unless it is, and the second run makes what an uninterrupted
+    one does.
+    """
     outcome, source = Outcome(), corpus(folder / "corpus", 2000)
     process = _begun(source, folder / "undisturbed")
     start = time.monotonic()
@@ -329,7 +364,9 @@ def preparation_killed(count: int, folder: Path) -> Outcome:
         process.send_signal(signal.SIGKILL)
         process.wait()
         left = (root / f"vocab{VOCAB}").exists() and _files(root) != expected
-        wrong = "half-written data looked whole" if left else prepare(text(source, root)).wrong((0,))
+        wrong = (
+            "half-written data looked whole" if left else prepare(text(source, root)).wrong((0,))
+        )
         wrong = wrong or (None if _files(root) == expected else "made again, it differs")
         outcome.add("made again, the same bytes", lost=wrong and f"killed preparation {n}: {wrong}")
     return outcome
@@ -353,11 +390,19 @@ def two_preparations(count: int, folder: Path) -> Outcome:
         processes = [_process(source, root) for _ in range(2)]
         codes = [process.wait() for process in processes]
         right = codes == [0, 0] and _files(root) == expected and not list(root.glob("*.partial"))
-        outcome.add("one made it, both have it", lost=None if right else f"exit codes {codes}, same bytes: {_files(root) == expected}")
+        outcome.add(
+            "one made it, both have it",
+            lost=None if right else f"exit codes {codes}, same bytes: {_files(root) == expected}",
+        )
     return outcome
 
 
-@fault(AREA, "a data.root that is a file, a link to nothing, or in a place that cannot be written", small=3, full=3)
+@fault(
+    AREA,
+    "a data.root that is a file, a link to nothing, or in a place that cannot be written",
+    small=3,
+    full=3,
+)
 def roots_that_cannot_be_written(count: int, folder: Path) -> Outcome:
     outcome, source = Outcome(), corpus(folder / "corpus", 3)
     (folder / "file").write_text("")

@@ -1,7 +1,9 @@
-"""Hostile text in run folders: HTML, scripts, markup and terminal codes in names, plan values, logs, events and evaluations.
+"""Hostile text in run folders: HTML, scripts, markup and terminal codes in names, plan values,
+logs, events and evaluations.
 
-A page is parsed as a browser would.  It may hold no tag and no attribute that the page of harmless runs does not hold, and no
-address but places within itself: then nothing of the text was taken for more than text.
+A page is parsed as a browser would.  It may hold no tag and no attribute that the page of harmless
+runs does not hold, and no address but places within itself: then nothing of the text was taken for
+more than text.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags |= {(tag,), *((tag, name) for name, _ in attrs)}
-        self.addresses |= {str(value) for name, value in attrs if name in ADDRESSES and not str(value).startswith("#")}
+        self.addresses |= {
+            str(value)
+            for name, value in attrs
+            if name in ADDRESSES and not str(value).startswith("#")
+        }
 
     def unlike(self, clean: Page) -> str | None:
         """Return what this page has that a clean one has not; None for nothing."""
@@ -75,7 +81,11 @@ def _poison_plan(folder: Path, text: str) -> int:
 def _poison_manifest(folder: Path, text: str) -> int:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    places = [place for place in _strings(manifest) if place[0] not in ("labels", "order_sha256") and "sha256" not in place]
+    places = [
+        place
+        for place in _strings(manifest)
+        if place[0] not in ("labels", "order_sha256") and "sha256" not in place
+    ]
     for place in places:
         manifest = put(manifest, place, text)
     manifest["versions"] = {**manifest["versions"], text: text}
@@ -94,7 +104,9 @@ def _poison_rest(folder: Path, text: str) -> int:
     if evaluation.exists():
         facts = json.loads(evaluation.read_text())
         sets = {text: next(iter(facts["sets"].values()))}
-        evaluation.write_text(json.dumps({**facts, "sets": sets, "tasks": {text: {}}, "label": text}))
+        evaluation.write_text(
+            json.dumps({**facts, "sets": sets, "tasks": {text: {}}, "label": text})
+        )
     return 6
 
 
@@ -132,7 +144,13 @@ def _wrong(ended: Ended, out: Path, clean: Page) -> str | None:
 def hostile_report(count: int, folder: Path) -> Outcome:
     """The report is parsed and compared with that of the same runs without hostile text."""
     outcome, out = Outcome(), folder / "report.html"
-    assert call(report.main, [*_runs(DEMO, folder / "clean"), folder / "clean" / "nothing", "--out", out]).code == 0
+    assert (
+        call(
+            report.main,
+            [*_runs(DEMO, folder / "clean"), folder / "clean" / "nothing", "--out", out],
+        ).code
+        == 0
+    )
     clean = Page(out.read_text())
     for text in itertools.islice(itertools.chain(HOSTILE), count):
         out.unlink(missing_ok=True)
@@ -147,7 +165,9 @@ def hostile_report(count: int, folder: Path) -> Outcome:
 
 @fault(AREA, "the same: tables and terminal", small=2, full=100)
 def hostile_tables(count: int, folder: Path) -> Outcome:
-    """HTML tables are parsed; what goes to the terminal holds no control code but line ends and the colours of the table itself."""
+    """HTML tables are parsed; what goes to the terminal holds no control code but line ends and the
+    colours of the table itself.
+    """
     outcome, out = Outcome(), folder / "table.html"
     assert call(throughput.main, [*_runs(H100, folder / "clean"), "--out", out]).code == 0
     clean = Page(out.read_text())
@@ -163,17 +183,28 @@ def hostile_tables(count: int, folder: Path) -> Outcome:
             out.unlink(missing_ok=True)
             ended = call(main, [*runs, *options])
             codes = sorted({c for c in ended.out + ended.err if ord(c) < 32 and c != "\n"})
-            wrong = _wrong(ended, out, clean) or (f"control codes {codes} on the terminal" if codes else None)
+            wrong = _wrong(ended, out, clean) or (
+                f"control codes {codes} on the terminal" if codes else None
+            )
             outcome.add("shown as text", lost=wrong and f"{text!r}, {main.__module__}: {wrong}")
     return outcome
 
 
-CODES = ("\x1b]0;title\x07", "\x1b[2J\x1b[H", "\x9b31m", "\r\x1b[K", "\u202e", "\x00\x08", "\x1b]8;;http://x\x07y")
+CODES = (
+    "\x1b]0;title\x07",
+    "\x1b[2J\x1b[H",
+    "\x9b31m",
+    "\r\x1b[K",
+    "\u202e",
+    "\x00\x08",
+    "\x1b]8;;http://x\x07y",
+)
 
 
 @fault(
     AREA,
-    "control codes and hostile text in log, status, events and folder of runs, a linked run and a broken one among them: `launch.status`",
+    "control codes and hostile text in log, status, events and folder of runs, a linked run and a"
+    " broken one among them: `launch.status`",
     small=3,
     full=22,
 )
@@ -182,14 +213,19 @@ def hostile_status(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     for n, text in enumerate([*CODES, *HOSTILE][:count]):
         runs = folder / str(n)
-        (hostile, *_) = _poisoned(runs / "runs", text)
+        hostile, *_ = _poisoned(runs / "runs", text)
         (hostile / "events.jsonl").unlink()
-        (hostile / "status.json").write_text(json.dumps({"status": "failed", "reason": text, "step": 3}))
+        (hostile / "status.json").write_text(
+            json.dumps({"status": "failed", "reason": text, "step": 3})
+        )
         (hostile / "log.txt").write_text(f"error: {text}\n", errors="replace")
         (fresh(DEMO[0], runs / "runs" / "broken") / "plan.json").write_text("{")
         (runs / "runs" / "linked").symlink_to(fresh(DEMO[0], runs / "linked"))
         names = {path.parent.name for path in (runs / "runs").rglob("plan.json")} | {"linked"}
-        plain, listed = call(status.main, [runs / "runs"]), call(status.main, [runs / "runs", "--json"])
+        plain, listed = (
+            call(status.main, [runs / "runs"]),
+            call(status.main, [runs / "runs", "--json"]),
+        )
         codes = sorted({c for c in plain.out + plain.err if not c.isprintable() and c != "\n"})
         shown = len(json.loads(listed.out))
         wrong = plain.wrong(()) or (f"control codes {codes}" if codes else None)

@@ -1,4 +1,6 @@
-"""Foreign logs with garbage in them: whatever a log holds, an import ends with a run folder or with one line, and leaves nothing else."""
+"""Foreign logs with garbage in them: whatever a log holds, an import ends with a run folder or with
+one line, and leaves nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from pathlib import Path
 
 from analysis import import_logs
 from tests.analysis.conftest import curve
-from tests.analysis.test_import_logs import FAMILIES, filled, megatron_log, nemo_log, table, tensorboard
+from tests.analysis.test_import_logs import (
+    FAMILIES,
+    filled,
+    megatron_log,
+    nemo_log,
+    table,
+    tensorboard,
+)
 from tests.faults.commands import REFUSED, call
 from tests.faults.mutations import BYTES, HOSTILE
 from tests.faults.registry import Outcome, fault
@@ -43,7 +52,11 @@ def _offline(path: Path, loss: list[float]) -> Path:
     store.open_for_write(str(path))
     for step, value in enumerate(loss):
         record = Record()
-        for key, number in (("trainer/global_step", step), ("reduced_train_loss", value), ("train_step_timing in s", 0.25)):
+        for key, number in (
+            ("trainer/global_step", step),
+            ("reduced_train_loss", value),
+            ("train_step_timing in s", 0.25),
+        ):
             item = record.history.item.add()
             item.key, item.value_json = key, json.dumps(number)
         store.write(record)
@@ -57,10 +70,25 @@ def _garbled(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 3, 10))):
         at = draw.randrange(len(lines))
         junk = draw.choice(
-            [*(text.encode(errors="replace") for text in HOSTILE), draw.randbytes(40), b"9" * 400, b"\x1b[31m", b"1e999", b"-inf", b"\x00"]
+            [
+                *(text.encode(errors="replace") for text in HOSTILE),
+                draw.randbytes(40),
+                b"9" * 400,
+                b"\x1b[31m",
+                b"1e999",
+                b"-inf",
+                b"\x00",
+            ]
         )
         cut = draw.randrange(len(lines[at]) + 1)
-        lines[at] = draw.choice([junk, lines[at][:cut] + junk + lines[at][cut:], lines[at][:cut] + junk, lines[at] + b"\n" + lines[at - 1][cut:]])
+        lines[at] = draw.choice(
+            [
+                junk,
+                lines[at][:cut] + junk + lines[at][cut:],
+                lines[at][:cut] + junk,
+                lines[at] + b"\n" + lines[at - 1][cut:],
+            ]
+        )
     return b"\n".join(lines)
 
 
@@ -77,14 +105,23 @@ def imports_of_garbage(count: int, folder: Path) -> Outcome:
         draw = random.Random(seed)
         source = draw.choice(sources)
         kind = (
-            draw.choice([*BYTES, *(["garbled"] * 10)]) if source.suffix in (".log", ".csv") else draw.choice([k for k in BYTES if k != "as UTF-16"])
+            draw.choice([*BYTES, *(["garbled"] * 10)])
+            if source.suffix in (".log", ".csv")
+            else draw.choice([k for k in BYTES if k != "as UTF-16"])
         )
         (folder / "broken").mkdir(exist_ok=True)
         broken = folder / "broken" / source.name
-        broken.write_bytes((_garbled if kind == "garbled" else BYTES[kind])(source.read_bytes(), draw))
+        broken.write_bytes(
+            (_garbled if kind == "garbled" else BYTES[kind])(source.read_bytes(), draw)
+        )
         ended = call(import_logs.main, [broken, "--out", out, *SET])
         left = sorted(p.name for p in out.parent.iterdir()) if out.parent.exists() else []
-        wrong = ended.wrong((0,)) or (None if left == (["run"] if ended.code == 0 else []) else f"left behind: {left}")
-        outcome.add("imported" if ended.code == 0 else REFUSED, lost=wrong and f"{source.name}, {kind}, seed {seed}: {wrong}")
+        wrong = ended.wrong((0,)) or (
+            None if left == (["run"] if ended.code == 0 else []) else f"left behind: {left}"
+        )
+        outcome.add(
+            "imported" if ended.code == 0 else REFUSED,
+            lost=wrong and f"{source.name}, {kind}, seed {seed}: {wrong}",
+        )
         shutil.rmtree(out.parent, ignore_errors=True)
     return outcome

@@ -31,14 +31,32 @@ DEEP = "\0deep\0"  # stands for nesting that no recursive reader survives
 HUGE = "\0huge\0"  # stands for a number of more digits than Python converts
 VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "x", " ", [], {}, [[]], [None], {"": 0}, {"a": {"b": [1]}}),
-    *(0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308, 1e300),
+    *(
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        2**64,
+        -(2**70),
+        10**30,
+        10**400,
+        0.5,
+        -0.0,
+        1e-320,
+        1e308,
+        -1e308,
+        1e300,
+    ),
     *(float("nan"), float("inf"), float("-inf"), DEEP, HUGE),
     *HOSTILE,
 )
 
 
 def spelled(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON, with what no JSON writer would write put in where it stands for it."""
+    """Return a value as JSON, with what no JSON writer would write put in where it stands for
+    it.
+    """
     text = json.dumps(value, indent=indent)
     text = text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000)
     return text.replace(json.dumps(HUGE), "9" * 10_000)
@@ -47,7 +65,13 @@ def spelled(value: Any, indent: int | None = None) -> str:
 def paths_in(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Return the path of every value in a JSON value, itself first."""
     found = [prefix]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         found += paths_in(inner, (*prefix, key))
     return found
@@ -73,18 +97,31 @@ def without(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def of_value(path: Path, draw: random.Random) -> str:
-    """Change one value of a JSON file, or of one line or all lines of a .jsonl file; return what was done."""
+    """Change one value of a JSON file, or of one line or all lines of a .jsonl file; return what
+    was done.
+    """
     lines = path.suffix == ".jsonl"
-    values = [json.loads(line) for line in path.read_text().splitlines()] if lines else [json.loads(path.read_text())]
+    values = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if lines
+        else [json.loads(path.read_text())]
+    )
     at = draw.randrange(len(values))
     place, new = draw.choice(paths_in(values[at])[1:]), draw.choice(VALUES)
     delete, everywhere = draw.random() < 0.15, lines and draw.random() < 0.4
     for i, value in enumerate(values):
         if i == at or (everywhere and place in paths_in(value)):
             values[i] = without(value, place) if delete else put(value, place, new)
-    path.write_text("".join(spelled(value) + "\n" for value in values) if lines else spelled(values[0], indent=1))
+    path.write_text(
+        "".join(spelled(value) + "\n" for value in values)
+        if lines
+        else spelled(values[0], indent=1)
+    )
     where = ".".join(map(str, place))
-    return f"{path.name}{' (all lines)' if everywhere else ''}: {where} {'deleted' if delete else f'= {new!r}'[:60]}"
+    return (
+        f"{path.name}{' (all lines)' if everywhere else ''}: {where}"
+        f" {'deleted' if delete else f'= {new!r}'[:60]}"
+    )
 
 
 def _flipped(content: bytes, draw: random.Random) -> bytes:
@@ -99,7 +136,12 @@ def _cut(content: bytes, draw: random.Random) -> bytes:
 
 
 def _spliced(content: bytes, draw: random.Random) -> bytes:
-    at, junk = draw.randrange(len(content)), draw.choice((b"\0" * 8, b"\xff\xfe", b"{", b"]", b'"', b"\n\n", b"[" * 50_000, b"9" * 5000))
+    at, junk = (
+        draw.randrange(len(content)),
+        draw.choice(
+            (b"\0" * 8, b"\xff\xfe", b"{", b"]", b'"', b"\n\n", b"[" * 50_000, b"9" * 5000)
+        ),
+    )
     return content[:at] + junk + content[at:]
 
 
@@ -116,7 +158,9 @@ BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "zeros": lambda content, draw: b"\0" * len(content),
     "random bytes": lambda content, draw: draw.randbytes(200),
     "first half missing": lambda content, draw: content[len(content) // 2 :],
-    "lines shuffled": lambda content, draw: b"\n".join(draw.sample(lines := content.split(b"\n"), len(lines))),
+    "lines shuffled": lambda content, draw: b"\n".join(
+        draw.sample(lines := content.split(b"\n"), len(lines))
+    ),
 }
 
 
@@ -139,7 +183,12 @@ def _dangling(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-FILES: dict[str, Callable[[Path], None]] = {"deleted": _deleted, "a folder": _folder, "a link to itself": _loop, "a link to nothing": _dangling}
+FILES: dict[str, Callable[[Path], None]] = {
+    "deleted": _deleted,
+    "a folder": _folder,
+    "a link to itself": _loop,
+    "a link to nothing": _dangling,
+}
 
 
 def of_file(path: Path, draw: random.Random) -> str:
@@ -155,7 +204,9 @@ def of_file(path: Path, draw: random.Random) -> str:
 def broken(folder: Path, draw: random.Random) -> str:
     """Break one file of a run folder, or two; return what was done."""
     done = []
-    for path in draw.sample(sorted(p for p in folder.iterdir() if p.is_file()), draw.choice((1, 1, 1, 2))):
+    for path in draw.sample(
+        sorted(p for p in folder.iterdir() if p.is_file()), draw.choice((1, 1, 1, 2))
+    ):
         by_value = path.suffix in (".json", ".jsonl") and draw.random() < 0.6
         done.append(of_value(path, draw) if by_value else of_file(path, draw))
     return "; ".join(done)

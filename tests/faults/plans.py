@@ -1,4 +1,6 @@
-"""Broken plans: overrides of any type and range, hostile site files, a Slurm that refuses or babbles, a launcher that is killed."""
+"""Broken plans: overrides of any type and range, hostile site files, a Slurm that refuses or
+babbles, a launcher that is killed.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,88 @@ CELLS = (
     ["model=llama3_70b", "precision=fp8_current", "gpu=h100", "experiment=throughput"],
 )
 LITERALS = (
-    *("null", "true", "false", "0", "1", "-1", "2", "3", "7", "1000000", "1" + "0" * 12, "9" * 83, "9" * 400, "9" * 5000),
+    *(
+        "null",
+        "true",
+        "false",
+        "0",
+        "1",
+        "-1",
+        "2",
+        "3",
+        "7",
+        "1000000",
+        "1" + "0" * 12,
+        "9" * 83,
+        "9" * 400,
+        "9" * 5000,
+    ),
     *("1_0", "0x10", "1:30", ".5", "0.0", "1e-320", "1e30"),
-    *("1e308", "-1e308", "1e400", "nan", "inf", "-inf", "''", "x", "' '", "'a\\nb'", "é漢", "\udcff", "a" * 5000, "~", "*", "/", "../x", "@x", "???"),
-    *("[]", "[1,2]", "[[]]", "{}", "{a: 1}", "{a: {b: c}}", "[a", "}", "[" * 3000 + "]" * 3000, "a,b", "glob(*)", "choice(1,2)", "range(1,5)"),
-    *('"${seed}"', '"${nope}"', '"${oc.env:HOME}"', '"${oc.env:NOPE}"', '"${oc.decode:[}"', '"${run_name}"'),
+    *(
+        "1e308",
+        "-1e308",
+        "1e400",
+        "nan",
+        "inf",
+        "-inf",
+        "''",
+        "x",
+        "' '",
+        "'a\\nb'",
+        "é漢",
+        "\udcff",
+        "a" * 5000,
+        "~",
+        "*",
+        "/",
+        "../x",
+        "@x",
+        "???",
+    ),
+    *(
+        "[]",
+        "[1,2]",
+        "[[]]",
+        "{}",
+        "{a: 1}",
+        "{a: {b: c}}",
+        "[a",
+        "}",
+        "[" * 3000 + "]" * 3000,
+        "a,b",
+        "glob(*)",
+        "choice(1,2)",
+        "range(1,5)",
+    ),
+    *(
+        '"${seed}"',
+        '"${nope}"',
+        '"${oc.env:HOME}"',
+        '"${oc.env:NOPE}"',
+        '"${oc.decode:[}"',
+        '"${run_name}"',
+    ),
 )
 WHOLE_ARGUMENTS = (
-    *("=", "-", "--x", "a=", "=b", "a==b", "+", "~", "++", "@", "", " ", "a@b=c", "model@x=llama3_8b", "hydra.run.dir=x", "hydra=default", "+a/b=c"),
+    *(
+        "=",
+        "-",
+        "--x",
+        "a=",
+        "=b",
+        "a==b",
+        "+",
+        "~",
+        "++",
+        "@",
+        "",
+        " ",
+        "a@b=c",
+        "model@x=llama3_8b",
+        "hydra.run.dir=x",
+        "hydra=default",
+        "+a/b=c",
+    ),
     *(
         "+hydra.job.chdir=true",
         "experiment=[demo,throughput]",
@@ -48,7 +124,16 @@ WHOLE_ARGUMENTS = (
         "config=x",
         "_self_=1",
     ),
-    *("~model", "~train", "model=llama3_8b model=llama3_70b", "-m", "--json", "seed=1,2,3", "seed=range(1,4)", "precision=glob(*)"),
+    *(
+        "~model",
+        "~train",
+        "model=llama3_8b model=llama3_70b",
+        "-m",
+        "--json",
+        "seed=1,2,3",
+        "seed=range(1,4)",
+        "precision=glob(*)",
+    ),
 )
 
 
@@ -66,15 +151,22 @@ def _likely(value: Any, draw: random.Random) -> str:
     if isinstance(value, bool) or value is None:
         return draw.choice(["true", "false", "null", "1", "x"])
     if isinstance(value, int | float):
-        return str(draw.choice([value, value + 1, value * 2, value / 2, value // 2, -value, 1, 2, 8, 10**6]))
+        return str(
+            draw.choice(
+                [value, value + 1, value * 2, value / 2, value // 2, -value, 1, 2, 8, 10**6]
+            )
+        )
     return (
-        quoted(draw.choice([value, value + "x", value[:-1], ""])) if isinstance(value, str) else draw.choice(["[a]", "[]", "[1]", "{A: b}", "{A: 1}"])
+        quoted(draw.choice([value, value + "x", value[:-1], ""]))
+        if isinstance(value, str)
+        else draw.choice(["[a]", "[]", "[1]", "{A: b}", "{A: 1}"])
     )
 
 
 @fault(
     AREA,
-    "every key of the plan overridden with every type and range, and malformed overrides: `launch … dry_run=true`",
+    "every key of the plan overridden with every type and range, and malformed overrides: `launch …"
+    " dry_run=true`",
     small=60,
     full=1600,
 )
@@ -86,14 +178,31 @@ def overrides_of_any_kind(count: int, folder: Path) -> Outcome:
     for seed in range(count):
         draw = random.Random(seed)
         at, key = keys[seed % len(keys)]
-        value = _likely(values[at][key], draw) if draw.random() < 0.4 else draw.choice([*LITERALS, *map(quoted, HOSTILE)])
-        one = draw.choice([f"{key}={value}"] * 4 + [f"+{key}={value}", f"++{key}={value}", f"+{key}.x={value}", f"~{key}"])
+        value = (
+            _likely(values[at][key], draw)
+            if draw.random() < 0.4
+            else draw.choice([*LITERALS, *map(quoted, HOSTILE)])
+        )
+        one = draw.choice(
+            [f"{key}={value}"] * 4
+            + [f"+{key}={value}", f"++{key}={value}", f"+{key}.x={value}", f"~{key}"]
+        )
         one = draw.choice(WHOLE_ARGUMENTS) if draw.random() < 0.04 else one
-        command = [*draw.choice([[], [], [], ["-m"], ["--json"]]), *CELLS[at], one, f"runs_dir={folder}/runs", "dry_run=true"]
+        command = [
+            *draw.choice([[], [], [], ["-m"], ["--json"]]),
+            *CELLS[at],
+            one,
+            f"runs_dir={folder}/runs",
+            "dry_run=true",
+        ]
         ended = call(main, command)
-        wrong = ended.wrong((0,)) or (None if not (folder / "runs").exists() else "something was written")
+        wrong = ended.wrong((0,)) or (
+            None if not (folder / "runs").exists() else "something was written"
+        )
         shutil.rmtree(folder / "runs", ignore_errors=True)
-        outcome.add("plan printed" if ended.code == 0 else REFUSED, lost=wrong and f"{one[:100]}: {wrong}")
+        outcome.add(
+            "plan printed" if ended.code == 0 else REFUSED, lost=wrong and f"{one[:100]}: {wrong}"
+        )
     outcome.measured.append(f"{len(keys)} keys of {len(CELLS)} cells")
     return outcome
 
@@ -140,12 +249,15 @@ SITES = (
 
 @fault(
     AREA,
-    "hostile and malformed site files (YAML tags, anchors, wrong types, other encodings): `launch … dry_run=true`",
+    "hostile and malformed site files (YAML tags, anchors, wrong types, other encodings): `launch …"
+    " dry_run=true`",
     small=10,
     full=50,
 )
 def hostile_site_files(count: int, folder: Path) -> Outcome:
-    """The project lies elsewhere with the site's file; a command in the file would leave the file `owned`."""
+    """The project lies elsewhere with the site's file; a command in the file would leave the file
+    `owned`.
+    """
     outcome, contents = Outcome(), [f"# @package cluster\n{text}\n".encode() for text in SITES]
     contents += [
         SITES[0].encode("utf-16"),
@@ -161,7 +273,9 @@ def hostile_site_files(count: int, folder: Path) -> Outcome:
             ended = project.launch([f"runs_dir={folder}/runs", "dry_run=true"])
             run = [*folder.rglob("owned")]
             wrong = ended.wrong((0,)) or ("code of the file was run" if run else None)
-            outcome.add("composed" if ended.code == 0 else REFUSED, lost=wrong and f"{content!r}: {wrong}")
+            outcome.add(
+                "composed" if ended.code == 0 else REFUSED, lost=wrong and f"{content!r}: {wrong}"
+            )
     return outcome
 
 
@@ -181,7 +295,9 @@ REFUSALS = {
 
 @fault(AREA, "an sbatch that refuses, babbles, is killed or cannot start", small=3, full=10)
 def sbatch_that_fails(count: int, folder: Path) -> Outcome:
-    """One line, exit code 2, and a job folder that is whole: the same command submits it once Slurm is well."""
+    """One line, exit code 2, and a job folder that is whole: the same command submits it once Slurm
+    is well.
+    """
     outcome = Outcome()
     for n, (kind, does) in enumerate(list(REFUSALS.items())[:count]):
         head = "#!/bin/sh\n" + 'case "$*" in *--version*) exit 0;; esac\n'
@@ -191,30 +307,52 @@ def sbatch_that_fails(count: int, folder: Path) -> Outcome:
         with mock.patch.dict(os.environ, env):
             ended = call(main, command)
         written = run.exists()
-        wrong = ended.wrong(()) or (f"half-written: {sorted(p.name for p in run.iterdir())}" if written and not whole(run) else None)
+        wrong = ended.wrong(()) or (
+            f"half-written: {sorted(p.name for p in run.iterdir())}"
+            if written and not whole(run)
+            else None
+        )
         pretended_slurm(folder / str(n))
         with mock.patch.dict(os.environ, env):
-            wrong = wrong or call(main, command).wrong((0,)) or (None if whole(run) else "not whole when launched again")
-        outcome.add(f"{REFUSED}, submitted when launched again", lost=wrong and f"sbatch {kind}: {wrong}")
+            wrong = (
+                wrong
+                or call(main, command).wrong((0,))
+                or (None if whole(run) else "not whole when launched again")
+            )
+        outcome.add(
+            f"{REFUSED}, submitted when launched again", lost=wrong and f"sbatch {kind}: {wrong}"
+        )
     return outcome
 
 
 @fault(AREA, "the launcher killed (-9) at a random moment, and launched again", small=1, full=100)
 def launcher_killed(count: int, folder: Path) -> Outcome:
-    """A script in a job folder means that all of it is there; launched again, the folder is whole and submitted once."""
+    """A script in a job folder means that all of it is there; launched again, the folder is whole
+    and submitted once.
+    """
     outcome = Outcome()
     for n in range(count):
         env = {**os.environ, **pretended_slurm(folder / f"slurm{n}")}
         run = folder / f"runs{n}" / "one"
         command = [sys.executable, "-m", "launch", *SLURM, f"runs_dir={run.parent}", "run_name=one"]
-        process = subprocess.Popen(command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=PROJECT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         _kill_while_it_writes(process, run, random.Random(n).uniform(0, 0.25))
         half = (run / "job/job.sbatch").exists() and not whole(run)
         again = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True)
         mended = again.returncode == 0 and whole(run)
         what = "launched again, whole" if mended else None
         outcome.add(
-            what or "", lost=None if mended and not half else f"run {n}: half-written before: {half}, after: {not mended}, {again.stderr[-200:]}"
+            what or "",
+            lost=(
+                None
+                if mended and not half
+                else (
+                    f"run {n}: half-written before: {half}, after: {not mended},"
+                    f" {again.stderr[-200:]}"
+                )
+            ),
         )
     return outcome
 
@@ -228,16 +366,29 @@ def _kill_while_it_writes(process: subprocess.Popen[bytes], run: Path, delay: fl
     process.wait()
 
 
-@fault(AREA, "runs_dir that is a file, read-only, a link to nothing, or too long a name", small=5, full=5)
+@fault(
+    AREA,
+    "runs_dir that is a file, read-only, a link to nothing, or too long a name",
+    small=5,
+    full=5,
+)
 def places_that_cannot_be_written(count: int, folder: Path) -> Outcome:
     outcome = Outcome()
     (folder / "file").write_text("")
     (folder / "dangling").symlink_to(folder / "nowhere" / "at" / "all")
     (folder / "loop").symlink_to("loop")
     with mock.patch.dict(os.environ, pretended_slurm(folder)):
-        for place in [folder / "file", folder / "dangling", folder / "loop", folder / ("x" * 300), Path("/proc/nowhere")][:count]:
+        for place in [
+            folder / "file",
+            folder / "dangling",
+            folder / "loop",
+            folder / ("x" * 300),
+            Path("/proc/nowhere"),
+        ][:count]:
             ended = call(main, [*SLURM, f"runs_dir={place}", "run_name=one"])
-            outcome.add(what_came_out(ended), lost=(wrong := ended.wrong(())) and f"{place}: {wrong}")
+            outcome.add(
+                what_came_out(ended), lost=(wrong := ended.wrong(())) and f"{place}: {wrong}"
+            )
     return outcome
 
 
@@ -246,9 +397,16 @@ def shown(run: Path) -> str:
     return str(json.loads(call(status.main, [run, "--json"]).out)[0]["status"])
 
 
-@fault(AREA, "a run on this machine whose processes are killed (-9), the launcher first: `launch.status`", small=1, full=5)
+@fault(
+    AREA,
+    "a run on this machine whose processes are killed (-9), the launcher first: `launch.status`",
+    small=1,
+    full=5,
+)
 def local_run_killed(count: int, folder: Path) -> Outcome:
-    """The launcher's death leaves the run running; after its own its last word is still "running", and status says that it is not."""
+    """The launcher's death leaves the run running; after its own its last word is still "running",
+    and status says that it is not.
+    """
     outcome = Outcome()
     for n in range(count):
         run = folder / f"runs{n}" / "one"
@@ -256,10 +414,26 @@ def local_run_killed(count: int, folder: Path) -> Outcome:
 echo $$ > {run}/pid
 echo '{{"status": "running", "reason": "", "step": 1}}' > {run}/status.json; exec sleep 60"""
         stub = stub_python(folder / f"stub{n}", does)["STUB"]
-        command = [sys.executable, "-c", WITH_PYTHON, stub, f"runs_dir={run.parent}", "run_name=one"]
-        process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        command = [
+            sys.executable,
+            "-c",
+            WITH_PYTHON,
+            stub,
+            f"runs_dir={run.parent}",
+            "run_name=one",
+        ]
+        process = subprocess.Popen(
+            command,
+            cwd=PROJECT,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         deadline = time.monotonic() + 60
-        while not ((run / "status.json").exists() and recorded(run) == "running") and time.monotonic() < deadline:
+        while (
+            not ((run / "status.json").exists() and recorded(run) == "running")
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         said = [shown(run)]
         for pid in (process.pid, int((run / "pid").read_text())):
@@ -267,5 +441,8 @@ echo '{{"status": "running", "reason": "", "step": 1}}' > {run}/status.json; exe
             process.wait()
             time.sleep(0.2)
             said.append(shown(run))
-        outcome.add("said to be gone", lost=None if said == ["running", "running", "failed"] else f"status said {said}")
+        outcome.add(
+            "said to be gone",
+            lost=None if said == ["running", "running", "failed"] else f"status said {said}",
+        )
     return outcome

@@ -1,4 +1,5 @@
-"""The list of faults: `@fault` puts a function on it, `FAULTS` is what the table and the tests go through.
+"""The list of faults: `@fault` puts a function on it, `FAULTS` is what the table and the tests go
+through.
 
     @fault("Training", "kill -9 of a rank at a random step", small=2, full=50, nemo=True)
     def killed_rank(count: int, folder: Path) -> Outcome:
@@ -24,7 +25,9 @@ from pathlib import Path
 
 @dataclass
 class Outcome:
-    """What came of a fault: how often what came out, what was lost (a line each; none is what is wanted), what was measured."""
+    """What came of a fault: how often what came out, what was lost (a line each; none is what is
+    wanted), what was measured.
+    """
 
     came_out: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
@@ -44,7 +47,10 @@ class Outcome:
 
 
 class Unavailable(Exception):
-    """What a fault needs is not on this machine; it says what.  The table names the fault below itself, a test skips it."""
+    """What a fault needs is not on this machine; it says what.
+
+    The table names the fault below itself, a test skips it.
+    """
 
 
 Injection = Callable[[int, Path], Outcome]
@@ -52,7 +58,10 @@ Injection = Callable[[int, Path], Outcome]
 
 @dataclass(frozen=True)
 class Fault:
-    """An injection with its place in the table; `nemo`: it trains; `slurm`: on a real Slurm.  Its test is marked so."""
+    """An injection with its place in the table; `nemo`: it trains; `slurm`: on a real Slurm.
+
+    Its test is marked so.
+    """
 
     area: str
     what: str
@@ -71,7 +80,9 @@ class Fault:
 FAULTS: list[Fault] = []
 
 
-def fault(area: str, what: str, small: int, full: int, nemo: bool = False, slurm: bool = False) -> Callable[[Injection], Injection]:
+def fault(
+    area: str, what: str, small: int, full: int, nemo: bool = False, slurm: bool = False
+) -> Callable[[Injection], Injection]:
     """Put the decorated function on the list."""
 
     def register(inject: Injection) -> Injection:

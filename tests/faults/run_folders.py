@@ -1,4 +1,6 @@
-"""Broken run folders: what analysis makes of files that are cut, changed, foreign or written by two at once."""
+"""Broken run folders: what analysis makes of files that are cut, changed, foreign or written by two
+at once.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,37 @@ from tests.faults.mutations import VALUES, broken, fresh
 from tests.faults.registry import Outcome, fault
 
 RESULTS = PROJECT / "analysis" / "results"
-DEMO = [RESULTS / "demo" / f"llama3_tiny.{name}" for name in ("bf16.cpu.seed1", "bf16.cpu.seed2", "fp8_current.cpu.seed1")]
-H100 = [RESULTS / "llama3_8b_h100" / f"llama3_8b.{precision}.layers{n}" for precision in ("bf16", "fp8_current") for n in (2, 6)]
+DEMO = [
+    RESULTS / "demo" / f"llama3_tiny.{name}"
+    for name in ("bf16.cpu.seed1", "bf16.cpu.seed2", "fp8_current.cpu.seed1")
+]
+H100 = [
+    RESULTS / "llama3_8b_h100" / f"llama3_8b.{precision}.layers{n}"
+    for precision in ("bf16", "fp8_current")
+    for n in (2, 6)
+]
 AREA = "Analysis"
 STEPS = 24
 PROCESSES = 150  # each so many-th command of a fault is run as a process too
 
 
 def demo(folder: Path) -> list[Path]:
-    """Return copies of the demo's runs with an evaluation, which is what a run folder can hold at most."""
+    """Return copies of the demo's runs with an evaluation, which is what a run folder can hold at
+    most.
+    """
     runs = [fresh(run, folder / run.name) for run in DEMO]
     for run in runs:
         evaluate(run, "bf16" if ".bf16." in run.name else "fp8_current", [1, 0, 1, 1] * 50, 2.5)
     return runs
 
 
-def _mutated(main: Main, whole: Sequence[Path], count: int, folder: Path, options: Callable[[random.Random], list[str]]) -> Outcome:
+def _mutated(
+    main: Main,
+    whole: Sequence[Path],
+    count: int,
+    folder: Path,
+    options: Callable[[random.Random], list[str]],
+) -> Outcome:
     outcome = Outcome()
     for seed in range(count):
         draw = random.Random(seed)
@@ -59,12 +76,24 @@ def _mutated(main: Main, whole: Sequence[Path], count: int, folder: Path, option
     full=4000,
 )
 def compare_of_broken_folders(count: int, folder: Path) -> Outcome:
-    return _mutated(compare.main, demo(folder / "whole"), count, folder, lambda draw: draw.choice([[], ["--json"]]))
+    return _mutated(
+        compare.main,
+        demo(folder / "whole"),
+        count,
+        folder,
+        lambda draw: draw.choice([[], ["--json"]]),
+    )
 
 
 @fault(AREA, "the same: `analysis.report`", small=1, full=150)
 def report_of_broken_folders(count: int, folder: Path) -> Outcome:
-    return _mutated(report.main, demo(folder / "whole"), count, folder, lambda draw: ["--out", f"{folder}/report.html"])
+    return _mutated(
+        report.main,
+        demo(folder / "whole"),
+        count,
+        folder,
+        lambda draw: ["--out", f"{folder}/report.html"],
+    )
 
 
 @fault(AREA, "the same: `analysis.throughput`", small=20, full=1000)
@@ -79,11 +108,23 @@ def fig3_of_broken_folders(count: int, folder: Path) -> Outcome:
 
 @fault(AREA, "the same: `launch.status`", small=40, full=1000)
 def status_of_broken_folders(count: int, folder: Path) -> Outcome:
-    return _mutated(status.main, demo(folder / "whole"), count, folder, lambda draw: draw.choice([[], ["--json"]]))
+    return _mutated(
+        status.main,
+        demo(folder / "whole"),
+        count,
+        folder,
+        lambda draw: draw.choice([[], ["--json"]]),
+    )
 
 
 def _form(draw: random.Random, folder: Path) -> list[str]:
-    return draw.choice([[], ["--json"], *(["--out", f"{folder}/table{suffix}"] for suffix in (".html", ".csv", ".md"))])
+    return draw.choice(
+        [
+            [],
+            ["--json"],
+            *(["--out", f"{folder}/table{suffix}"] for suffix in (".html", ".csv", ".md")),
+        ]
+    )
 
 
 @fault(AREA, "`metrics.jsonl` cut at every byte: `analysis.compare`", small=40, full=5000)
@@ -117,9 +158,13 @@ def pair(folder: Path) -> tuple[Path, Path]:
 
 SCALARS = [value for value in VALUES if not isinstance(value, dict | list)]
 JSON = st.recursive(
-    st.floats(1e-3, 10) | st.sampled_from(SCALARS) | st.floats() | st.integers(), lambda inner: st.lists(inner, max_size=2), max_leaves=3
+    st.floats(1e-3, 10) | st.sampled_from(SCALARS) | st.floats() | st.integers(),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
 )
-KEYS = st.sampled_from(["step", "loss", "tokens", "step_time_s", "fp8_gemms", "heldout_loss", "grad_norm", "lr"])
+KEYS = st.sampled_from(
+    ["step", "loss", "tokens", "step_time_s", "fp8_gemms", "heldout_loss", "grad_norm", "lr"]
+)
 
 
 @fault(AREA, "`metrics.jsonl` of any rows (hypothesis): `analysis.compare`", small=40, full=5000)
@@ -129,7 +174,13 @@ def any_rows(count: int, folder: Path) -> Outcome:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
 
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
     @given(
         changes=st.lists(st.tuples(st.integers(0, len(lines) - 1), KEYS, JSON), max_size=3),
         swap=st.integers(0, 40),
@@ -141,12 +192,18 @@ def any_rows(count: int, folder: Path) -> Outcome:
             rows[at] |= {key: value} if key in rows[at] else {}
         if swap < len(rows) - 1:
             rows[swap : swap + 2] = rows[swap : swap + 2][::-1]
-        path.write_text("\n".join([json.dumps(row) for row in rows] + ([extra] if extra else []) + [""]), "utf-8", "replace")
+        path.write_text(
+            "\n".join([json.dumps(row) for row in rows] + ([extra] if extra else []) + [""]),
+            "utf-8",
+            "replace",
+        )
         ended = call(compare.main, [base, run, "--json"])
         wrong = ended.wrong(JUDGED)
         if ended.code in JUDGED:
             gap = json.loads(ended.out)[0]["gap_nats"]["run"]
-            wrong = None if gap["steps"] == STEPS and np.isfinite(gap["value"]) else "taken for a run"
+            wrong = (
+                None if gap["steps"] == STEPS and np.isfinite(gap["value"]) else "taken for a run"
+            )
         came = "compared over all steps" if ended.code in JUDGED else REFUSED
         outcome.add(came, lost=wrong and f"{changes}: {wrong}")
 
@@ -171,12 +228,15 @@ def _gap(kind: int, true: float, rng: np.random.Generator) -> np.ndarray:
 
 @fault(
     AREA,
-    "a gap between BF16 and FP8 that wanders up to a random walk, truly 0 or 2 tolerances: `analysis.compare`",
+    "a gap between BF16 and FP8 that wanders up to a random walk, truly 0 or 2 tolerances:"
+    " `analysis.compare`",
     small=12,
     full=240,
 )
 def wandering_gaps(count: int, folder: Path) -> Outcome:
-    """No verdict is wrong; docs/converging.md shows how often one is, 0.9 % at most at these gaps."""
+    """No verdict is wrong; docs/converging.md shows how often one is, 0.9 % at most at these
+    gaps.
+    """
     outcome, plain = Outcome(), np.full(DRIFT_STEPS, 3.0)
     base = write(folder / "base", plain, "bf16", [])
     run = write(folder / "run", plain, "fp8_current", [])
@@ -188,6 +248,11 @@ def wandering_gaps(count: int, folder: Path) -> Outcome:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
         ended = call(compare.main, [base, run])
         verdict = {0: "pass", 1: "fail", 3: "undecided"}.get(ended.code or 0, "")
-        wrong = ended.wrong(JUDGED) or (f"a wrong {verdict}" if verdict == ("fail", "pass")[true // 2] else None)
-        outcome.add("undecided" if verdict == "undecided" else "decided, rightly", lost=wrong and f"seed {seed}, gap {true}: {wrong}")
+        wrong = ended.wrong(JUDGED) or (
+            f"a wrong {verdict}" if verdict == ("fail", "pass")[true // 2] else None
+        )
+        outcome.add(
+            "undecided" if verdict == "undecided" else "decided, rightly",
+            lost=wrong and f"seed {seed}, gap {true}: {wrong}",
+        )
     return outcome

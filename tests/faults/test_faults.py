@@ -1,4 +1,6 @@
-"""Every fault of the table, as often as CI has time for: nothing may be lost; and that a loss would be seen."""
+"""Every fault of the table, as often as CI has time for: nothing may be lost; and that a loss would
+be seen.
+"""
 
 import ast
 import os
@@ -21,7 +23,9 @@ FAULTS = load()
 
 
 def marks(fault: Fault) -> list[pytest.MarkDecorator]:
-    """Those that train share processes that have imported NeMo, and runs that nothing interrupted; the rest share nothing."""
+    """Those that train share processes that have imported NeMo, and runs that nothing interrupted;
+    the rest share nothing.
+    """
     if fault.slurm:
         return [pytest.mark.slurm, *([pytest.mark.nemo] if fault.nemo else [])]
     if fault.nemo:
@@ -31,7 +35,9 @@ def marks(fault: Fault) -> list[pytest.MarkDecorator]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [pytest.param(f, id=f.name, marks=marks(f)) for f in FAULTS if f.small])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=f.name, marks=marks(f)) for f in FAULTS if f.small]
+)
 def test_nothing_is_lost(fault: Fault, tmp_path: Path) -> None:
     try:
         outcome = fault.inject(fault.small, tmp_path)
@@ -47,38 +53,53 @@ def test_the_page_names_every_fault() -> None:
     assert named == FAULTS
 
 
-# What a fault may take from the product beside the `main` of a command: nothing that it injects through.
+# What a fault may take from the product beside the `main` of a command: nothing that it injects
+# through.
 NEEDED = {
     "commands.py": {"recipes.cli.command", "recipes.exit_codes.EXIT_WRONG_INPUT"},  # runs a command
     "__main__.py": {"recipes.cli.ArgumentParser", "recipes.cli.command"},  # is a command itself
     "hostile.py": {"recipes.plan.Plan"},  # knows which fields of a plan take a text
     "training/numerics.py": {"recipes.exit_codes.EXIT_WRONG_INPUT"},
 }
-INSIDE = ("training/_stack.py", "training/process.py", "training/sabotage.py")  # what a real run does to itself
+INSIDE = (
+    "training/_stack.py",
+    "training/process.py",
+    "training/sabotage.py",
+)  # what a real run does to itself
 
 
 def test_every_fault_goes_through_a_command_or_a_real_run() -> None:
     here = Path(__file__).parent
     modules = {str(path.relative_to(here)): path for path in here.rglob("*.py")}
-    others = {name: sorted(set(_inner(path)) - NEEDED.get(name, set())) for name, path in modules.items()}
+    others = {
+        name: sorted(set(_inner(path)) - NEEDED.get(name, set())) for name, path in modules.items()
+    }
     assert {name: used for name, used in others.items() if used and name not in INSIDE} == {}
 
 
 def _inner(path: Path) -> Iterator[str]:
-    """Yield the names of the product that a module takes and that are no command, or no `main` of one."""
+    """Yield the names of the product that a module takes and that are no command, or no `main` of
+    one.
+    """
     tree = ast.parse(path.read_text())
     taken = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     names = {a.asname or a.name: f"{node.module}.{a.name}" for node in taken for a in node.names}
     for name, full in names.items():
         if not full.startswith(("recipes.", "launch.", "analysis.")):
             continue
-        uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == name]
+        uses = [
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Attribute) and ast.unparse(n.value) == name
+        ]
         is_main = full.endswith(".main") and not uses
         if not is_main and not (uses and {use.attr for use in uses} == {"main"}):
             yield full
 
 
-def test_what_is_kept_holds_for_the_same_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_holds_for_the_same_code_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(results, "KEPT", tmp_path)
     fault, outcome = FAULTS[0], Outcome(Counter({"refused": 3}), [], ["1 s"])
     results.keep(fault, 3, outcome, 1.0)
@@ -93,7 +114,9 @@ def test_a_loss_is_counted_and_shown() -> None:
     outcome = Outcome()
     outcome.add("refused")
     outcome.add("refused", lost="input 2: taken for whole")
-    assert outcome.inputs == 2 and "| refused | **1** |" in table([(FAULTS[0], outcome, FAULTS[0].full)])
+    assert outcome.inputs == 2 and "| refused | **1** |" in table(
+        [(FAULTS[0], outcome, FAULTS[0].full)]
+    )
 
 
 def _leaves(code: int, said: str = "") -> object:
@@ -122,7 +145,9 @@ def _raises(_: object) -> int:
         (_raises, "KeyError"),
     ],
 )
-def test_a_command_that_ends_otherwise_than_it_should_is_wrong(main: object, wrong: str | None) -> None:
+def test_a_command_that_ends_otherwise_than_it_should_is_wrong(
+    main: object, wrong: str | None
+) -> None:
     found = call(main, []).wrong()  # type: ignore[arg-type]
     assert found is None if wrong is None else wrong in (found or "")
 
@@ -145,8 +170,28 @@ def test_a_command_ends_in_this_process_as_in_its_own() -> None:
 
 
 READERS_THAT_RUN_CODE = {
-    *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "code", "codeop"),
-    *("eval", "exec", "compile", "__import__", "read_pickle", "to_pickle", "unsafe_load", "full_load"),
+    *(
+        "pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "shelve",
+        "marshal",
+        "torch",
+        "code",
+        "codeop",
+    ),
+    *(
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "read_pickle",
+        "to_pickle",
+        "unsafe_load",
+        "full_load",
+    ),
     *("system", "popen", "yaml.load", "np.load", "allow_pickle"),
 }
 
@@ -168,7 +213,11 @@ def _readers(source: str) -> set[str]:
 
 
 def test_analysis_reads_data_alone() -> None:
-    assert _readers("import pickle\nnp.load(x, allow_pickle=True)\nre.compile(y)") == {"pickle", "np.load", "allow_pickle"}
+    assert _readers("import pickle\nnp.load(x, allow_pickle=True)\nre.compile(y)") == {
+        "pickle",
+        "np.load",
+        "allow_pickle",
+    }
     modules = (PROJECT / "analysis").rglob("*.py")
     assert {path.name: found for path in modules if (found := _readers(path.read_text()))} == {}
 

@@ -28,7 +28,10 @@ def test_a_gpu_is_named_and_its_energy_grows_with_work() -> None:
     sampler.stop()
     assert found.energy_j and found.power_w and found.sm_clock_mhz
     assert 0.5 < found.energy_j / (2 * found.power_w) < 2  # joules over two seconds of that power
-    assert found.sm_clock_mhz <= record.max_sm_clock_mhz and found.power_w <= record.power_limit_w * 1.1
+    assert (
+        found.sm_clock_mhz <= record.max_sm_clock_mhz
+        and found.power_w <= record.power_limit_w * 1.1
+    )
 
 
 def test_an_answer_takes_the_host_little_time() -> None:

@@ -22,7 +22,14 @@ from recipes.training.fp8.recipe import ROLES, DelayedScaling, Quantiser, quanti
 pytestmark = pytest.mark.gpu
 RECIPES = pytest.mark.parametrize("name", list(emulation_gpu.recipes()))
 SHAPES = ((512, 256, 384), (1000, 768, 3072))  # tokens, input and output features
-ON_GPU = ["gpu=h200", "stack=emulated", "executor=local", "model=llama3_tiny", "mapping=single", "logger=none"]
+ON_GPU = [
+    "gpu=h200",
+    "stack=emulated",
+    "executor=local",
+    "model=llama3_tiny",
+    "mapping=single",
+    "logger=none",
+]
 
 
 def made(fp8: Fp8) -> Quantiser:
@@ -48,12 +55,19 @@ def test_a_diagnosed_step_multiplies_what_another_does(name: str) -> None:
     torch_code.diagnose = True
     a, b = kernels(x, "input", True), torch_code(x, "input", True)
     assert a.row.dtype == b.row.dtype == torch.bfloat16
-    assert torch.equal(a.row, b.row) and torch.equal(a.col, b.col) and "input" in torch_code.seen and not kernels.seen
+    assert (
+        torch.equal(a.row, b.row)
+        and torch.equal(a.col, b.col)
+        and "input" in torch_code.seen
+        and not kernels.seen
+    )
 
 
 @RECIPES
 @pytest.mark.parametrize("size", SHAPES, ids=str)
-def test_the_gemms_are_exact_but_for_fp32_additions_and_one_rounding(name: str, size: tuple[int, int, int]) -> None:
+def test_the_gemms_are_exact_but_for_fp32_additions_and_one_rounding(
+    name: str, size: tuple[int, int, int]
+) -> None:
     fp8, parts = emulation_gpu.recipes()[name], tensors(size)
     x, w = (parts[role].clone().requires_grad_() for role in ("input", "weight"))
     y = fp8_linear(x, w, made(fp8), Calls())
@@ -101,7 +115,9 @@ def megatron(transformer_engine: str) -> Iterator[None]:
 
 
 def model_of(plan: Plan) -> torch.nn.Module:
-    """Return the plan's model as NeMo builds it, with gradient buffers as Megatron-Core's data-parallel wrapper gives them."""
+    """Return the plan's model as NeMo builds it, with gradient buffers as Megatron-Core's
+    data-parallel wrapper gives them.
+    """
     import fiddle as fdl
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
@@ -111,9 +127,14 @@ def model_of(plan: Plan) -> torch.nn.Module:
     config = fdl.build(build(plan, Path("unused")).model.config)
     config.params_dtype, config.bf16, config.pipeline_dtype = torch.bfloat16, True, torch.bfloat16
     model_parallel_cuda_manual_seed(1)
-    model = Float16Module(config, config.configure_model(SimpleNamespace(vocab_size=plan.model.vocab_size)).cuda())
+    model = Float16Module(
+        config, config.configure_model(SimpleNamespace(vocab_size=plan.model.vocab_size)).cuda()
+    )
     for parameter in model.parameters():
-        parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter, dtype=torch.float32), False
+        parameter.main_grad, parameter.grad_added_to_main_grad = (
+            torch.zeros_like(parameter, dtype=torch.float32),
+            False,
+        )
     return model
 
 
@@ -134,11 +155,17 @@ def plan_of(precision: str) -> Plan:
     return compose_plan([*ON_GPU, f"precision={precision}", "data=mock"])
 
 
-@pytest.mark.parametrize(("precision", "in_fp8"), [("mxfp8", 4), ("fp8_subchannel", 4), ("fp8_delayed", 4), ("fp8_current", 2)])
+@pytest.mark.parametrize(
+    ("precision", "in_fp8"),
+    [("mxfp8", 4), ("fp8_subchannel", 4), ("fp8_delayed", 4), ("fp8_current", 2)],
+)
 def test_a_model_of_nemo_has_its_linear_layers_in_emulated_fp8_and_the_rest_from_transformer_engine(
     precision: str, in_fp8: int, megatron: None
 ) -> None:
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TEDotProductAttention
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+    )
 
     from recipes.training.layers import fp8_modules
 
@@ -147,26 +174,47 @@ def test_a_model_of_nemo_has_its_linear_layers_in_emulated_fp8_and_the_rest_from
     emulated = fp8_modules(models[precision])
     assert len(emulated) == 4 * in_fp8 and not fp8_modules(models["bf16"])
     layers = models[precision].module.decoder.layers
-    assert all(isinstance(layer.self_attention.core_attention, TEDotProductAttention) for layer in layers)
-    assert sum(isinstance(layer.mlp.linear_fc1, TEColumnParallelLinear) for layer in layers) == len(layers) - in_fp8
-    assert all(type(layer.input_layernorm).__module__.startswith("transformer_engine") for layer in layers)
+    assert all(
+        isinstance(layer.self_attention.core_attention, TEDotProductAttention) for layer in layers
+    )
+    assert (
+        sum(isinstance(layer.mlp.linear_fc1, TEColumnParallelLinear) for layer in layers)
+        == len(layers) - in_fp8
+    )
+    assert all(
+        type(layer.input_layernorm).__module__.startswith("transformer_engine") for layer in layers
+    )
     for name in models:  # delayed scaling takes its scales from the first pass
         step(models[name], plans[name])
         for parameter in models[name].parameters():
             parameter.main_grad.zero_()
     losses = {name: step(models[name], plans[name]) for name in models}
-    assert losses[precision] != losses["bf16"] and losses[precision] == pytest.approx(losses["bf16"], rel=5e-3)
-    assert {(m.fp8_calls.fprop, m.fp8_calls.dgrad, m.fp8_calls.wgrad) for m in emulated.values()} == {(2, 2, 2)}
+    assert losses[precision] != losses["bf16"] and losses[precision] == pytest.approx(
+        losses["bf16"], rel=5e-3
+    )
+    assert {
+        (m.fp8_calls.fprop, m.fp8_calls.dgrad, m.fp8_calls.wgrad) for m in emulated.values()
+    } == {(2, 2, 2)}
     for name, module in emulated.items():
         ours = module.weight
         theirs = models["bf16"].get_submodule(name).weight
         assert torch.equal(ours, theirs)  # one seed, one set of initial weights
         assert ours.grad_added_to_main_grad and ours.main_grad.isfinite().all()
-        assert float(torch.nn.functional.cosine_similarity(ours.main_grad.flatten(), theirs.main_grad.flatten(), dim=0)) > 0.95
+        assert (
+            float(
+                torch.nn.functional.cosine_similarity(
+                    ours.main_grad.flatten(), theirs.main_grad.flatten(), dim=0
+                )
+            )
+            > 0.95
+        )
 
 
 def read(folder: Path) -> list[tuple[Any, ...]]:
-    return [(row["step"], row.get("loss"), row.get("heldout_loss")) for row in rows_of(folder / "metrics.jsonl")]
+    return [
+        (row["step"], row.get("loss"), row.get("heldout_loss"))
+        for row in rows_of(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.nemo
@@ -178,8 +226,21 @@ def test_a_run_trains_pauses_and_goes_on_with_emulated_fp8_on_the_gpu(
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join([gpu] * 4))  # four tiny runs share a GPU
 
-    short = ["train.max_steps=6", "train.warmup_steps=1", "train.eval_interval=2", "train.eval_batches=1", "train.checkpoint_interval=100"]
-    sweep = ["-m", *ON_GPU, *short, "train.diagnostics_interval=3", "executor.max_parallel=4", "precision=bf16,fp8_delayed,fp8_current,mxfp8"]
+    short = [
+        "train.max_steps=6",
+        "train.warmup_steps=1",
+        "train.eval_interval=2",
+        "train.eval_batches=1",
+        "train.checkpoint_interval=100",
+    ]
+    sweep = [
+        "-m",
+        *ON_GPU,
+        *short,
+        "train.diagnostics_interval=3",
+        "executor.max_parallel=4",
+        "precision=bf16,fp8_delayed,fp8_current,mxfp8",
+    ]
     assert main([*sweep, f"runs_dir={tmp_path}/whole"]) == 0
     assert main([*sweep, f"runs_dir={tmp_path}/cut", "train.stop_after=2"]) == 0
     assert main([*sweep, f"runs_dir={tmp_path}/cut"]) == 0
@@ -187,7 +248,9 @@ def test_a_run_trains_pauses_and_goes_on_with_emulated_fp8_on_the_gpu(
         cut, fp8 = tmp_path / "cut" / whole.name, ".bf16." not in whole.name
         assert status_of(whole) == status_of(cut) == "done"
         for (step_a, *a), (step_b, *b) in zip(read(whole), read(cut), strict=True):
-            assert step_a == step_b and [v for v in a if v] == pytest.approx([v for v in b if v], rel=1e-3)
+            assert step_a == step_b and [v for v in a if v] == pytest.approx(
+                [v for v in b if v], rel=1e-3
+            )
         labels = json.loads((whole / "manifest.json").read_text())["labels"]
         assert labels == {"loss": "emulated" if fp8 else "measured", "step_time": "measured"}
         gemms = {r["fp8_gemms"] for r in rows_of(whole / "metrics.jsonl") if "loss" in r}

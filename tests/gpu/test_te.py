@@ -14,11 +14,21 @@ from recipes.training.deferred import Moment, Number
 pytestmark = pytest.mark.gpu
 
 
-def test_a_quantised_tensor_leaves_no_garbage_and_keeps_its_values(transformer_engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_tensor_leaves_no_garbage_and_keeps_its_values(
+    transformer_engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = pytest.importorskip("transformer_engine.pytorch.quantized_tensor").QuantizedTensor
     cast = quantizers("current").weight
     cast.internal = False
-    x = cast(torch.randn(128, 256, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0)))
+    x = cast(
+        torch.randn(
+            128,
+            256,
+            device="cuda",
+            dtype=torch.bfloat16,
+            generator=torch.Generator("cuda").manual_seed(0),
+        )
+    )
     assert isinstance(x, kind)
     monkeypatch.setattr(kind, "__torch_function__", kind.__torch_function__)  # to be put back
     seen, walk = [], kind.__torch_function__
@@ -31,7 +41,11 @@ def test_a_quantised_tensor_leaves_no_garbage_and_keeps_its_values(transformer_e
         gc.enable()
         seen.append((values, doubled, shapes, garbage))
         _no_walk_over_arguments()
-    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1]) and seen[0][2] == seen[1][2]
+    assert (
+        torch.equal(seen[0][0], seen[1][0])
+        and torch.equal(seen[0][1], seen[1][1])
+        and seen[0][2] == seen[1][2]
+    )
     assert seen[1][3] == 0
     assert seen[0][3] > 0 or "tree_map" not in walk.__func__.__code__.co_names
 

@@ -1,6 +1,8 @@
-"""Stand-ins for Slurm's commands, as shell scripts on PATH: a queue of files that a test can change, and commands that can fail.
+"""Stand-ins for Slurm's commands, as shell scripts on PATH: a queue of files that a test can
+change, and commands that can fail.
 
-A job is a file `JOBS/<id>` with one line `STATE<tab>user<tab>cluster<tab>script`.  The variable SBATCH or SQUEUE names a way to fail.
+A job is a file `JOBS/<id>` with one line `STATE<tab>user<tab>cluster<tab>script`.  The variable
+SBATCH or SQUEUE names a way to fail.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ case "$SBATCH" in
   second-lost) [ "$(ls "$JOBS" | wc -l)" = 0 ] || lost "Zero Bytes were transmitted or received"; accept tests; echo "$n" ;;
   *) accept tests; echo "$n" ;;
 esac
-"""
+"""  # noqa: E501
 SQUEUE = """#!/bin/sh
 echo "squeue $*" >> "$JOBS.calls"
 clusters=tests
@@ -63,11 +65,11 @@ for job in ${ids-$(ls "$JOBS")}; do
 done
 [ -n "$ids" ] && [ -z "$found" ] && [ "$ids" = "${ids% *}" ] && fail "slurm_load_jobs error: Invalid job id specified"
 exit 0
-"""
+"""  # noqa: E501
 SACCT = """#!/bin/sh
 [ -e "$JOBS.accounts" ] || { echo "sacct: error: Slurm accounting storage is disabled" >&2; exit 1; }
 cat "$JOBS.accounts"
-"""
+"""  # noqa: E501
 SCANCEL = """#!/bin/sh
 echo "scancel $*" >> "$JOBS.calls"
 [ "$SCANCEL" = timeout ] && { echo "scancel: error: Kill job error on job id 1001: Socket timed out" >&2; exit 1; }
@@ -80,7 +82,7 @@ for job; do
   [ -e "$JOBS/$job" ] && sed -i 's/^[A-Z_]*/CANCELLED/' "$JOBS/$job"
 done
 exit 0
-"""
+"""  # noqa: E501
 
 
 class Standins:
@@ -91,14 +93,21 @@ class Standins:
         tools = root / "tools"
         for folder in (self.jobs, tools):
             folder.mkdir(parents=True)
-        for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("sacct", SACCT), ("scancel", SCANCEL)):
+        for name, text in (
+            ("sbatch", SBATCH),
+            ("squeue", SQUEUE),
+            ("sacct", SACCT),
+            ("scancel", SCANCEL),
+        ):
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
         patch.setenv("PATH", str(tools), prepend=":")
         patch.setenv("JOBS", str(self.jobs))
         patch.setenv("STANDIN_USER", user())
 
-    def put(self, job_id: int, state: str, script: str, who: str = "", cluster: str = "tests") -> None:
+    def put(
+        self, job_id: int, state: str, script: str, who: str = "", cluster: str = "tests"
+    ) -> None:
         """Have a job in the queue."""
         (self.jobs / str(job_id)).write_text(f"{state}\t{who or user()}\t{cluster}\t{script}\n")
 
@@ -112,7 +121,9 @@ class Standins:
         path.write_text(f"{state}\t{path.read_text().partition(chr(9))[2]}")
 
     def account(self, *lines: str) -> None:
-        """Have accounting, with these lines of sacct (JobIDRaw, State, Reason, User, Cluster, SubmitLine)."""
+        """Have accounting, with these lines of sacct (JobIDRaw, State, Reason, User, Cluster,
+        SubmitLine).
+        """
         self.jobs.with_name("jobs.accounts").write_text("".join(f"{line}\n" for line in lines))
 
     @property

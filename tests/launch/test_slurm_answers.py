@@ -1,4 +1,6 @@
-"""Slurm is asked, and its answer is believed only where it is one: through the commands, with stand-ins for Slurm's own."""
+"""Slurm is asked, and its answer is believed only where it is one: through the commands, with
+stand-ins for Slurm's own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from tests.faults.mutations import fresh
 from tests.faults.run_folders import DEMO
 from tests.launch.standins import Standins
 
-PLAN = ["executor=slurm", "cluster.account=a", "cluster.mpi=null", "cluster.container_runtime=none", "gpu=cpu", "run_name=one"]
+PLAN = [
+    "executor=slurm",
+    "cluster.account=a",
+    "cluster.mpi=null",
+    "cluster.container_runtime=none",
+    "gpu=cpu",
+    "run_name=one",
+]
 LOST = {
     "timeout": "Socket timed out",
     "controller": "Unable to contact slurm controller",
@@ -67,24 +76,40 @@ def test_a_running_job_is_not_submitted_again(slurm: Standins, run: Path) -> Non
 
 
 @pytest.mark.parametrize("failure", LOST)
-def test_no_answer_is_never_taken_for_no_job(failure: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_answer_is_never_taken_for_no_job(
+    failure: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launch(run) == 0
     script, code = run / "job/job.sbatch", run / "job/code"
     before = (script.stat().st_ino, code.stat().st_ino)
     slurm.patch.setenv("SQUEUE", failure)
-    for command in (lambda: launch(run), lambda: cancel.main([str(run)]), lambda: resume.main([str(run)])):
+    for command in (
+        lambda: launch(run),
+        lambda: cancel.main([str(run)]),
+        lambda: resume.main([str(run)]),
+    ):
         capsys.readouterr()
         assert command() == 2
         assert LOST[failure] in refused(capsys)
-    assert (script.stat().st_ino, code.stat().st_ino) == before and slurm.ids == [1001] and slurm.state(1001) == "RUNNING"
+    assert (
+        (script.stat().st_ino, code.stat().st_ino) == before
+        and slurm.ids == [1001]
+        and slurm.state(1001) == "RUNNING"
+    )
     assert not [call for call in slurm.calls if call.startswith("scancel")]
     found = row(run, capsys)
     assert found["status"] == "unknown" and LOST[failure] in found["why"]
     slurm.patch.delenv("SQUEUE")
-    assert row(run, capsys)["status"] == "starting" and cancel.main([str(run)]) == 0 and slurm.state(1001) == "CANCELLED"
+    assert (
+        row(run, capsys)["status"] == "starting"
+        and cancel.main([str(run)]) == 0
+        and slurm.state(1001) == "CANCELLED"
+    )
 
 
-def test_a_job_that_squeue_does_not_know_is_gone(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_squeue_does_not_know_is_gone(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launch(run) == 0
     (slurm.jobs / "1001").unlink()
     slurm.put(1001 + 1, "RUNNING", "/elsewhere/job.sbatch")
@@ -96,7 +121,9 @@ def test_a_job_that_squeue_does_not_know_is_gone(slurm: Standins, run: Path, cap
 
 
 @pytest.mark.parametrize("how", ["taken", "silent", "killed"])
-def test_a_job_whose_number_was_lost_is_found(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_whose_number_was_lost_is_found(
+    how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.put(7, "RUNNING", "/elsewhere/one/job/job.sbatch")
     slurm.patch.setenv("SBATCH", how)
     assert launch(run) == 0 and launch(run) == 0
@@ -104,7 +131,9 @@ def test_a_job_whose_number_was_lost_is_found(how: str, slurm: Standins, run: Pa
 
 
 @pytest.mark.parametrize("how", ["taken", "silent"])
-def test_a_lost_number_is_looked_for_before_the_next_submission(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_number_is_looked_for_before_the_next_submission(
+    how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", how)
     slurm.patch.setenv("SQUEUE", "timeout")
     for _ in range(2):
@@ -117,14 +146,18 @@ def test_a_lost_number_is_looked_for_before_the_next_submission(how: str, slurm:
     assert cancel.main([str(run)]) == 0 and slurm.state(1001) == "CANCELLED"
 
 
-def test_a_job_that_slurm_never_took_is_submitted_by_the_next_launch(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_slurm_never_took_is_submitted_by_the_next_launch(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "not-taken")
     assert launch(run) == 2 and "Unable to contact" in refused(capsys)
     slurm.patch.delenv("SBATCH")
     assert launch(run) == 0 and slurm.ids == [1001]
 
 
-def test_a_lost_job_that_has_ended_is_found_in_the_accounts(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_job_that_has_ended_is_found_in_the_accounts(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "not-taken")
     assert launch(run) == 2
     slurm.patch.delenv("SBATCH")
@@ -133,7 +166,9 @@ def test_a_lost_job_that_has_ended_is_found_in_the_accounts(slurm: Standins, run
     assert launch(run) == 0 and slurm.ids == [1001]
 
 
-def test_a_queue_that_does_not_tell_scripts_leaves_a_lost_job_unknown(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_queue_that_does_not_tell_scripts_leaves_a_lost_job_unknown(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "not-taken")
     assert launch(run) == 2
     slurm.put(1001, "RUNNING", "")
@@ -141,14 +176,18 @@ def test_a_queue_that_does_not_tell_scripts_leaves_a_lost_job_unknown(slurm: Sta
     assert launch(run) == 2 and "of which script job 1001 is" in refused(capsys)
 
 
-def test_a_refusal_is_no_lost_answer(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_is_no_lost_answer(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "refused")
     assert launch(run) == 2 and "cluster.account" in refused(capsys)
     assert not (run / "job/submitting").exists()
 
 
 @pytest.mark.parametrize("how", ["cluster", "wrapped"])
-def test_an_answer_with_a_clusters_name_or_beside_other_lines(how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_with_a_clusters_name_or_beside_other_lines(
+    how: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", how)
     assert launch(run) == 0 and launch(run) == 0 and slurm.ids == [1001]
     assert row(run, capsys)["status"] == "starting"
@@ -157,7 +196,9 @@ def test_an_answer_with_a_clusters_name_or_beside_other_lines(how: str, slurm: S
     assert order == ("scancel --clusters=east 1001" if how == "cluster" else "scancel 1001")
 
 
-def test_a_chain_whose_second_link_is_lost_keeps_the_first(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chain_whose_second_link_is_lost_keeps_the_first(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "second-lost")
     assert launch(run, "executor.chain=3") == 2
     assert "job 1001 is submitted and stays" in refused(capsys)
@@ -191,22 +232,34 @@ STATES = {
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_every_state_of_a_job(state: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A job that has not certainly ended is not submitted again; a state that the code does not know is named."""
+def test_every_state_of_a_job(
+    state: str, slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that has not certainly ended is not submitted again; a state that the code does not
+    know is named.
+    """
     assert launch(run) == 0
     set_status(run, "running")
     slurm.set(1001, state)
     found = row(run, capsys)
-    assert found["status"] == STATES[state] and (STATES[state] != "unknown" or state in found["why"])
+    assert found["status"] == STATES[state] and (
+        STATES[state] != "unknown" or state in found["why"]
+    )
     code, submits = launch(run), STATES[state] in ("failed", "cancelled")
     assert code == (2 if STATES[state] == "unknown" else 0)
     assert slurm.ids == ([1001, 1002] if submits else [1001])
 
 
-@pytest.mark.parametrize("other", [{"who": "mallory"}, {"script": "/home/other/runs/two/job/job.sbatch"}])
+@pytest.mark.parametrize(
+    "other", [{"who": "mallory"}, {"script": "/home/other/runs/two/job/job.sbatch"}]
+)
 @pytest.mark.parametrize("recorded", ["by this version", "by an older one"])
 def test_a_number_that_is_another_jobs_now(
-    recorded: str, other: dict[str, str], slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+    recorded: str,
+    other: dict[str, str],
+    slurm: Standins,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert launch(run) == 0
     if recorded == "by an older one" and "script" in other:
@@ -219,13 +272,17 @@ def test_a_number_that_is_another_jobs_now(
 
 
 @pytest.mark.parametrize("other", [{"who": "nobody"}, {"who": "1000"}, {"script": "(null)"}])
-def test_what_slurm_cannot_name_is_no_other_job(other: dict[str, str], slurm: Standins, run: Path) -> None:
+def test_what_slurm_cannot_name_is_no_other_job(
+    other: dict[str, str], slurm: Standins, run: Path
+) -> None:
     assert launch(run) == 0
     slurm.put(1001, "RUNNING", **{"script": f"{run}/job/job.sbatch", **other})
     assert launch(run) == 0 and slurm.ids == [1001]
 
 
-def test_a_job_with_a_sites_copy_of_the_script_is_not_known(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_with_a_sites_copy_of_the_script_is_not_known(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launch(run) == 0
     slurm.put(1001, "RUNNING", "/var/spool/site/copy.1")
     capsys.readouterr()
@@ -241,13 +298,20 @@ def test_a_linked_run_folder_has_its_jobs(slurm: Standins, run: Path, tmp_path: 
     assert cancel.main([str(tmp_path / "alias")]) == 0 and slurm.state(1001) == "CANCELLED"
 
 
-def test_a_partition_named_like_a_failure_is_refused_with_its_remedy(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_partition_named_like_a_failure_is_refused_with_its_remedy(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     slurm.patch.setenv("SBATCH", "interconnect")
     assert launch(run) == 2
-    assert "set cluster.partition" in refused(capsys) and "refused" in (run / "events.jsonl").read_text()
+    assert (
+        "set cluster.partition" in refused(capsys)
+        and "refused" in (run / "events.jsonl").read_text()
+    )
 
 
-def test_a_lost_answer_is_no_refusal_and_the_job_found_later_an_event(slurm: Standins, run: Path) -> None:
+def test_a_lost_answer_is_no_refusal_and_the_job_found_later_an_event(
+    slurm: Standins, run: Path
+) -> None:
     slurm.patch.setenv("SBATCH", "not-taken")
     assert launch(run) == 2
     assert not (run / "events.jsonl").exists()
@@ -257,7 +321,9 @@ def test_a_lost_answer_is_no_refusal_and_the_job_found_later_an_event(slurm: Sta
     assert '"submitted"' in (run / "events.jsonl").read_text()
 
 
-def test_cancel_believes_no_line_about_another_job(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_believes_no_line_about_another_job(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launch(run, "executor.chain=2") == 0
     slurm.patch.setenv("SCANCEL", "mixed")
     capsys.readouterr()
@@ -268,7 +334,9 @@ def test_filters_of_the_users_shell_hide_no_job(slurm: Standins, run: Path) -> N
     """squeue takes options from SQUEUE_PARTITION and others, which would hide the job."""
     assert launch(run) == 0
     wrapper = slurm.jobs.with_name("tools") / "squeue"
-    text = wrapper.read_text().replace("#!/bin/sh", '#!/bin/sh\n[ -n "$SQUEUE_PARTITION$SLURM_CLUSTERS" ] && exit 0')
+    text = wrapper.read_text().replace(
+        "#!/bin/sh", '#!/bin/sh\n[ -n "$SQUEUE_PARTITION$SLURM_CLUSTERS" ] && exit 0'
+    )
     wrapper.write_text(text)
     slurm.patch.setenv("SQUEUE_PARTITION", "debug")
     slurm.patch.setenv("SLURM_CLUSTERS", "west")
@@ -283,10 +351,14 @@ def test_cancel_tries_every_run_and_exits_with_2_where_slurm_did_not_take_the_or
     capsys.readouterr()
     assert cancel.main([str(run.parent / "none"), str(run)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "Socket timed out" in lines[1] and "may still wait or run" in lines[1]
+    assert (
+        len(lines) == 2 and "Socket timed out" in lines[1] and "may still wait or run" in lines[1]
+    )
 
 
-def test_a_run_here_is_not_started_beside_its_job(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_here_is_not_started_beside_its_job(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert launch(run) == 0
     script = (run / "job/job.sbatch").read_text()
     capsys.readouterr()
@@ -294,12 +366,20 @@ def test_a_run_here_is_not_started_beside_its_job(slurm: Standins, run: Path, ca
     assert (run / "job/job.sbatch").read_text() == script and not (run / "job/local.sh").exists()
 
 
-def test_a_run_that_its_user_stopped_stays_stopped(slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The links of its chain are left alone until a launch is asked for again, which removes the request when none is active."""
+def test_a_run_that_its_user_stopped_stays_stopped(
+    slurm: Standins, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The links of its chain are left alone until a launch is asked for again, which removes the
+    request when none is active.
+    """
     assert launch(run, "executor.chain=2") == 0
     (run / "stop").touch()
     capsys.readouterr()
-    assert launch(run, "executor.chain=2") == 0 and "was asked to stop" in capsys.readouterr().out and (run / "stop").exists()
+    assert (
+        launch(run, "executor.chain=2") == 0
+        and "was asked to stop" in capsys.readouterr().out
+        and (run / "stop").exists()
+    )
     for job in (1001, 1002):
         slurm.set(job, "COMPLETED")
     assert launch(run) == 0 and slurm.ids == [1001, 1002, 1003] and not (run / "stop").exists()
@@ -312,8 +392,15 @@ def demo(folder: Path) -> Path:
     return fresh(DEMO[0], folder)
 
 
-def test_one_run_that_cannot_be_read_hides_no_other_and_links_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo(tmp_path / "runs/whole"), demo(tmp_path / "disk/linked"), demo(tmp_path / "runs/cut"), demo(tmp_path / "runs/odd")
+def test_one_run_that_cannot_be_read_hides_no_other_and_links_are_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (
+        demo(tmp_path / "runs/whole"),
+        demo(tmp_path / "disk/linked"),
+        demo(tmp_path / "runs/cut"),
+        demo(tmp_path / "runs/odd"),
+    )
     (tmp_path / "runs/linked").symlink_to(tmp_path / "disk/linked")
     (tmp_path / "runs/loop").symlink_to(tmp_path / "runs")
     (tmp_path / "runs/cut/plan.json").write_text("{")
@@ -322,10 +409,14 @@ def test_one_run_that_cannot_be_read_hides_no_other_and_links_are_followed(tmp_p
     told = capsys.readouterr()
     found = {Path(row["run"]).name: row["status"] for row in json.loads(told.out)}
     assert found == {"whole": "done", "linked": "done", "cut": "unreadable", "odd": "unreadable"}
-    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "and of 1 more" in told.err
+    assert (
+        told.err.startswith("error: ") and told.err.count("\n") == 1 and "and of 1 more" in told.err
+    )
 
 
-def test_no_control_code_of_a_run_reaches_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_control_code_of_a_run_reaches_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = demo(tmp_path / "a\x1b[2J")
     (run / "events.jsonl").unlink()
     (run / "status.json").write_text(json.dumps({"status": "failed", "reason": "x", "step": 3}))
@@ -362,7 +453,9 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_status_of_twice_the_runs_opens_twice_the_files_and_asks_slurm_as_often(slurm: Standins, tmp_path: Path) -> None:
+def test_status_of_twice_the_runs_opens_twice_the_files_and_asks_slurm_as_often(
+    slurm: Standins, tmp_path: Path
+) -> None:
     text = (demo(tmp_path / "one") / "plan.json").read_text()
     for n in range(90):
         run = tmp_path / ("some" if n < 30 else "twice") / str(n)
@@ -371,8 +464,12 @@ def test_status_of_twice_the_runs_opens_twice_the_files_and_asks_slurm_as_often(
         append_line(run / "job/submitted.jsonl", {"job_id": 1001 + n})
         slurm.put(1001 + n, "RUNNING", f"{run}/job/job.sbatch")
     folders = [str(tmp_path / "some"), str(tmp_path / "twice")]
-    done = subprocess.run([sys.executable, "-c", COUNT, *folders], capture_output=True, text=True, cwd=PROJECT)
-    (some, files), (twice, more_files) = (map(int, line.split()) for line in done.stderr.splitlines())
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, *folders], capture_output=True, text=True, cwd=PROJECT
+    )
+    (some, files), (twice, more_files) = (
+        map(int, line.split()) for line in done.stderr.splitlines()
+    )
     assert (some, twice) == (0, 0) and more_files == 2 * files > 60
     assert done.stdout.count('"job_id": 10') == 90
     assert len(slurm.calls) == 2  # of every command: once for each status

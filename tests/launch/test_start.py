@@ -1,4 +1,6 @@
-"""The start of a job on many nodes: its script runs as Slurm would run it, with stand-ins for Slurm's commands."""
+"""The start of a job on many nodes: its script runs as Slurm would run it, with stand-ins for
+Slurm's commands.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,12 @@ from recipes.compose.tree import compose_plan
 from recipes.run_folder import PORT_TAKEN, SESSION
 
 pytestmark = pytest.mark.xdist_group("slurm")  # holds ports that a Slurm may be about to take
-STARTS = int(os.environ.get("STARTS", "40"))  # of each size; `make faults` has 200, which show failures of 1 %
+STARTS = int(
+    os.environ.get("STARTS", "40")
+)  # of each size; `make faults` has 200, which show failures of 1 %
 HELD_PORTS = 500
-# As the real one: beyond a pipe's buffer of names it writes again, when a reader of the first line has gone.
+# As the real one: beyond a pipe's buffer of names it writes again, when a reader of the first line
+# has gone.
 SCONTROL = '[ "$1 $2" = "show hostnames" ] && exec seq -f "gpu-node-%05.0f" 1 "$NODES"'
 SRUN = 'echo "met at $MASTER_ADDR:$MASTER_PORT"'
 
@@ -58,8 +63,15 @@ def start(
     env: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[int], str]:
     """Run the script of a job on so many nodes, so often; return the exit codes and all output."""
-    size = [f"run_name={name}", f"num_gpus={8 * nodes}", f"mapping.global_batch={8 * nodes}", f"runs_dir={folder}/runs"]
-    script = write_job(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size, *more]))
+    size = [
+        f"run_name={name}",
+        f"num_gpus={8 * nodes}",
+        f"mapping.global_batch={8 * nodes}",
+        f"runs_dir={folder}/runs",
+    ]
+    script = write_job(
+        compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *size, *more])
+    )
     tools = folder / "tools"
     tools.mkdir(parents=True, exist_ok=True)
     for name, does in (("scontrol", scontrol), ("srun", srun), ("getent", getent)):
@@ -74,12 +86,18 @@ def start(
     }
     env = {**os.environ, **job, **env, "PATH": f"{tools}:{os.environ['PATH']}"}
     loop = 'for _ in $(seq "$2"); do bash "$1"; echo "code $?"; done'
-    done = subprocess.run(["bash", "-c", loop, "-", str(script), str(times)], env=env, capture_output=True, text=True)
-    return [int(code) for code in re.findall(r"^code (\d+)$", done.stdout, re.MULTILINE)], done.stdout + done.stderr
+    done = subprocess.run(
+        ["bash", "-c", loop, "-", str(script), str(times)], env=env, capture_output=True, text=True
+    )
+    return [
+        int(code) for code in re.findall(r"^code (\d+)$", done.stdout, re.MULTILINE)
+    ], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("nodes", [64, 512, 2048])
-def test_every_start_finds_the_first_node_and_a_free_port(nodes: int, tmp_path: Path, held_ports: set[int]) -> None:
+def test_every_start_finds_the_first_node_and_a_free_port(
+    nodes: int, tmp_path: Path, held_ports: set[int]
+) -> None:
     codes, log = start(tmp_path, nodes, times=STARTS)
     met = re.findall(r"^met at (.+):(\d+)$", log, re.MULTILINE)
     assert codes == [0] * STARTS and len(met) == STARTS
@@ -89,14 +107,25 @@ def test_every_start_finds_the_first_node_and_a_free_port(nodes: int, tmp_path: 
     assert log.count(SESSION) == STARTS  # what stands before it in a log is of an earlier job
 
 
-@pytest.mark.parametrize("scontrol", ["echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "exit 0"])
-def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(scontrol: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scontrol",
+    ["echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "exit 0"],
+)
+def test_a_job_whose_nodes_are_not_listed_ends_with_the_reason(
+    scontrol: str, tmp_path: Path
+) -> None:
     codes, log = start(tmp_path, 2, scontrol=scontrol)
-    assert codes == [1] and "error: scontrol does not list the nodes of this job (gpu-node-[00001-00002])" in log
+    assert (
+        codes == [1]
+        and "error: scontrol does not list the nodes of this job (gpu-node-[00001-00002])" in log
+    )
     assert "met at" not in log
 
 
-NODE = f'{SCONTROL}; [ "$1 $2 $3" = "show node gpu-node-00001" ] && echo "NodeName=gpu-node-00001 NodeAddr=10.0.0.7 Port=6818"'
+NODE = (
+    f'{SCONTROL}; [ "$1 $2 $3" = "show node gpu-node-00001" ] && echo "NodeName=gpu-node-00001'
+    ' NodeAddr=10.0.0.7 Port=6818"'
+)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +139,18 @@ NODE = f'{SCONTROL}; [ "$1 $2 $3" = "show node gpu-node-00001" ] && echo "NodeNa
         (2, SCONTROL, "nothing", None),
     ],
 )
-def test_a_first_node_whose_name_does_not_resolve(nodes: int, scontrol: str, known: str, meet_at: str | None, tmp_path: Path) -> None:
+def test_a_first_node_whose_name_does_not_resolve(
+    nodes: int, scontrol: str, known: str, meet_at: str | None, tmp_path: Path
+) -> None:
     codes, log = start(tmp_path, nodes, scontrol=scontrol, getent=f'[ "$2" = {known} ]')
     met = re.findall(r"^met at (.+):\d+$", log, re.MULTILINE)
     assert codes == [0 if meet_at else 1] and met == [meet_at] * bool(meet_at)
-    assert ("error: the first node's name gpu-node-00001 does not resolve" in log) == (meet_at is None)
-    assert ("note: the node name gpu-node-00001" in log) == (meet_at not in (None, "gpu-node-00001"))
+    assert ("error: the first node's name gpu-node-00001 does not resolve" in log) == (
+        meet_at is None
+    )
+    assert ("note: the node name gpu-node-00001" in log) == (
+        meet_at not in (None, "gpu-node-00001")
+    )
 
 
 # Rank 0 as a stand-in: it binds the port or leaves the file, and holds it until both jobs have met.
@@ -143,14 +178,21 @@ def seeded(folder: Path) -> Mapping[str, str]:
     """Return the environment in which every script draws the same ports."""
     (folder / "seed").write_text("RANDOM=18\n")
     (folder / "jobs").mkdir(exist_ok=True)
-    return {"BASH_ENV": str(folder / "seed"), "JOBS": str(folder / "jobs"), "TAKEN": PORT_TAKEN, "WAITS_FOR": ""}
+    return {
+        "BASH_ENV": str(folder / "seed"),
+        "JOBS": str(folder / "jobs"),
+        "TAKEN": PORT_TAKEN,
+        "WAITS_FOR": "",
+    }
 
 
 def test_two_jobs_of_one_node_that_draw_the_same_port_both_train(tmp_path: Path) -> None:
     """The second draws it before the first has it, and finds it taken."""
     same, srun = seeded(tmp_path), f"exec {sys.executable} - <<'END'\n{RANK_0}\nEND"
     with ThreadPoolExecutor() as pool:
-        late = pool.submit(start, tmp_path / "b", 1, srun=srun, name="late", env={**same, "WAITS_FOR": "early"})
+        late = pool.submit(
+            start, tmp_path / "b", 1, srun=srun, name="late", env={**same, "WAITS_FOR": "early"}
+        )
         last = {"WAITS_FOR": "../b/runs/late/drawn"}
         early = pool.submit(start, tmp_path / "a", 1, srun=srun, name="early", env={**same, **last})
     (early_codes, early_log), (late_codes, late_log) = early.result(), late.result()
@@ -163,7 +205,9 @@ def test_two_jobs_of_one_node_that_draw_the_same_port_both_train(tmp_path: Path)
 def test_a_requeued_job_leaves_a_port_that_its_old_processes_hold(tmp_path: Path) -> None:
     same = seeded(tmp_path)
     draws = ["bash", "-c", "echo $((20000 + RANDOM % 10000))"]
-    drawn = int(subprocess.run(draws, env={**os.environ, **same}, capture_output=True, text=True).stdout)
+    drawn = int(
+        subprocess.run(draws, env={**os.environ, **same}, capture_output=True, text=True).stdout
+    )
     start(tmp_path, 1, times=0)
     (tmp_path / "runs/run" / PORT_TAKEN).touch()  # left by the step that was killed
     with socket.socket() as old:
@@ -179,10 +223,21 @@ BEFORE = "before the time limit of job 76\n"
 
 
 @pytest.mark.parametrize(
-    ("left", "dated", "trains"), [("", 1, False), ("please\n", 1, False), (BEFORE, 0, True), (BEFORE, 1, False), (None, 0, True)]
+    ("left", "dated", "trains"),
+    [
+        ("", 1, False),
+        ("please\n", 1, False),
+        (BEFORE, 0, True),
+        (BEFORE, 1, False),
+        (None, 0, True),
+    ],
 )
-def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(left: str | None, dated: int, trains: bool, tmp_path: Path) -> None:
-    """The request that a script makes before its own time limit is for that job alone, unless its user touches it."""
+def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(
+    left: str | None, dated: int, trains: bool, tmp_path: Path
+) -> None:
+    """The request that a script makes before its own time limit is for that job alone, unless its
+    user touches it.
+    """
     run = tmp_path / "runs" / "one"
     start(tmp_path, 2, times=0, name="one")
     if left is not None:
@@ -198,28 +253,47 @@ def test_a_link_of_a_chain_after_a_stop_by_the_user_trains_nothing(left: str | N
     [("", "", True), ('touch "$RUN/stop"; ', "", False), ("", 'touch "$RUN/stop"; ', False)],
     ids=["time limit alone", "a user before", "a user after"],
 )
-def test_before_its_time_limit_a_job_queues_itself_again_unless_its_user_stopped_it(before: str, after: str, requeued: bool, tmp_path: Path) -> None:
+def test_before_its_time_limit_a_job_queues_itself_again_unless_its_user_stopped_it(
+    before: str, after: str, requeued: bool, tmp_path: Path
+) -> None:
     paused = """echo '{"status": "paused"}' > "$RUN/status.json" """
-    warned = f'{before}kill -USR1 "$PPID"; while [ ! -e "$RUN/stop" ]; do sleep 0.05; done; sleep 0.2; {after}{paused}'
+    warned = (
+        f'{before}kill -USR1 "$PPID"; while [ ! -e "$RUN/stop" ]; do sleep 0.05; done; sleep 0.2;'
+        f" {after}{paused}"
+    )
     queue = f'[ "$1" = requeue ] && {{ echo "queued again"; kill -9 "$PPID"; }}; {SCONTROL}'
     _, log = start(tmp_path, 2, scontrol=queue, srun=warned)
-    assert ("queued again\n" in log) == requeued and ("not queued again: the run was stopped" in log) != requeued
+    assert ("queued again\n" in log) == requeued and (
+        "not queued again: the run was stopped" in log
+    ) != requeued
 
 
-# What rank 0 does where another process was faster, and what srun's exit code then is: that of the ranks which are killed.
+# What rank 0 does where another process was faster, and what srun's exit code then is: that of the
+# ranks which are killed.
 TAKEN = 'touch "$RUN/{file}"; exit 137'
 
 
 def test_a_step_whose_port_is_taken_starts_again_with_another(tmp_path: Path) -> None:
     twice = 'echo step >> "$RUN/steps"; [ "$(wc -l < "$RUN/steps")" -gt 2 ] || {{ {taken}; }}'
-    codes, log = start(tmp_path, 64, srun=f"{SRUN}; {twice.format(taken=TAKEN.format(file=PORT_TAKEN))}")
+    codes, log = start(
+        tmp_path, 64, srun=f"{SRUN}; {twice.format(taken=TAKEN.format(file=PORT_TAKEN))}"
+    )
     ports = re.findall(r"^met at gpu-node-00001:(\d+)$", log, re.MULTILINE)
-    assert codes == [0] and len(ports) == 3 and log.count("the step starts again with another port") == 2
+    assert (
+        codes == [0]
+        and len(ports) == 3
+        and log.count("the step starts again with another port") == 2
+    )
     assert len(set(ports)) > 1
 
 
-@pytest.mark.parametrize(("ends", "code", "steps"), [(TAKEN.format(file=PORT_TAKEN), 137, 10), ("exit 137", 137, 1), ("exit 0", 0, 1)])
-def test_a_step_that_ends_otherwise_or_never_finds_a_port_ends_the_job(ends: str, code: int, steps: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ends", "code", "steps"),
+    [(TAKEN.format(file=PORT_TAKEN), 137, 10), ("exit 137", 137, 1), ("exit 0", 0, 1)],
+)
+def test_a_step_that_ends_otherwise_or_never_finds_a_port_ends_the_job(
+    ends: str, code: int, steps: int, tmp_path: Path
+) -> None:
     codes, log = start(tmp_path, 2, srun=f"{SRUN}; {ends}")
     assert codes == [code] and log.count("met at") == steps
 
@@ -231,34 +305,61 @@ def test_rank_0_leaves_a_port_that_is_taken(alone: bool, tmp_path: Path) -> None
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        ranks = {"RANK": "0", "WORLD_SIZE": "1" if alone else "2", "MASTER_PORT": str(other.getsockname()[1])}
+        ranks = {
+            "RANK": "0",
+            "WORLD_SIZE": "1" if alone else "2",
+            "MASTER_PORT": str(other.getsockname()[1]),
+        }
         command = [sys.executable, "-m", "recipes.training.run", str(tmp_path)]
-        done = subprocess.run(command, env={**os.environ, **ranks}, cwd=PROJECT, capture_output=True, text=True)
-    assert (done.returncode, (tmp_path / PORT_TAKEN).exists()) == ((2, False) if alone else (1, True))
-    assert ("is no run folder" if alone else f"port {ranks['MASTER_PORT']} of this node is taken") in done.stderr
+        done = subprocess.run(
+            command, env={**os.environ, **ranks}, cwd=PROJECT, capture_output=True, text=True
+        )
+    assert (done.returncode, (tmp_path / PORT_TAKEN).exists()) == (
+        (2, False) if alone else (1, True)
+    )
+    assert (
+        "is no run folder" if alone else f"port {ranks['MASTER_PORT']} of this node is taken"
+    ) in done.stderr
 
 
-@pytest.mark.parametrize(("sudo", "warns"), [("exit 0", 0), ("echo 'sudo: a password is required' >&2; exit 1", 1), ("exit 127", 1)])
-def test_a_node_that_refuses_vboost_trains_without_it(sudo: str, warns: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sudo", "warns"),
+    [("exit 0", 0), ("echo 'sudo: a password is required' >&2; exit 1", 1), ("exit 127", 1)],
+)
+def test_a_node_that_refuses_vboost_trains_without_it(
+    sudo: str, warns: int, tmp_path: Path
+) -> None:
     srun = f'case "$*" in *sudo*) {sudo} ;; esac; {SRUN}'
     codes, log = start(tmp_path, 2, "cluster.vboost=true", srun=srun)
     assert codes == [0] and log.count("met at") == 1
     assert log.count("warning: vboost is off on some node") == warns
     assert "sudo" not in log  # launch.status looks for the cause of a failure there
     (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "vboost.txt").read_text() == ("sudo: a password is required\n" if "password" in sudo else "")
+    assert (run / "vboost.txt").read_text() == (
+        "sudo: a password is required\n" if "password" in sudo else ""
+    )
 
 
 PIPE = re.compile(r"(?<!\|)\|(?!\|)")
 
 
 def test_no_script_has_a_pipeline_whose_reader_may_leave_early() -> None:
-    """Under pipefail the writer's SIGPIPE ends the script; a script of a job has no pipeline at all."""
+    """Under pipefail the writer's SIGPIPE ends the script; a script of a job has no pipeline at
+    all.
+    """
     scripts = [render(compose_plan(["num_gpus=2"])), render(compose_plan())]
-    for more in ([], ["cluster.vboost=true", "+cluster.token_files.HF_TOKEN=/f"], ["executor.max_restarts=0"]):
-        scripts.append(render(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *more])))
+    for more in (
+        [],
+        ["cluster.vboost=true", "+cluster.token_files.HF_TOKEN=/f"],
+        ["executor.max_restarts=0"],
+    ):
+        scripts.append(
+            render(compose_plan(["model=llama3_8b", "gpu=h100", "experiment=throughput", *more]))
+        )
     scripts.append((PROJECT / ".ci/run").read_text())
     for script in scripts:
-        lines = [line.partition("   # ")[0] for line in script.splitlines() if not line.startswith("#")]
+        lines = [
+            line.partition("   # ")[0] for line in script.splitlines() if not line.startswith("#")
+        ]
         assert not [line for line in lines if PIPE.search(line)]
     assert PIPE.search('first="$(scontrol show hostnames | head -n 1)"')

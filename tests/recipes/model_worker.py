@@ -1,9 +1,10 @@
-"""Trains run folders, and compares models with Hugging Face's, in one process that imports NeMo once and forks for each.
+"""Trains run folders, and compares models with Hugging Face's, in one process that imports NeMo
+once and forks for each.
 
     python -m tests.recipes.model_worker JOBS.json
 
-JOBS.json: {"train": [folder, …], "resume": [[folder, folder with a checkpoint], …], "compare": [[name, plan as text], …],
-"count": [the same]}.
+JOBS.json: {"train": [folder, …], "resume": [[folder, folder with a checkpoint], …], "compare":
+[[name, plan as text], …], "count": [the same]}.
 
 A line of JSON comes out for each job.  The parent runs no
 arithmetic before it forks, so that a child finds no threads that are not there.
@@ -32,11 +33,23 @@ def main(jobs: dict[str, Any]) -> None:
     import recipes.training.recipe  # noqa: F401  # NeMo, once
 
     for folder in jobs["train"]:
-        _forked(folder, lambda folder=folder: {"rc": product.main(Path(folder))}, Path(folder) / "log.txt")
+        _forked(
+            folder,
+            lambda folder=folder: {"rc": product.main(Path(folder))},
+            Path(folder) / "log.txt",
+        )
     for folder, base in jobs.get("resume", []):
-        _forked(folder, lambda folder=folder, base=base: resumed(Path(folder), Path(base)), Path(folder) / "log.txt")
+        _forked(
+            folder,
+            lambda folder=folder, base=base: resumed(Path(folder), Path(base)),
+            Path(folder) / "log.txt",
+        )
     for name, plan in jobs["compare"]:
-        _forked(name, lambda plan=plan: compared(plan_from_json(plan)), Path(jobs["logs"]) / f"{name}.txt")
+        _forked(
+            name,
+            lambda plan=plan: compared(plan_from_json(plan)),
+            Path(jobs["logs"]) / f"{name}.txt",
+        )
     for name, plan in jobs.get("count", []):
         answer = lambda plan=plan: counted(plan_from_json(plan))  # noqa: E731
         _forked(name, answer, Path(jobs["logs"]) / f"{name}.txt")
@@ -63,7 +76,9 @@ def counted(plan: Any) -> dict[str, Any]:
         for linear in layer.modules():
             if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
                 fp8 = plan.precision.fp8
-                linear.fp8 = fp8.first_layers_bf16 <= number < plan.model.num_layers - fp8.last_layers_bf16
+                linear.fp8 = (
+                    fp8.first_layers_bf16 <= number < plan.model.num_layers - fp8.last_layers_bf16
+                )
                 watched.append(Watched(linear, None))
                 linear.register_forward_hook(watched[-1].forward)
     for _ in range(plan.mapping.global_batch // plan.mapping.micro_batch):
@@ -78,7 +93,9 @@ def resumed(folder: Path, base: Path) -> dict[str, Any]:
     import recipes.training.run as product
     from recipes.run_folder import read_plan
 
-    os.environ["MKL_CBWR"] = "COMPATIBLE"  # else a GEMM's sums depend on where its operands lie in memory
+    os.environ["MKL_CBWR"] = (
+        "COMPATIBLE"  # else a GEMM's sums depend on where its operands lie in memory
+    )
     shutil.copytree(base / "checkpoints", folder / "checkpoints")
     world, others = read_plan(folder).num_gpus, []
     os.environ["WORLD_SIZE"] = str(world)
@@ -92,7 +109,10 @@ def resumed(folder: Path, base: Path) -> dict[str, Any]:
             finally:
                 os._exit(code)
         others.append(pid)
-    codes = [product.main(folder), *(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in others)]
+    codes = [
+        product.main(folder),
+        *(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in others),
+    ]
     return {"rc": int(any(codes))}
 
 
@@ -109,7 +129,13 @@ def _forked(name: str, job: Callable[[], dict[str, Any]], log: Path) -> None:
             port.bind(("127.0.0.1", 0))
             chosen = port.getsockname()[1]
             port.close()
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(chosen), RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            os.environ.update(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(chosen),
+                RANK="0",
+                WORLD_SIZE="1",
+                LOCAL_RANK="0",
+            )
             try:
                 answer = job()
             except BaseException:
@@ -124,11 +150,13 @@ def _forked(name: str, job: Callable[[], dict[str, Any]], log: Path) -> None:
     print(json.dumps({"name": name, **json.loads(answer or '{"rc": 1}')}), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------- Hugging Face's model
+# ----------------------------------------------------------------------------- Hugging Face's model
 
 
 def compared(plan: Any) -> dict[str, Any]:
-    """Return how far our logits are from Hugging Face's of the same weights in FP32, and both counts of parameters."""
+    """Return how far our logits are from Hugging Face's of the same weights in FP32, and both
+    counts of parameters.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -141,11 +169,18 @@ def compared(plan: Any) -> dict[str, Any]:
         a = ours.module(tokens, places, None).float()
         b = theirs(tokens).logits.float()
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
-    return {"rc": 0, "apart": float((a - b).abs().max()), "scale": float(b.abs().max()), "parameters": counts}
+    return {
+        "rc": 0,
+        "apart": float((a - b).abs().max()),
+        "scale": float(b.abs().max()),
+        "parameters": counts,
+    }
 
 
 def _ours(plan: Any, changed: Callable[[Any], None] = lambda _: None) -> Any:
-    """Return the model that the plan's recipe builds on a CPU, in FP32, its configuration changed."""
+    """Return the model that the plan's recipe builds on a CPU, in FP32, its configuration
+    changed.
+    """
     import fiddle as fdl
     import torch
     from megatron.core import parallel_state
@@ -180,7 +215,12 @@ def _theirs(plan: Any) -> Any:
         "attn_implementation": "eager",
         "max_position_embeddings": 8192,
     }
-    scaled = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaled = {
+        "rope_type": "llama3",
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     rms = {"rms_norm_eps": 1e-6 if name.startswith(("qwen", "gemma2")) else 1e-5}
     if name.startswith("llama"):
         scaling = {"rope_scaling": {"factor": m.rope_scaling, **scaled}} if m.rope_scaling else {}
@@ -188,20 +228,43 @@ def _theirs(plan: Any) -> Any:
     elif name.startswith("qwen2"):
         config = hf.Qwen2Config(**sizes, **rms)
     elif name.startswith("mistral"):
-        config = hf.MistralConfig(**sizes, **rms, sliding_window=m.sliding_window and m.sliding_window + 1, head_dim=m.head)
+        config = hf.MistralConfig(
+            **sizes,
+            **rms,
+            sliding_window=m.sliding_window and m.sliding_window + 1,
+            head_dim=m.head,
+        )
     elif name.startswith("gemma2"):
-        config = hf.Gemma2Config(**sizes, **rms, head_dim=m.head, query_pre_attn_scalar=256, hidden_activation="gelu_pytorch_tanh")
+        config = hf.Gemma2Config(
+            **sizes,
+            **rms,
+            head_dim=m.head,
+            query_pre_attn_scalar=256,
+            hidden_activation="gelu_pytorch_tanh",
+        )
     elif name.startswith("gemma"):
-        config = hf.GemmaConfig(**sizes, **rms, head_dim=m.head, hidden_activation="gelu_pytorch_tanh")
+        config = hf.GemmaConfig(
+            **sizes, **rms, head_dim=m.head, hidden_activation="gelu_pytorch_tanh"
+        )
     elif name.startswith("starcoder2"):
-        config = hf.Starcoder2Config(**sizes, hidden_act="gelu_pytorch_tanh", use_bias=True, residual_dropout=0.0, embedding_dropout=0.0)
+        config = hf.Starcoder2Config(
+            **sizes,
+            hidden_act="gelu_pytorch_tanh",
+            use_bias=True,
+            residual_dropout=0.0,
+            embedding_dropout=0.0,
+        )
     else:
-        config = hf.NemotronConfig(**sizes, hidden_act="relu2", partial_rotary_factor=m.rotary_percent, norm_eps=1e-5)
+        config = hf.NemotronConfig(
+            **sizes, hidden_act="relu2", partial_rotary_factor=m.rotary_percent, norm_eps=1e-5
+        )
     return hf.AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def _copy(theirs: Any, ours: Any, m: Any) -> None:
-    """Give our model the weights of Hugging Face's, made large enough that each part of a layer shows in the logits."""
+    """Give our model the weights of Hugging Face's, made large enough that each part of a layer
+    shows in the logits.
+    """
     import torch
 
     for name, weight in theirs.named_parameters():
@@ -219,7 +282,9 @@ def _copy(theirs: Any, ours: Any, m: Any) -> None:
 
 
 def _weight(name: str, state: dict[str, Any], m: Any) -> Any:
-    """Return the weight or bias of one of our parameters: its name in Megatron-Core says which of Hugging Face's."""
+    """Return the weight or bias of one of our parameters: its name in Megatron-Core says which of
+    Hugging Face's.
+    """
     import torch
 
     stem, kind = name.rsplit(".", 1)
@@ -237,16 +302,23 @@ def _weight(name: str, state: dict[str, Any], m: Any) -> Any:
         "pre_mlp_layernorm": before_mlp,
         "self_attention.linear_proj": "self_attn.o_proj",
         "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
-        "mlp.linear_fc2": next((f for f in ("mlp.down_proj", "mlp.c_proj") if f"{layer}{f}.weight" in state), ""),
+        "mlp.linear_fc2": next(
+            (f for f in ("mlp.down_proj", "mlp.c_proj") if f"{layer}{f}.weight" in state), ""
+        ),
         "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
     }
     if part in alone:
         return state[f"{layer}{alone[part]}.{kind}"]
     if part == "mlp.linear_fc1":
         names = ("gate_proj", "up_proj") if m.gated else ("up_proj", "c_fc")
-        return torch.cat([state[f"{layer}mlp.{n}.{kind}"] for n in names if f"{layer}mlp.{n}.{kind}" in state])
+        return torch.cat(
+            [state[f"{layer}mlp.{n}.{kind}"] for n in names if f"{layer}mlp.{n}.{kind}" in state]
+        )
     assert part == "self_attention.linear_qkv", part
-    q, k, v = (state[f"{layer}self_attn.{n}_proj.{kind}"].reshape(m.num_query_groups, -1, *rest(kind, m)) for n in "qkv")
+    q, k, v = (
+        state[f"{layer}self_attn.{n}_proj.{kind}"].reshape(m.num_query_groups, -1, *rest(kind, m))
+        for n in "qkv"
+    )
     return torch.cat([q, k, v], dim=1).flatten(0, 1)
 
 

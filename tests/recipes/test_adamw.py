@@ -1,7 +1,9 @@
-"""The AdamW kernel on the CPU: Triton's interpreter runs it as it is, and it gives the FP32 arithmetic that it stands for.
+"""The AdamW kernel on the CPU: Triton's interpreter runs it as it is, and it gives the FP32
+arithmetic that it stands for.
 
-Triton decides when it is imported whether it interprets, so the kernel runs in a process of its own.  The interpreter has no fused
-multiply-add: it rounds twice, as the reference does.  `tests/gpu/test_adamw.py` compares with Transformer Engine's FusedAdam.
+Triton decides when it is imported whether it interprets, so the kernel runs in a process of its
+own.  The interpreter has no fused multiply-add: it rounds twice, as the reference does.
+`tests/gpu/test_adamw.py` compares with Transformer Engine's FusedAdam.
 """
 
 import os
@@ -40,12 +42,17 @@ for wide in (False, True):
             if not all(same) or float((p.float() - master).abs().max()) > float(p.float().abs().max()) / 256:
                 print("differs", wide, seed, tuple(p.shape), same)
     print("stepped", group["step"])
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernel_is_fp32_adamw_with_rounded_moments_and_an_exact_master() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n") == ["stepped 4", "stepped 4", ""]

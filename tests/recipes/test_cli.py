@@ -15,17 +15,31 @@ from tests.faults.commands import Main
     [
         (throughput.main, [], "the following arguments are required: RUN"),
         (predict.main, ["--search", "x"], "argument --search: invalid int value: 'x'"),
-        (predict.main, ["--search", "--validate"], "argument --validate: not allowed with argument --search"),
-        (import_logs.main, ["log", "--out", "x", "--format", "y"], "argument --format: invalid choice: 'y'"),
+        (
+            predict.main,
+            ["--search", "--validate"],
+            "argument --validate: not allowed with argument --search",
+        ),
+        (
+            import_logs.main,
+            ["log", "--out", "x", "--format", "y"],
+            "argument --format: invalid choice: 'y'",
+        ),
         (post.main, ["--out", "x"], "the following arguments are required: figure; see --help"),
         (launch.main, ["--nope\nnope"], "unrecognized arguments: --nope nope"),
         (cancel.main, [], "the following arguments are required: RUN"),
         (gemm.main, ["--rounds", "x"], "argument --rounds: invalid int value: 'x'"),
     ],
 )
-def test_one_line(main: Main, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line(
+    main: Main, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)
     out, error = capsys.readouterr()
     assert ended.value.code == 2 and not out
-    assert error.startswith(f"error: {said}") and error.endswith("; see --help\n") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: {said}")
+        and error.endswith("; see --help\n")
+        and error.count("\n") == 1
+    )

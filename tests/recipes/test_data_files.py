@@ -1,4 +1,6 @@
-"""Indexed data are checked by the launch and again in the job, whatever is wrong with them, in one line."""
+"""Indexed data are checked by the launch and again in the job, whatever is wrong with them, in one
+line.
+"""
 
 import json
 import os
@@ -163,7 +165,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def refusal(main: Callable[[Sequence[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(
+    main: Callable[[Sequence[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
     """Return the one line with which a command refuses."""
     capsys.readouterr()
     assert main(arguments) == 2
@@ -173,7 +177,9 @@ def refusal(main: Callable[[Sequence[str]], int], arguments: list[str], capsys: 
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_data_set_is_refused_by_launch_and_job(kind: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_data_set_is_refused_by_launch_and_job(
+    kind: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, words = BROKEN[kind]
     change(files)
     run = files / "runs" / "one"
@@ -187,7 +193,9 @@ def test_whole_data_are_described(files: Path, capsys: pytest.CaptureFixture[str
     assert launch([*overrides(files), "dry_run=true", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)[0]["summary"]["data"]
     assert data["checked"] == "every token" and data["train_tokens"] == DOCUMENTS * LENGTH
-    assert data["epochs"] == pytest.approx(100 * 8 * 128 / (DOCUMENTS * LENGTH))  # steps, batch, length
+    assert data["epochs"] == pytest.approx(
+        100 * 8 * 128 / (DOCUMENTS * LENGTH)
+    )  # steps, batch, length
     assert data["heldout_tokens"] == DOCUMENTS * LENGTH and data["warning"] is None
 
 
@@ -236,8 +244,14 @@ PREFIXES = [
 
 
 @pytest.mark.parametrize(("wrong", "words"), PREFIXES)
-def test_what_names_the_data_wrongly_is_refused(wrong: str, words: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = refusal(launch, [*overrides(files), *wrong.format(files).split(), "run_name=two", "dry_run=true"], capsys)
+def test_what_names_the_data_wrongly_is_refused(
+    wrong: str, words: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(
+        launch,
+        [*overrides(files), *wrong.format(files).split(), "run_name=two", "dry_run=true"],
+        capsys,
+    )
     assert words.format(files) in line
 
 
@@ -248,7 +262,9 @@ def test_weights_let_small_sets_repeat(files: Path, capsys: pytest.CaptureFixtur
     assert data["epochs"] == pytest.approx(100 * 8 * 128 * 0.75 / (DOCUMENTS * LENGTH))
 
 
-@pytest.mark.parametrize("split", ["949,50,1", "99,1,0", "969,30,1", "1,1,1", "0.9,0.05,0.05", "980,10,10"])
+@pytest.mark.parametrize(
+    "split", ["949,50,1", "99,1,0", "969,30,1", "1,1,1", "0.9,0.05,0.05", "980,10,10"]
+)
 @pytest.mark.parametrize("sequences", [7, 500, 1999, 123457])
 def test_a_split_is_cut_where_megatron_cuts_it(split: str, sequences: int) -> None:
     from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -257,22 +273,40 @@ def test_a_split_is_cut_where_megatron_cuts_it(split: str, sequences: int) -> No
     )
 
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    cuts = [(round(a * float(sequences)), round(b * float(sequences))) for a, b in filter(None, matrix)]
+    cuts = [
+        (round(a * float(sequences)), round(b * float(sequences))) for a, b in filter(None, matrix)
+    ]
     assert bounds(split, sequences)[: len(cuts)] == cuts
 
 
-def test_what_is_not_here_is_left_to_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_here_is_left_to_the_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ["data=indexed", "data.train=[/corpora/c4/part0]", "data.heldout=[/corpora/c4/valid]"]
-    job = [*data, "data.tokenizer=/tokenizers/llama3", "model=llama3_8b", "gpu=h100", "dry_run=true"]
+    job = [
+        *data,
+        "data.tokenizer=/tokenizers/llama3",
+        "model=llama3_8b",
+        "gpu=h100",
+        "dry_run=true",
+    ]
     mounts = "cluster.mounts=[/nowhere:/corpora,/tokenizers:/tokenizers]"
     assert launch([*job, mounts]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "not checked here: /nowhere/c4 is not on this machine; the job checks it" in said
 
 
-def test_a_containers_paths_are_looked_for_behind_its_mounts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_containers_paths_are_looked_for_behind_its_mounts(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ["data=indexed", "data.train=[/corpora/a]", "data.heldout=[/corpora/valid]"]
-    job = [*data, "data.tokenizer=/corpora/tokenizer", "model=llama3_8b", "gpu=h100", "dry_run=true"]
+    job = [
+        *data,
+        "data.tokenizer=/corpora/tokenizer",
+        "model=llama3_8b",
+        "gpu=h100",
+        "dry_run=true",
+    ]
     mounts = f"cluster.mounts=[{files}:/corpora:ro]"
     assert launch([*job, mounts]) == 0
     assert f"{DOCUMENTS * LENGTH:,} tokens" in " ".join(capsys.readouterr().err.split())
@@ -280,7 +314,9 @@ def test_a_containers_paths_are_looked_for_behind_its_mounts(files: Path, capsys
     assert "a.bin has 10 bytes" in refusal(launch, [*job, mounts], capsys)
 
 
-def test_every_token_is_read_on_request(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_is_read_on_request(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(indexed, "WHOLE_BYTES", 0)
     command = [*overrides(files)[:4], "gpu=h100", "model=llama3_tiny"]
     assert prepare(command) == 0
@@ -302,13 +338,25 @@ def test_an_id_that_no_check_read_is_named_when_it_is_trained_on(files: Path) ->
     put("a.bin", 5000, struct.pack("<H", VOCAB))(files)
     places = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
     tokenizer = SimpleNamespace(eod=0, unique_identifiers={})
-    config = GPTDatasetConfig(random_seed=1, sequence_length=100, split="1,0,0", path_to_cache=str(files), tokenizer=tokenizer, **places)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=100,
+        split="1,0,0",
+        path_to_cache=str(files),
+        tokenizer=tokenizer,
+        **places,
+    )
     Samples.vocab_size = VOCAB
-    read = Samples(IndexedDataset(f"{files}/a"), f"{files}/a", np.arange(DOCUMENTS), 75, Split.train, config)
+    read = Samples(
+        IndexedDataset(f"{files}/a"), f"{files}/a", np.arange(DOCUMENTS), 75, Split.train, config
+    )
     with pytest.raises(InputError) as caught:
         for _ in DataLoader(read, num_workers=1):
             pass
     assert "Traceback" in str(caught.value)
     line = str(of_worker(caught.value))
-    assert re.match(rf"{re.escape(str(files))}/a.bin, sample \d+, .*token {VOCAB}", line) and "Traceback" not in line
+    assert (
+        re.match(rf"{re.escape(str(files))}/a.bin, sample \d+, .*token {VOCAB}", line)
+        and "Traceback" not in line
+    )
     assert str(of_worker(InputError(line))) == line

@@ -1,4 +1,6 @@
-"""Real checkpoints evaluated: their loss is training's own, the export is the same model, more training answers more questions."""
+"""Real checkpoints evaluated: their loss is training's own, the export is the same model, more
+training answers more questions.
+"""
 
 import json
 import random
@@ -48,9 +50,14 @@ metric_list:
 
 
 def write_corpus(folder: Path, documents: int = 500, words: int = 200) -> Path:
-    """Write text that a small model learns in seconds: walks over made-up words of which each has two that may follow it."""
+    """Write text that a small model learns in seconds: walks over made-up words of which each has
+    two that may follow it.
+    """
     rng = random.Random(3)
-    names = ["".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(3)) for _ in range(150)]
+    names = [
+        "".join(rng.choice("bdfgklmnprst") + rng.choice("aeiou") for _ in range(3))
+        for _ in range(150)
+    ]
     followers = {name: rng.sample(names, 2) for name in names}
     rows = []
     for _ in range(documents):
@@ -64,15 +71,29 @@ def write_corpus(folder: Path, documents: int = 500, words: int = 200) -> Path:
 
 
 def write_task(folder: Path, corpus: Path, count: int) -> None:
-    """Write a task of the harness: which of four pieces of held-out text goes on from the context?  Three are of other documents."""
+    """Write a task of the harness: which of four pieces of held-out text goes on from the context?
+
+    Three are of other documents.
+    """
     rng = random.Random(5)
-    texts = [d.text.split() for file in source_files((str(corpus),)) for d in documents(file) if d.split == "heldout"]
+    texts = [
+        d.text.split()
+        for file in source_files((str(corpus),))
+        for d in documents(file)
+        if d.split == "heldout"
+    ]
     rows = []
     for _ in range(count):
         starts = [(text, rng.randrange(10, len(text) - 3)) for text in rng.sample(texts, 4)]
         (true, at), choices = starts[0], [" " + " ".join(text[i : i + 3]) for text, i in starts]
         order = rng.sample(range(4), 4)
-        rows.append({"context": " ".join(true[at - 8 : at]), "choices": [choices[i] for i in order], "label": order.index(0)})
+        rows.append(
+            {
+                "context": " ".join(true[at - 8 : at]),
+                "choices": [choices[i] for i in order],
+                "label": order.index(0),
+            }
+        )
     folder.mkdir()
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "continuation.yaml").write_text(TASK.format(questions=folder / "questions.jsonl"))
@@ -85,29 +106,52 @@ def run(*args: object) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout))
 
 
-LAUNCH = "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main; sys.exit(main(sys.argv[2:]))"
+LAUNCH = (
+    "import sys; sys.executable = sys.argv[1]; from launch.__main__ import main;"
+    " sys.exit(main(sys.argv[2:]))"
+)
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, Any]:
-    """BF16 and an FP8 recipe trained, BF16 stopped after two steps; all three evaluated on held-out text and on questions."""
+    """BF16 and an FP8 recipe trained, BF16 stopped after two steps; all three evaluated on held-out
+    text and on questions.
+    """
     root = tmp_path_factory.mktemp("evaluated")
     corpus = write_corpus(root / "corpus")
     data = [f"data.sources=[{corpus}]", f"data.root={root}/data"]
     untrained = [*SHORT, *data, "train.stop_after=2", f"runs_dir={root}/untrained"]
-    beside = subprocess.Popen([sys.executable, "-c", LAUNCH, warm_python, *untrained], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    beside = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, warm_python, *untrained],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python)
-        assert launch(["-m", *SHORT, *data, "precision=bf16,fp8_delayed", f"runs_dir={root}/runs"]) == 0
+        assert (
+            launch(["-m", *SHORT, *data, "precision=bf16,fp8_delayed", f"runs_dir={root}/runs"])
+            == 0
+        )
     assert beside.wait(timeout=300) == 0
     write_task(root / "tasks", corpus, QUESTIONS)
-    (root / "notes.txt").write_text("import os\n\n\ndef main() -> None:\n    print(os.getcwd())\n" * 20)
+    (root / "notes.txt").write_text(
+        "import os\n\n\ndef main() -> None:\n    print(os.getcwd())\n" * 20
+    )
     folders = {
         "bf16": next(root.glob("runs/*.bf16.*")),
         "fp8": next(root.glob("runs/*.fp8_delayed.*")),
         "untrained": next(root.glob("untrained/*")),
     }
-    options = ["--tasks", "continuation", "--task-dir", root / "tasks", "--sets", f"notes={root}/notes.txt", "--max-tokens", 8000]
+    options = [
+        "--tasks",
+        "continuation",
+        "--task-dir",
+        root / "tasks",
+        "--sets",
+        f"notes={root}/notes.txt",
+        "--max-tokens",
+        8000,
+    ]
     found = run(*folders.values(), *options)
     return {"root": root, "folders": folders, **dict(zip(folders, found, strict=True))}
 
@@ -116,35 +160,54 @@ pytestmark = pytest.mark.nemo
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8"])
-def test_the_loss_on_trainings_own_batches_is_what_training_logged(name: str, evaluated: dict[str, Any]) -> None:
+def test_the_loss_on_trainings_own_batches_is_what_training_logged(
+    name: str, evaluated: dict[str, Any]
+) -> None:
     same = evaluated[name]["training_evaluation"]
-    logged = [r["heldout_loss"] for r in rows_of(evaluated["folders"][name] / "metrics.jsonl") if "heldout_loss" in r]
+    logged = [
+        r["heldout_loss"]
+        for r in rows_of(evaluated["folders"][name] / "metrics.jsonl")
+        if "heldout_loss" in r
+    ]
     assert same["logged"] == logged[-1] and same["tokens"] == 2 * 8 * 128
     assert same["loss"] == pytest.approx(same["logged"], rel=1e-6)
 
 
 def test_a_run_stopped_where_nothing_was_logged_says_so(evaluated: dict[str, Any]) -> None:
-    assert evaluated["untrained"]["training_evaluation"] is None and evaluated["untrained"]["step"] == 2
+    assert (
+        evaluated["untrained"]["training_evaluation"] is None
+        and evaluated["untrained"]["step"] == 2
+    )
 
 
 def test_the_export_is_the_model_that_was_trained(evaluated: dict[str, Any]) -> None:
     for name, loss, logits in (("bf16", 1e-3, 0.02), ("untrained", 1e-3, 0.02), ("fp8", 2e-2, 0.2)):
         found = evaluated[name]["export"]
-        print(name, {k: found[k] for k in ("loss", "nemo_loss", "loss_difference", "logits_difference")})
+        print(
+            name,
+            {k: found[k] for k in ("loss", "nemo_loss", "loss_difference", "logits_difference")},
+        )
         assert abs(found["loss_difference"]) < loss and found["logits_difference"] < logits
 
 
 def test_fp8_is_evaluated_in_fp8_and_bf16_in_bf16(evaluated: dict[str, Any]) -> None:
     assert evaluated["bf16"]["fp8_layers"] == 0 and evaluated["fp8"]["fp8_layers"] == 4 * 4
-    assert "inference mode" in evaluated["fp8"]["arithmetic"]["sets"] and evaluated["bf16"]["arithmetic"]["sets"] == "BF16"
+    assert (
+        "inference mode" in evaluated["fp8"]["arithmetic"]["sets"]
+        and evaluated["bf16"]["arithmetic"]["sets"] == "BF16"
+    )
 
 
-def test_longer_training_lowers_the_loss_and_answers_more_questions(evaluated: dict[str, Any]) -> None:
+def test_longer_training_lowers_the_loss_and_answers_more_questions(
+    evaluated: dict[str, Any],
+) -> None:
     short, long = evaluated["untrained"], evaluated["bf16"]
     assert long["sets"]["heldout"]["loss"] < short["sets"]["heldout"]["loss"] - 0.5
     print({name: evaluated[name]["tasks"]["continuation"] for name in ("untrained", "bf16", "fp8")})
     trained, barely = long["tasks"]["continuation"], short["tasks"]["continuation"]
-    assert trained["accuracy"] > barely["accuracy"] + 3 * np.hypot(trained["stderr"], barely["stderr"])
+    assert trained["accuracy"] > barely["accuracy"] + 3 * np.hypot(
+        trained["stderr"], barely["stderr"]
+    )
 
 
 def test_every_predicted_token_counts_once(evaluated: dict[str, Any]) -> None:
@@ -165,7 +228,9 @@ def test_bf16_and_fp8_are_paired_question_by_question(evaluated: dict[str, Any])
     assert row["stderr"] == pytest.approx(evaluated["fp8"]["tasks"]["continuation"]["stderr"])
     assert row["verdict"] == "undecided" and row["bar"] == 0.01  # so few questions settle nothing
     heldout, notes = set_rows(base, candidate)
-    assert (heldout["set"], notes["set"]) == ("heldout", "notes") and abs(heldout["gap_relative"]) < 0.05
+    assert (heldout["set"], notes["set"]) == ("heldout", "notes") and abs(
+        heldout["gap_relative"]
+    ) < 0.05
 
 
 BAD = """
@@ -184,7 +249,9 @@ def test_wrong_checkpoint_task_and_tokenizer_are_one_line_each(evaluated: dict[s
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     root, bf16 = evaluated["root"], evaluated["folders"]["bf16"]
-    (root / "tasks" / "broken.yaml").write_text(TASK.format(questions="/nowhere.jsonl").replace("continuation", "broken"))
+    (root / "tasks" / "broken.yaml").write_text(
+        TASK.format(questions="/nowhere.jsonl").replace("continuation", "broken")
+    )
     for name in ("cut", "foreign"):
         shutil.copytree(bf16, root / name, ignore=shutil.ignore_patterns("export_hf"))
     for shard in (root / "cut").glob("checkpoints/*/weights/*.distcp"):
@@ -194,15 +261,28 @@ def test_wrong_checkpoint_task_and_tokenizer_are_one_line_each(evaluated: dict[s
     builder = IndexedDatasetBuilder(f"{root}/big.bin", dtype=np.int32)
     builder.add_document(np.arange(1000, 1200, dtype=np.int32), [200])
     builder.finalize(f"{root}/big.idx")
-    done = subprocess.run([sys.executable, "-c", BAD, str(bf16), str(root)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", BAD, str(bf16), str(root)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     print("\n".join(errors))
     assert done.returncode == 0 and len(errors) == 5, done.stderr[-3000:]
-    wanted = ("did you mean continuation", "tasks broken cannot be run", "cannot be loaded", "no tokenizer", "another tokenizer made it")
+    wanted = (
+        "did you mean continuation",
+        "tasks broken cannot be run",
+        "cannot be loaded",
+        "no tokenizer",
+        "another tokenizer made it",
+    )
     assert all(words in line for words, line in zip(wanted, errors, strict=True)), errors
 
 
-def test_what_can_be_refused_before_anything_is_loaded(evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_be_refused_before_anything_is_loaded(
+    evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bf16 = evaluated["folders"]["bf16"]
     assert list(checkpoints(bf16)) == [STEPS]
     bare = tmp_path / "bare"

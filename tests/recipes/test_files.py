@@ -1,4 +1,6 @@
-"""Paths that a user names, terminals and pipes: through commands, as processes of their own where their streams matter."""
+"""Paths that a user names, terminals and pipes: through commands, as processes of their own where
+their streams matter.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,19 @@ def test_out_follows_a_link_and_leaves_it(tmp_path: Path, runs: list[Path]) -> N
     assert not list(tmp_path.glob(".*"))
 
 
-def test_out_writes_to_a_pipe_that_is_read_and_waits_for_none(tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_writes_to_a_pipe_that_is_read_and_waits_for_none(
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe, read = tmp_path / "pipe", list[bytes]()
     os.mkfifo(pipe)
     assert report_to(pipe, runs) == 2 and "nothing reads the pipe" in capsys.readouterr().err
-    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a reader is there before the writer comes
+    reading = os.open(
+        pipe, os.O_RDONLY | os.O_NONBLOCK
+    )  # a reader is there before the writer comes
     os.set_blocking(reading, True)
-    held = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # so that the reader sees no end before the report is there
+    held = os.open(
+        pipe, os.O_WRONLY | os.O_NONBLOCK
+    )  # so that the reader sees no end before the report is there
     thread = threading.Thread(target=lambda: read.append(os.fdopen(reading, "rb").read()))
     thread.start()
     try:
@@ -62,7 +70,9 @@ def test_out_writes_to_a_pipe_that_is_read_and_waits_for_none(tmp_path: Path, ru
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
 @pytest.mark.parametrize(("minor", "code"), [(3, 0), (7, 2)], ids=["as /dev/null", "as /dev/full"])
-def test_out_never_replaces_a_device(minor: int, code: int, tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_never_replaces_a_device(
+    minor: int, code: int, tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     device = tmp_path / "device"
     try:
         os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, minor))
@@ -74,9 +84,14 @@ def test_out_never_replaces_a_device(minor: int, code: int, tmp_path: Path, runs
     assert code == 0 or (err.startswith("error: ") and err.count("\n") == 1)
 
 
-@pytest.mark.parametrize("name", ["status.json", "plan.json", "manifest.json", "metrics.jsonl", "events.jsonl", "log.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["status.json", "plan.json", "manifest.json", "metrics.jsonl", "events.jsonl", "log.txt"],
+)
 @pytest.mark.parametrize("kind", ["pipe", "zeros"])
-def test_a_pipe_or_a_device_in_a_run_folder_is_no_file(kind: str, name: str, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_or_a_device_in_a_run_folder_is_no_file(
+    kind: str, name: str, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Neither is waited for, nor read without end."""
     (runs[1] / name).unlink(missing_ok=True)
     os.mkfifo(runs[1] / name) if kind == "pipe" else (runs[1] / name).symlink_to("/dev/zero")
@@ -89,18 +104,44 @@ def test_a_pipe_or_a_device_in_a_run_folder_is_no_file(kind: str, name: str, run
 
 def ended(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash with $PY and the demo's runs as $RUNS."""
-    names = {"PY": sys.executable, "RUNS": " ".join(map(str, (DEMO[0], DEMO[2]))), "TABLE": " ".join(map(str, H100))}
+    names = {
+        "PY": sys.executable,
+        "RUNS": " ".join(map(str, (DEMO[0], DEMO[2]))),
+        "TABLE": " ".join(map(str, H100)),
+    }
     env = {**os.environ, **names, **environment}
-    return subprocess.run(["bash", "-c", command], cwd=PROJECT, env=env, capture_output=True, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", command], cwd=PROJECT, env=env, capture_output=True, timeout=120
+    )
 
 
 STREAMS: dict[str, tuple[str, dict[str, str], int, bytes]] = {
-    "a full disk": ("$PY -m analysis.compare $RUNS > /dev/full", {}, 2, b"error: the output cannot be written (No space left on device)"),
-    "a reader that leaves": ("$PY -m analysis.compare --json $RUNS | true; exit ${PIPESTATUS[0]}", {}, 141, b""),
+    "a full disk": (
+        "$PY -m analysis.compare $RUNS > /dev/full",
+        {},
+        2,
+        b"error: the output cannot be written (No space left on device)",
+    ),
+    "a reader that leaves": (
+        "$PY -m analysis.compare --json $RUNS | true; exit ${PIPESTATUS[0]}",
+        {},
+        141,
+        b"",
+    ),
     "its table": ("$PY -m analysis.compare $RUNS | true; exit ${PIPESTATUS[0]}", {}, 141, b""),
     "closed input and output": ("$PY -m analysis.compare $RUNS <&- >&-", {}, 0, b""),
-    "ASCII": ("$PY -m analysis.throughput $TABLE > /dev/null", {"PYTHONIOENCODING": "ascii"}, 0, b""),
-    "C without UTF-8": ("$PY -m launch.matrix model=llama3_8b >/dev/null", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, b""),
+    "ASCII": (
+        "$PY -m analysis.throughput $TABLE > /dev/null",
+        {"PYTHONIOENCODING": "ascii"},
+        0,
+        b"",
+    ),
+    "C without UTF-8": (
+        "$PY -m launch.matrix model=llama3_8b >/dev/null",
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        0,
+        b"",
+    ),
 }
 
 
@@ -108,19 +149,44 @@ STREAMS: dict[str, tuple[str, dict[str, str], int, bytes]] = {
 def test_streams_that_cannot_be_written_end_in_one_line_or_silence(stream: str) -> None:
     command, environment, code, says = STREAMS[stream]
     done = ended(command, **environment)
-    assert done.returncode == code and says in done.stderr and done.stderr.count(b"\n") == (1 if says else 0), done.stderr
+    assert (
+        done.returncode == code
+        and says in done.stderr
+        and done.stderr.count(b"\n") == (1 if says else 0)
+    ), done.stderr
 
 
 def test_a_log_whose_last_line_never_ends_is_read_with_bounded_memory(tmp_path: Path) -> None:
-    line = "Training epoch 0, iteration {0}/59 | lr: 3e-05 | global_batch_size: 8 | global_step: {0} | reduced_train_loss: 9.{0:04}"
+    line = (
+        "Training epoch 0, iteration {0}/59 | lr: 3e-05 | global_batch_size: 8 | global_step: {0} |"
+        " reduced_train_loss: 9.{0:04}"
+    )
     with gzip.open(tmp_path / "log.gz", "wb", 9) as file:
-        file.write("".join(f"{line.format(i)} | train_step_timing in s: 1.5\n" for i in range(60)).encode())
+        file.write(
+            "".join(f"{line.format(i)} | train_step_timing in s: 1.5\n" for i in range(60)).encode()
+        )
         for _ in range(96):
             file.write(b"\0" * (1 << 20))
-    code = "import resource, sys; from analysis.import_logs import main; resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2); "
+    code = (
+        "import resource, sys; from analysis.import_logs import main;"
+        " resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2); "
+    )
     code += "sys.exit(main(sys.argv[2:]))"
-    command = [sys.executable, "-c", code, str(600 << 20), str(tmp_path / "log.gz"), "--out", str(tmp_path / "run")]
-    done = subprocess.run([*command, "--set", "model=llama3_8b", "precision=bf16", "gpu=h100"], cwd=PROJECT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(600 << 20),
+        str(tmp_path / "log.gz"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        [*command, "--set", "model=llama3_8b", "precision=bf16", "gpu=h100"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 60
 
@@ -130,31 +196,57 @@ def test_a_log_whose_last_line_never_ends_is_read_with_bounded_memory(tmp_path: 
 
 def manifest_code(project: Path, **environment: str) -> dict[str, Any]:
     """Return what a copy of the project takes for its commit."""
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith("GIT_")}, "PYTHONPATH": str(project), "PYTHONSAFEPATH": "1", **environment}
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+        "PYTHONPATH": str(project),
+        "PYTHONSAFEPATH": "1",
+        **environment,
+    }
     code = "import json; from recipes.code import code; print(json.dumps(code()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return dict(json.loads(done.stdout))
 
 
 def git(folder: Path, *args: str) -> str:
     who = ("-c", "user.name=me", "-c", "user.email=me@here")
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return subprocess.run(["git", "-C", str(folder), *who, *args], capture_output=True, text=True, check=True, env=env).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *who, *args], capture_output=True, text=True, check=True, env=env
+    ).stdout.strip()
 
 
 def test_the_commit_is_this_projects_or_none(tmp_path: Path) -> None:
-    """A copy inside another checkout, and git's variables that point to one, name no commit of the other's."""
+    """A copy inside another checkout, and git's variables that point to one, name no commit of the
+    other's.
+    """
     other, project = tmp_path / "other", tmp_path / "other" / "vendor" / "project"
     for part in ("recipes", "conf"):
-        shutil.copytree(PROJECT / part, project / part, ignore=shutil.ignore_patterns("__pycache__", "training", "reference"))
+        shutil.copytree(
+            PROJECT / part,
+            project / part,
+            ignore=shutil.ignore_patterns("__pycache__", "training", "reference"),
+        )
     git(tmp_path, "init", "-q", str(other))
     git(other, "commit", "-q", "--allow-empty", "-m", "theirs")
     theirs = git(other, "rev-parse", "HEAD")
     assert manifest_code(project) == {"commit": None, "dirty": None}
-    assert manifest_code(project, GIT_DIR=str(other / ".git"), GIT_WORK_TREE=str(other))["commit"] is None
+    assert (
+        manifest_code(project, GIT_DIR=str(other / ".git"), GIT_WORK_TREE=str(other))["commit"]
+        is None
+    )
     git(project, "init", "-q")
     git(project, "add", ".")
     git(project, "commit", "-q", "-m", "ours")
     ours = git(project, "rev-parse", "HEAD")
     for environment in ({}, {"GIT_DIR": str(other / ".git")}):
-        assert manifest_code(project, **environment) == {"commit": ours, "dirty": False} and ours != theirs
+        assert (
+            manifest_code(project, **environment) == {"commit": ours, "dirty": False}
+            and ours != theirs
+        )

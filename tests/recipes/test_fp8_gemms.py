@@ -24,7 +24,13 @@ def plan_of(*overrides: str) -> Plan:
     return compose_plan(["gpu=h100", "data=mock", *overrides])
 
 
-LLAMA_8B = ("model=llama3_8b", "mapping=single", "mapping.micro_batch=1", "mapping.cp=2", "num_gpus=8")
+LLAMA_8B = (
+    "model=llama3_8b",
+    "mapping=single",
+    "mapping.micro_batch=1",
+    "mapping.cp=2",
+    "num_gpus=8",
+)
 LLAMA_8B = (*LLAMA_8B, "mapping.recompute_layers=32", "mapping.global_batch=32")
 GPT_405B = ("model=llama31_405b", "precision=fp8_current", "experiment=throughput")
 CASES = [
@@ -34,7 +40,11 @@ CASES = [
     ((*LLAMA_8B, "precision=fp8_current"), 0, 4 * 30 * 8 * 4),
     # the first layer is recomputed and in BF16
     ((*LLAMA_8B, "precision=fp8_current", "mapping.recompute_layers=1"), 0, 4 * 30 * 8 * 3),
-    ((*LLAMA_8B, "precision=fp8_current", "mapping.recompute_layers=3"), 0, 4 * (28 * 3 + 2 * 4) * 8),
+    (
+        (*LLAMA_8B, "precision=fp8_current", "mapping.recompute_layers=3"),
+        0,
+        4 * (28 * 3 + 2 * 4) * 8,
+    ),
 ]
 STAGES = ("mapping.pp=4", "mapping.cp=1", "mapping.recompute_layers=2", "precision=fp8_current")
 CASES += [

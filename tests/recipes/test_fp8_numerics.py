@@ -1,4 +1,6 @@
-"""The FP8 numerics against oracles that are not ours: ml_dtypes' casts, the rules of Transformer Engine and OCP MX, float64."""
+"""The FP8 numerics against oracles that are not ours: ml_dtypes' casts, the rules of Transformer
+Engine and OCP MX, float64.
+"""
 
 import math
 
@@ -48,7 +50,9 @@ def test_ties_and_the_neighbours_of_ties_round_as_ml_dtypes_does(fmt: Format) ->
     grid = np.arange(256, dtype=np.uint8).view(ML_DTYPES[fmt.name]).astype(np.float32)
     grid = np.unique(grid[np.isfinite(grid)])
     ties = ((grid[1:].astype(np.float64) + grid[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([grid, ties, np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9))])
+    x = np.concatenate(
+        [grid, ties, np.nextafter(ties, np.float32(1e9)), np.nextafter(ties, np.float32(-1e9))]
+    )
     np.testing.assert_array_equal(round_saturate_(torch.tensor(x), fmt).numpy(), oracle(x, fmt))
 
 
@@ -68,14 +72,27 @@ def test_scale_follows_compute_scale_from_amax(amax: float) -> None:
     else:
         with np.errstate(over="ignore"):
             quotient = np.float32(448) / np.float32(amax)
-        assert got == (quotient if np.isfinite(quotient) and quotient < scaling.BF16_MAX else np.float32(scaling.BF16_MAX))
+        assert got == (
+            quotient
+            if np.isfinite(quotient) and quotient < scaling.BF16_MAX
+            else np.float32(scaling.BF16_MAX)
+        )
     power = scaling.scale_from_amax(torch.tensor(amax), E4M3, power_of_two=True).item()
     assert math.frexp(power)[0] == 0.5 and power <= got < 2 * power
 
 
 @pytest.mark.parametrize(
     ("amax", "exponent"),
-    [(448.0, 127), (449.0, 128), (0.0, 0), (1.75, 119), (1.7500001, 120), (math.inf, 254), (math.nan, 255), (3.4e38, 247)],
+    [
+        (448.0, 127),
+        (449.0, 128),
+        (0.0, 0),
+        (1.75, 119),
+        (1.7500001, 120),
+        (math.inf, 254),
+        (math.nan, 255),
+        (3.4e38, 247),
+    ],
 )
 def test_mx_exponents_round_up_as_float_to_e8m0(amax: float, exponent: int) -> None:
     assert scaling.e8m0_exponents(torch.tensor([amax]), E4M3, "up").item() == exponent
@@ -95,13 +112,21 @@ def test_mx_floor_is_the_formula_of_ocp_mx_section_6_3(amax: float) -> None:
 def test_blocks_equal_a_loop_over_blocks(block: tuple[int, int], shape: tuple[int, int]) -> None:
     torch.manual_seed(1)
     x = torch.randn(shape) * 10.0 ** torch.randint(-9, 9, shape)
-    got = scaling.quantise_blocks(scaling.Source.of(x), block, E4M3, power_of_two=True).values.numpy()
+    got = scaling.quantise_blocks(
+        scaling.Source.of(x), block, E4M3, power_of_two=True
+    ).values.numpy()
     for r in range(0, shape[0], block[0]):
         for c in range(0, shape[1], block[1]):
             part = x[r : r + block[0], c : c + block[1]].numpy()
             amax = np.abs(part).max()
-            scale = np.float32(2.0 ** math.floor(math.log2(np.float32(448) / amax))) if amax else np.float32(1)
-            np.testing.assert_array_equal(got[r : r + block[0], c : c + block[1]], oracle(part * scale, E4M3) / scale)
+            scale = (
+                np.float32(2.0 ** math.floor(math.log2(np.float32(448) / amax)))
+                if amax
+                else np.float32(1)
+            )
+            np.testing.assert_array_equal(
+                got[r : r + block[0], c : c + block[1]], oracle(part * scale, E4M3) / scale
+            )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -125,13 +150,22 @@ def test_a_bad_value_spoils_only_its_own_block() -> None:
     assert tiles[0, 3].isnan() and tiles[0, 200] == 448 and tiles.isnan().sum() == 1
     assert scaling.quantise_mx(scaling.Source.of(x), 1, E4M3, "up").values.isnan().sum() == 1
     zeros = torch.zeros(3, 40)
-    assert scaling.quantise_blocks(scaling.Source.of(zeros), (1, 128), E4M3, False).values.eq(0).all()
+    assert (
+        scaling.quantise_blocks(scaling.Source.of(zeros), (1, 128), E4M3, False).values.eq(0).all()
+    )
     assert scaling.quantise_mx(scaling.Source.of(zeros), 0, E4M3, "up").values.eq(0).all()
 
 
 def test_delayed_scale_follows_the_history() -> None:
     recipe = DelayedScaling(fp8("fp8_delayed", amax_history_len=3, margin=1))
-    for amax, used in [(2.0, 1.0), (8.0, 112.0), (1.0, 28.0), (1.0, 28.0), (1.0, 28.0), (1.0, 224.0)]:
+    for amax, used in [
+        (2.0, 1.0),
+        (8.0, 112.0),
+        (1.0, 28.0),
+        (1.0, 28.0),
+        (1.0, 28.0),
+        (1.0, 224.0),
+    ]:
         assert recipe.scale[0] == used
         recipe(torch.tensor([[amax, -0.5]]), "input", True)
     before = recipe.scale.clone(), recipe.amax_history.clone()
@@ -141,7 +175,9 @@ def test_delayed_scale_follows_the_history() -> None:
 
 
 def test_a_delayed_scale_is_the_ieee_quotient() -> None:
-    """delayed_scaling.cu: scale = scaled_max / amax; a reciprocal times scaled_max is off by one in the last place in a quarter of the cases."""
+    """delayed_scaling.cu: scale = scaled_max / amax; a reciprocal times scaled_max is off by one in
+    the last place in a quarter of the cases.
+    """
     recipe = DelayedScaling(fp8("fp8_delayed", amax_history_len=1))
     for amax in np.random.default_rng(0).uniform(0.5, 2, 200).astype(np.float32):
         recipe(torch.tensor([[amax]]), "input", True)
@@ -159,7 +195,11 @@ def test_a_nan_leaves_the_delayed_scale_alone() -> None:
 @pytest.mark.parametrize("form", ["hybrid", "e4m3"])
 def test_gemms_follow_float64_within_the_precision_of_the_format(name: str, form: str) -> None:
     torch.manual_seed(0)
-    x, w, g = torch.randn(96, 160).bfloat16(), torch.randn(224, 160).bfloat16(), torch.randn(96, 224).bfloat16()
+    x, w, g = (
+        torch.randn(96, 160).bfloat16(),
+        torch.randn(224, 160).bfloat16(),
+        torch.randn(96, 224).bfloat16(),
+    )
     x.requires_grad_(), w.requires_grad_()
     recipe, calls = quantiser(fp8(name, format=form)), Calls()
     for _ in range(2):  # the first pass fills the amax history
@@ -169,27 +209,49 @@ def test_gemms_follow_float64_within_the_precision_of_the_format(name: str, form
     assert (calls.fprop, calls.dgrad, calls.wgrad) == (2, 2, 2)
     xd, wd, gd = x.detach().double(), w.detach().double(), g.double()
     gradient_bound = 0.05 if form == "e4m3" else 0.09
-    for got, exact, bound in ((y, xd @ wd.t(), 0.05), (x.grad, gd @ wd, gradient_bound), (w.grad, gd.t() @ xd, gradient_bound)):
+    for got, exact, bound in (
+        (y, xd @ wd.t(), 0.05),
+        (x.grad, gd @ wd, gradient_bound),
+        (w.grad, gd.t() @ xd, gradient_bound),
+    ):
         error = ((got.double() - exact).norm() / exact.norm()).item()
         assert 0.01 < error < bound
 
 
 def test_bf16_linear_is_exact_but_for_the_output_rounding() -> None:
     torch.manual_seed(0)
-    x, w = torch.randn(2, 8, 64).bfloat16().requires_grad_(), torch.randn(32, 64).bfloat16().requires_grad_()
+    x, w = (
+        torch.randn(2, 8, 64).bfloat16().requires_grad_(),
+        torch.randn(32, 64).bfloat16().requires_grad_(),
+    )
     y = bf16_linear(x, w)
     y.backward(torch.ones_like(y))
     exact = x.detach().double() @ w.detach().double().t()
     assert torch.allclose(y.double(), exact, rtol=2**-8, atol=1e-6)
-    assert torch.allclose(w.grad.double(), torch.ones(32, 16).double() @ x.detach().double().view(16, 64), rtol=2**-7, atol=1e-5)
+    assert torch.allclose(
+        w.grad.double(),
+        torch.ones(32, 16).double() @ x.detach().double().view(16, 64),
+        rtol=2**-7,
+        atol=1e-5,
+    )
 
 
 def test_saturated_elements_are_counted_and_only_those() -> None:
     x = torch.tensor([[448.0, 463.9, 464.0, -1000.0, math.inf, math.nan, 1.0]])
     q = scaling.quantise_tensor(x, torch.tensor(1.0), torch.tensor(math.inf), E4M3)
     assert q.saturated == 2
-    assert scaling.quantise_mx(scaling.Source.of(torch.tensor([[500.0, 1.0]])), 1, E4M3, "ocp_floor").saturated == 1
-    assert scaling.quantise_mx(scaling.Source.of(torch.tensor([[500.0, 1.0]])), 1, E4M3, "up").saturated == 0
+    assert (
+        scaling.quantise_mx(
+            scaling.Source.of(torch.tensor([[500.0, 1.0]])), 1, E4M3, "ocp_floor"
+        ).saturated
+        == 1
+    )
+    assert (
+        scaling.quantise_mx(
+            scaling.Source.of(torch.tensor([[500.0, 1.0]])), 1, E4M3, "up"
+        ).saturated
+        == 0
+    )
 
 
 def test_a_delayed_scale_that_lags_behind_saturates_and_says_so() -> None:

@@ -1,4 +1,6 @@
-"""MXFP8 against a cast that is not ours (torchao), the fast path against the plain one, and the diagnostics."""
+"""MXFP8 against a cast that is not ours (torchao), the fast path against the plain one, and the
+diagnostics.
+"""
 
 import math
 
@@ -12,7 +14,10 @@ from recipes.training.fp8.formats import E4M3, E5M2, Format
 from recipes.training.fp8.recipe import format_of, quantiser
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
-ROUNDINGS = pytest.mark.parametrize(("mode", "rounding"), [(ScaleCalculationMode.FLOOR, "ocp_floor"), (ScaleCalculationMode.RCEIL, "up")])
+ROUNDINGS = pytest.mark.parametrize(
+    ("mode", "rounding"),
+    [(ScaleCalculationMode.FLOOR, "ocp_floor"), (ScaleCalculationMode.RCEIL, "up")],
+)
 PRECISIONS = ["fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8"]
 
 
@@ -23,7 +28,9 @@ def ours(x: torch.Tensor, fmt: Format, rounding: str) -> torch.Tensor:
 def torchao(x: torch.Tensor, fmt: Format, mode: ScaleCalculationMode) -> torch.Tensor:
     scale, elements = to_mx(x, fmt.dtype, scaling.MX_BLOCK, mode)
     exponent = scale.view(torch.uint8).to(torch.int32).reshape(x.shape[0], -1, 1)
-    return (elements.float().view(x.shape[0], -1, scaling.MX_BLOCK) * scaling.exp2_biased(exponent)).view_as(x)
+    return (
+        elements.float().view(x.shape[0], -1, scaling.MX_BLOCK) * scaling.exp2_biased(exponent)
+    ).view_as(x)
 
 
 def numbers(kind: str) -> torch.Tensor:
@@ -32,15 +39,24 @@ def numbers(kind: str) -> torch.Tensor:
     powers = {"normal": (0, 1), "wide": (-60, 60), "extreme": (-100, 120)}
     if kind in powers:
         return x * torch.exp2(torch.randint(*powers[kind], x.shape).float())
-    special = {"zeros": 0.0, "largest": torch.finfo(torch.float32).max, "infinite": math.inf, "just above 448": 448.0 + 2**-15}
+    special = {
+        "zeros": 0.0,
+        "largest": torch.finfo(torch.float32).max,
+        "infinite": math.inf,
+        "just above 448": 448.0 + 2**-15,
+    }
     x[:, ::32] = special[kind]
     return x * (kind != "zeros")
 
 
 @FORMATS
 @ROUNDINGS
-@pytest.mark.parametrize("kind", ["normal", "wide", "extreme", "zeros", "largest", "infinite", "just above 448"])
-def test_mxfp8_equals_torchao_bit_by_bit(fmt: Format, mode: ScaleCalculationMode, rounding: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["normal", "wide", "extreme", "zeros", "largest", "infinite", "just above 448"]
+)
+def test_mxfp8_equals_torchao_bit_by_bit(
+    fmt: Format, mode: ScaleCalculationMode, rounding: str, kind: str
+) -> None:
     x = numbers(kind)
     got, expected = ours(x, fmt, rounding), torchao(x, fmt, mode)
     assert torch.equal(got, expected)
@@ -48,8 +64,12 @@ def test_mxfp8_equals_torchao_bit_by_bit(fmt: Format, mode: ScaleCalculationMode
 
 @FORMATS
 @ROUNDINGS
-def test_where_torchao_goes_another_way(fmt: Format, mode: ScaleCalculationMode, rounding: str) -> None:
-    """A NaN spoils its whole block there, but not in Transformer Engine; 2**-127, E8M0's smallest scale, is not used there."""
+def test_where_torchao_goes_another_way(
+    fmt: Format, mode: ScaleCalculationMode, rounding: str
+) -> None:
+    """A NaN spoils its whole block there, but not in Transformer Engine; 2**-127, E8M0's smallest
+    scale, is not used there.
+    """
     x = torch.ones(1, 32)
     x[0, 5] = math.nan
     assert torchao(x, fmt, mode).isnan().all()
@@ -62,9 +82,15 @@ def test_where_torchao_goes_another_way(fmt: Format, mode: ScaleCalculationMode,
 @FORMATS
 @pytest.mark.parametrize("shape", [(64, 96), (33, 70), (1, 1), (300, 5)])
 @pytest.mark.parametrize("kind", ["mx", "tiles", "blocks"])
-def test_rounding_in_place_of_the_scale_changes_no_bit(fmt: Format, shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_in_place_of_the_scale_changes_no_bit(
+    fmt: Format, shape: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(1)
-    x = torch.randn(shape) * torch.exp2(torch.randint(-30, 30, shape).float()) * (torch.rand(shape) > 0.2)
+    x = (
+        torch.randn(shape)
+        * torch.exp2(torch.randint(-30, 30, shape).float())
+        * (torch.rand(shape) > 0.2)
+    )
 
     def quantised() -> list[torch.Tensor]:
         source = scaling.Source.of(x)
@@ -105,6 +131,8 @@ def test_diagnostics_are_left_out_when_they_are_off() -> None:
 
 
 def test_gradients_are_e5m2_in_hybrid_recipes_only() -> None:
-    hybrid, e4m3 = (compose_plan([f"precision={p}"]).precision.fp8 for p in ("fp8_current", "mxfp8"))
+    hybrid, e4m3 = (
+        compose_plan([f"precision={p}"]).precision.fp8 for p in ("fp8_current", "mxfp8")
+    )
     assert [format_of(hybrid, role) for role in ("input", "weight", "grad")] == [E4M3, E4M3, E5M2]
     assert {format_of(e4m3, role) for role in ("input", "weight", "grad")} == {E4M3}

@@ -1,4 +1,6 @@
-"""GPUs without rows in NVIDIA's tables: which recipes their compute capability allows, from which layouts plans start, and their predictions."""
+"""GPUs without rows in NVIDIA's tables: which recipes their compute capability allows, from which
+layouts plans start, and their predictions.
+"""
 
 import json
 from pathlib import Path
@@ -26,7 +28,13 @@ WORKSTATION = {
     "nemo_25_07": {"bf16", "fp8_delayed", "fp8_current"},
     "nemo_25_04_te_2_11": {"bf16", "fp8_delayed", "fp8_current", "fp8_subchannel"},
 }
-RECIPES = {"h20": HOPPER, "h800": HOPPER, "gh200": HOPPER, "b300": ULTRA, "rtx_pro_6000": WORKSTATION}
+RECIPES = {
+    "h20": HOPPER,
+    "h800": HOPPER,
+    "gh200": HOPPER,
+    "b300": ULTRA,
+    "rtx_pro_6000": WORKSTATION,
+}
 SMALL = ["model=llama32_1b", "cluster.container_runtime=none", "cluster.python=python"]
 PRECISIONS = ("bf16", "fp8_delayed", "fp8_current", "fp8_subchannel", "mxfp8")
 

@@ -1,4 +1,6 @@
-"""The loader that remembers composes what Hydra itself composes, and sees every change of a file."""
+"""The loader that remembers composes what Hydra itself composes, and sees every change of a
+file.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ def by_hydra(overrides: list[str], conf: Path) -> Any:
     [
         [],
         ["model=llama3_8b", "precision=fp8_current", "gpu=h100", "mapping.tp=4", "seed=2"],
-        ["gpu=h100", "mapping.tp=4", "precision=fp8_current", "seed=3", "model=llama3_8b"],  # the same files, other values
+        [
+            "gpu=h100",
+            "mapping.tp=4",
+            "precision=fp8_current",
+            "seed=3",
+            "model=llama3_8b",
+        ],  # the same files, other values
         ["mapping={tp: 2}", "++cluster.environment={A: b}", "data.root=${runs_dir}/x"],
         ["experiment=throughput", "model=llama3_70b", "gpu=b200", "~train.max_steps"],
         ["hydra.searchpath=[file:///nowhere]", "seed=5"],
@@ -90,6 +98,8 @@ def test_a_change_of_a_file_is_seen(tmp_path: Path) -> None:
     assert account() == "ten"
     site.unlink()
     assert account() is None
-    copy = (conf / "precision/fp8_current.yaml").read_text().replace("name: fp8_current", "name: mine")
+    copy = (
+        (conf / "precision/fp8_current.yaml").read_text().replace("name: fp8_current", "name: mine")
+    )
     (conf / "precision/mine.yaml").write_text(copy)
     assert compose_plan(["precision=mine"], conf).precision.name == "mine"

@@ -1,4 +1,6 @@
-"""Recommended layouts: every cell fits with a margin under the default settings, and says what changed."""
+"""Recommended layouts: every cell fits with a margin under the default settings, and says what
+changed.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,16 @@ def test_no_recommended_cell_is_refused_for_memory_or_tight(rows: Rows) -> None:
 
 @pytest.mark.slow
 def test_a_cell_that_gives_up_its_layout_says_what_changed_and_why(rows: Rows) -> None:
-    found = {(row["model"], row["precision"], row["gpu"]): row["changed"] for row in rows if row["stack"] == STACKS[0]}
-    for_memory = {key: notes for key, notes in found.items() if any(note.startswith("for memory") for note in notes)}
+    found = {
+        (row["model"], row["precision"], row["gpu"]): row["changed"]
+        for row in rows
+        if row["stack"] == STACKS[0]
+    }
+    for_memory = {
+        key: notes
+        for key, notes in found.items()
+        if any(note.startswith("for memory") for note in notes)
+    }
     assert len(for_memory) >= 10
     assert all(" GB" in notes[-1] and "→" in notes[-1] for notes in for_memory.values())
     assert ("llama3_70b", "bf16", "h100") not in for_memory  # leaves a margin as it is
@@ -50,32 +60,55 @@ def test_the_summary_shows_the_change(precision: str) -> None:
     asked = ["model=llama3_8b", "gpu=h100", f"precision={precision}"]
     plan, nvidias = compose_plan(asked), compose_plan([*asked, "settings.layout=recommended"])
     assert state(plan) == "fits" and state(nvidias) == "tight"
-    ((key, (old, new)), *_) = differing(nvidias, plan).items()
+    (key, (old, new)), *_ = differing(nvidias, plan).items()
     note = f"{key} {old} → {new}"
     facts = summary(plan, check_data(plan))
-    assert any(note in each for each in facts["layout"]["changed"]) and facts["memory_gb_per_gpu"]["state"] == "fits"
+    assert (
+        any(note in each for each in facts["layout"]["changed"])
+        and facts["memory_gb_per_gpu"]["state"] == "fits"
+    )
     assert note in " ".join(table(plan, check_data(plan)).split())
     assert estimate(plan).total_gb * (1 + margin(plan)) <= (usable_gb(plan) or 0)
 
 
 def test_throughput_keeps_nvidias_layouts() -> None:
     for row in matrix(
-        STACKS[:1], ["experiment=throughput"], {"model": ["llama3_8b", "llama31_405b"], "precision": ["bf16", "mxfp8"], "gpu": ["h100", "gb200"]}
+        STACKS[:1],
+        ["experiment=throughput"],
+        {
+            "model": ["llama3_8b", "llama31_405b"],
+            "precision": ["bf16", "mxfp8"],
+            "gpu": ["h100", "gb200"],
+        },
     ):
         assert row["changed"] == [] and row["memory"] != "refused"
 
 
-@pytest.mark.parametrize(("model", "gpu"), [("llama3_8b", "h100"), ("llama3_70b", "gb200"), ("llama31_405b", "b200"), ("nemotron4_15b", "b200")])
+@pytest.mark.parametrize(
+    ("model", "gpu"),
+    [
+        ("llama3_8b", "h100"),
+        ("llama3_70b", "gb200"),
+        ("llama31_405b", "b200"),
+        ("nemotron4_15b", "b200"),
+    ],
+)
 def test_iso_gives_all_precisions_one_layout_that_fits_each(model: str, gpu: str) -> None:
     plans = []
     for precision in ("bf16", "fp8_delayed", "fp8_current", "mxfp8"):
         try:
-            plans.append(compose_plan([f"model={model}", f"gpu={gpu}", f"precision={precision}", "mapping=iso"]))
+            plans.append(
+                compose_plan(
+                    [f"model={model}", f"gpu={gpu}", f"precision={precision}", "mapping=iso"]
+                )
+            )
         except InputError as error:
             assert "compute capability" in str(error)
     assert len(plans) >= 3 and all(state(plan) == "fits" for plan in plans)
     for one, other in itertools.pairwise(plans):
-        assert one.mapping.model_dump(exclude=RESOLVED) == other.mapping.model_dump(exclude=RESOLVED)
+        assert one.mapping.model_dump(exclude=RESOLVED) == other.mapping.model_dump(
+            exclude=RESOLVED
+        )
         assert one.num_gpus == other.num_gpus
 
 
@@ -90,13 +123,20 @@ def test_a_layout_that_is_asked_for_is_not_changed() -> None:
     asked = ["model=llama3_8b", "gpu=h100", "mapping.recompute_layers=1"]
     plan = compose_plan(asked)
     assert plan.mapping.recompute_layers == 1 and state(plan) == "tight"
-    remedy = summary(plan, check_data(plan))["memory_gb_per_gpu"]["remedy"].removeprefix("use ").split(" (about")[0].split()
+    remedy = (
+        summary(plan, check_data(plan))["memory_gb_per_gpu"]["remedy"]
+        .removeprefix("use ")
+        .split(" (about")[0]
+        .split()
+    )
     assert " ".join(remedy) in " ".join(table(plan, check_data(plan)).split())
     assert state(compose_plan([*asked, *remedy])) == "fits"
 
 
 def test_a_field_given_as_the_row_has_it_stays_and_the_others_still_fit() -> None:
-    """Under the default settings the row of this cell leaves no margin, and recomputation gives it one."""
+    """Under the default settings the row of this cell leaves no margin, and recomputation gives it
+    one.
+    """
     cell = ["model=llama3_8b", "gpu=h100", "precision=fp8_current"]
     usual, row = compose_plan(cell), compose_plan([*cell, "settings.layout=recommended"]).mapping
     assert state(usual) == "fits" and usual.mapping.recompute_layers > row.recompute_layers == 0
@@ -104,10 +144,20 @@ def test_a_field_given_as_the_row_has_it_stays_and_the_others_still_fit() -> Non
         assert compose_plan([*cell, f"mapping.{key}={getattr(row, key)}"]) == usual
     kept = compose_plan([*cell, "mapping.recompute_layers=0"])
     assert state(kept) == "fits" and kept.mapping.recompute_layers == 0
-    assert state(compose_plan([*cell, "mapping.recompute_layers=0", "settings.layout=recommended"])) == "tight"
+    assert (
+        state(compose_plan([*cell, "mapping.recompute_layers=0", "settings.layout=recommended"]))
+        == "tight"
+    )
 
 
-@pytest.mark.parametrize("asked", [["model=llama3_70b", "gpu=h100", "mapping.pp=3"], ["model=llama3_8b", "gpu=h100", "num_gpus=20"]], ids=str)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["model=llama3_70b", "gpu=h100", "mapping.pp=3"],
+        ["model=llama3_8b", "gpu=h100", "num_gpus=20"],
+    ],
+    ids=str,
+)
 def test_a_remedy_names_no_batch_that_nobody_named(asked: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         compose_plan(asked)
@@ -121,24 +171,46 @@ def test_a_remedy_names_no_batch_that_nobody_named(asked: list[str]) -> None:
 @pytest.mark.parametrize(
     ("asked", "dropped", "kept"),
     [
-        (["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4"], "fsdp=true (pp=4)", {"fsdp": False}),
-        (["model=llama3_70b", "gpu=h100", "mapping.pp=1", "mapping.tp=8"], "vp=5 (pp=1)", {"vp": 1}),
-        (["model=llama3_8b", "gpu=b200", "mapping.recompute_layers=4"], "cuda_graphs=true (recompute_layers=4)", {"cuda_graphs": False}),
         (
-            ["model=llama31_405b", "gpu=gb200", "stack=nemo_25_07", "precision=fp8_delayed", "mapping.recompute_layers=126"],
+            ["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4"],
+            "fsdp=true (pp=4)",
+            {"fsdp": False},
+        ),
+        (
+            ["model=llama3_70b", "gpu=h100", "mapping.pp=1", "mapping.tp=8"],
+            "vp=5 (pp=1)",
+            {"vp": 1},
+        ),
+        (
+            ["model=llama3_8b", "gpu=b200", "mapping.recompute_layers=4"],
+            "cuda_graphs=true (recompute_layers=4)",
+            {"cuda_graphs": False},
+        ),
+        (
+            [
+                "model=llama31_405b",
+                "gpu=gb200",
+                "stack=nemo_25_07",
+                "precision=fp8_delayed",
+                "mapping.recompute_layers=126",
+            ],
             "offload_layers=95",
             {"offload_layers": 0},
         ),
     ],
 )
-def test_a_recommended_field_that_another_excludes_is_dropped_and_named(asked: list[str], dropped: str, kept: dict[str, object]) -> None:
+def test_a_recommended_field_that_another_excludes_is_dropped_and_named(
+    asked: list[str], dropped: str, kept: dict[str, object]
+) -> None:
     plan = compose_plan(asked)
     assert any(dropped in note for note in summary(plan, check_data(plan))["layout"]["changed"])
     assert {key: getattr(plan.mapping, key) for key in kept} == kept
 
 
 def test_whichever_of_two_exclusive_fields_is_asked_for_the_row_gives_up_the_other() -> None:
-    """For every recommended row: each field that it leaves off is turned on, and each that is on is asked for."""
+    """For every recommended row: each field that it leaves off is turned on, and each that is on is
+    asked for.
+    """
     stacks = {"v2.3.0": "nemo_25_04", "v2.4.0": "nemo_25_07"}
     precisions = {"bf16": "bf16", "fp8": "fp8_delayed"}
     rows = [row for row in recommended() if row["model"] != "*"]
@@ -148,27 +220,57 @@ def test_whichever_of_two_exclusive_fields_is_asked_for_the_row_gives_up_the_oth
         "stack": set(stacks.values()),
         "precision": {precisions.get(row["dtype"], row["dtype"]) for row in rows},
     }
-    part = {(group, name): compose_tree([f"{group}={name}"])[group] for group, all_names in names.items() for name in all_names}
+    part = {
+        (group, name): compose_tree([f"{group}={name}"])[group]
+        for group, all_names in names.items()
+        for name in all_names
+    }
     base, gave_up = compose_tree([]), set[tuple[str, str]]()
     for row in rows:
-        cell = {"model": row["model"], "gpu": row["gpu"], "stack": stacks[row["nemo_ref"]], "precision": precisions.get(row["dtype"], row["dtype"])}
+        cell = {
+            "model": row["model"],
+            "gpu": row["gpu"],
+            "stack": stacks[row["nemo_ref"]],
+            "precision": precisions.get(row["dtype"], row["dtype"]),
+        }
         tree = base | {group: part[group, name] for group, name in cell.items()}
         own = fill(tree)["mapping"]
-        for key, on in (("pp", 2), ("fsdp", True), ("recompute_layers", 1), ("offload_layers", 1), ("cuda_graphs", True)):
+        for key, on in (
+            ("pp", 2),
+            ("fsdp", True),
+            ("recompute_layers", 1),
+            ("offload_layers", 1),
+            ("cuda_graphs", True),
+        ):
             filled = fill(tree | {"mapping": tree["mapping"] | {key: on}})["mapping"]
             assert filled[key] == on and not list(excluded(filled, key)), (cell, key)
             for other in excluded(own | {key: on}, key):
-                assert f"{other}={str(own[other]).lower()} ({key}={str(on).lower()})" in filled["source"]
+                assert (
+                    f"{other}={str(own[other]).lower()} ({key}={str(on).lower()})"
+                    in filled["source"]
+                )
                 gave_up.add((key, other))
-    shipped = {("fsdp", "pp"), ("pp", "fsdp"), ("cuda_graphs", "fsdp"), ("recompute_layers", "cuda_graphs"), ("offload_layers", "pp")}
+    shipped = {
+        ("fsdp", "pp"),
+        ("pp", "fsdp"),
+        ("cuda_graphs", "fsdp"),
+        ("recompute_layers", "cuda_graphs"),
+        ("offload_layers", "pp"),
+    }
     assert shipped <= gave_up
 
 
 def test_what_a_layout_gave_up_stands_in_the_refusal_that_follows() -> None:
-    with pytest.raises(InputError, match=r"GB \(dropped: pp=8 \(offload_layers=1\), vp=\d+ \(pp=1\)\)"):
+    with pytest.raises(
+        InputError, match=r"GB \(dropped: pp=8 \(offload_layers=1\), vp=\d+ \(pp=1\)\)"
+    ):
         compose_plan(["model=nemotron4_340b", "gpu=h100", "mapping.offload_layers=1"])
 
 
 def test_what_was_asked_for_is_never_dropped() -> None:
-    plan = compose_plan(["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4", "mapping.fsdp=true"])
-    assert plan.mapping.fsdp and not any("dropped" in note for note in summary(plan, check_data(plan))["layout"]["changed"])
+    plan = compose_plan(
+        ["model=nemotron4_340b", "gpu=gb200", "mapping.tp=8", "mapping.pp=4", "mapping.fsdp=true"]
+    )
+    assert plan.mapping.fsdp and not any(
+        "dropped" in note for note in summary(plan, check_data(plan))["layout"]["changed"]
+    )

@@ -26,7 +26,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 1)
     for module in (utils, loss):
         monkeypatch.setattr(
-            module, "average_losses_across_data_parallel_group", lambda losses: torch.cat([one.clone().detach().view(1) for one in losses])
+            module,
+            "average_losses_across_data_parallel_group",
+            lambda losses: torch.cat([one.clone().detach().view(1) for one in losses]),
         )
     yield
 
@@ -34,10 +36,20 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
 def test_it_is_nemos_to_the_bit(share: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    losses, mask = torch.rand(SHAPE, generator=generator) * 11, (torch.rand(SHAPE, generator=generator) < share).float()
-    ours, theirs = (made.forward({"loss_mask": mask.clone()}, losses) for made in (loss.MaskedLoss(), MaskedTokenLossReduction()))
+    losses, mask = (
+        torch.rand(SHAPE, generator=generator) * 11,
+        (torch.rand(SHAPE, generator=generator) < share).float(),
+    )
+    ours, theirs = (
+        made.forward({"loss_mask": mask.clone()}, losses)
+        for made in (loss.MaskedLoss(), MaskedTokenLossReduction())
+    )
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[2]["avg"], theirs[2]["avg"])
-    assert torch.equal(ours[1], theirs[1]) and ours[1].dtype == theirs[1].dtype and ours[1] == max(1, mask.sum())
+    assert (
+        torch.equal(ours[1], theirs[1])
+        and ours[1].dtype == theirs[1].dtype
+        and ours[1] == max(1, mask.sum())
+    )
 
 
 def test_no_value_is_asked_for_on_the_host_as_nemos_is() -> None:

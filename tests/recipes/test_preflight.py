@@ -14,7 +14,12 @@ from recipes.run_folder import open_folder, status_of
 ROOT = Path(__file__).parents[2]
 BLOCKS = ["gpu=h100", "stack=nemo_25_07", "precision=fp8_subchannel"]
 MXFP8 = ["gpu=b200", "stack=nemo_25_04", "precision=mxfp8"]
-ULTRA = ["gpu=b300", "stack=nemo_25_04", "precision=bf16", "cluster.container_image=/images/own.sqsh"]
+ULTRA = [
+    "gpu=b300",
+    "stack=nemo_25_04",
+    "precision=bf16",
+    "cluster.container_image=/images/own.sqsh",
+]
 CASES = [
     (BLOCKS, '"12.9"', None),
     (BLOCKS, "'12.10'", None),
@@ -30,24 +35,34 @@ CASES = [
 
 
 def node(folder: Path, plan_file: Path, cuda: str, device: str | None = None) -> dict[str, str]:
-    """Return the environment of a node: the stack's packages, a PyTorch of a CUDA, the plan's GPUs."""
+    """Return the environment of a node: the stack's packages, a PyTorch of a CUDA, the plan's
+    GPUs.
+    """
     plan = json.loads(plan_file.read_text())
     names = {"nemo": "nemo_toolkit"}
     for name, version in plan["stack"]["versions"].items():
         info = folder / f"{names.get(name, name)}-{version}.0.dist-info"
         info.mkdir(parents=True)
         package = names.get(name, name).replace("_", "-")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}.0\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}.0\n"
+        )
     (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text("raise SystemExit('the preflight imports torch')\n")
-    version_file = f"from typing import Optional\n__version__ = '2.7'\ncuda: Optional[str] = {cuda}\n"
+    (folder / "torch" / "__init__.py").write_text(
+        "raise SystemExit('the preflight imports torch')\n"
+    )
+    version_file = (
+        f"from typing import Optional\n__version__ = '2.7'\ncuda: Optional[str] = {cuda}\n"
+    )
     (folder / "torch" / "version.py").write_text(version_file)
     smi = folder / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     gpu = plan["gpu"]
     line = f"{gpu['compute_capability']}, {device or 'NVIDIA ' + gpu['device_name']}"
     lines = "\n".join([line] * gpu["devices_per_node"])
-    smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_cap,name ] && cat <<END\n{lines}\nEND\n')
+    smi.write_text(
+        f'#!/bin/sh\n[ "$1" = --query-gpu=compute_cap,name ] && cat <<END\n{lines}\nEND\n'
+    )
     smi.chmod(0o755)
     path = f"{smi.parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHONSAFEPATH": "1"}
@@ -86,8 +101,19 @@ DEVICES = [
 
 
 @pytest.mark.parametrize(("gpu", "device", "is_right"), DEVICES)
-def test_the_job_asks_for_the_name_of_its_gpus(gpu: str, device: str, is_right: bool, tmp_path: Path) -> None:
-    run = open_folder(compose_plan(["model=llama32_1b", f"gpu={gpu}", "cluster.container_image=/images/own.sqsh", f"runs_dir={tmp_path}"]))
+def test_the_job_asks_for_the_name_of_its_gpus(
+    gpu: str, device: str, is_right: bool, tmp_path: Path
+) -> None:
+    run = open_folder(
+        compose_plan(
+            [
+                "model=llama32_1b",
+                f"gpu={gpu}",
+                "cluster.container_image=/images/own.sqsh",
+                f"runs_dir={tmp_path}",
+            ]
+        )
+    )
     env = node(tmp_path / "site", run / "plan.json", "'12.9'", device)
     command = [sys.executable, "-m", "launch.preflight", str(run)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)

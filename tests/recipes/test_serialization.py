@@ -1,4 +1,6 @@
-"""Checkpoints are written in PyTorch's own format where PyTorch asks for one, with all of their metadata, and as they were where it does not."""
+"""Checkpoints are written in PyTorch's own format where PyTorch asks for one, with all of their
+metadata, and as they were where it does not.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_format_is_given_where_pytorch_asks_for_it() -> None:
     adapt_writer()
     written: Any = filesystem_async._write_item
-    assert isinstance(written, functools.partial) and written.keywords == {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
+    assert isinstance(written, functools.partial) and written.keywords == {
+        "serialization_format": filesystem.SerializationFormat.TORCH_SAVE
+    }
 
 
 def test_an_older_pytorch_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,13 +55,21 @@ def finished(folder: Path) -> Metadata:
 
 def test_what_megatron_core_adds_to_the_metadata_is_written(tmp_path: Path) -> None:
     adapt_writer()
-    assert finished(tmp_path).mcore_data == {"optimizer": {"nd_reformulated_orig_global_shape": (4, 2)}}  # type: ignore[attr-defined]
+    assert finished(tmp_path).mcore_data == {
+        "optimizer": {"nd_reformulated_orig_global_shape": (4, 2)}
+    }  # type: ignore[attr-defined]
 
 
-def test_it_is_written_by_a_pytorch_that_copies_its_own_fields_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_written_by_a_pytorch_that_copies_its_own_fields_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy by dataclasses.replace, as PyTorch 2.11 makes one, and this one does not."""
     finish = filesystem.FileSystemWriter.finish
-    monkeypatch.setattr(Writer, "finish", lambda self, metadata, results: finish(self, dataclasses.replace(metadata), results))
+    monkeypatch.setattr(
+        Writer,
+        "finish",
+        lambda self, metadata, results: finish(self, dataclasses.replace(metadata), results),
+    )
     with pytest.raises(AttributeError):
         finished(tmp_path).mcore_data  # type: ignore[attr-defined]  # noqa: B018
     adapt_writer()

@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from recipes.training.compat.transformer_engine import _no_walk_over_arguments, accumulate_weight_gradient
+from recipes.training.compat.transformer_engine import (
+    _no_walk_over_arguments,
+    accumulate_weight_gradient,
+)
 
 MODULE = "transformer_engine.pytorch.quantized_tensor"
 
@@ -21,7 +24,9 @@ class Walks(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return torch._C._disabled_torch_function_impl(func, types, tree_map(lambda x: x, args), kwargs or {})
+        return torch._C._disabled_torch_function_impl(
+            func, types, tree_map(lambda x: x, args), kwargs or {}
+        )
 
 
 class Direct(torch.Tensor):
@@ -51,7 +56,9 @@ def garbage_of(x: torch.Tensor) -> int:
     return gc.collect()
 
 
-def test_a_quantised_tensor_leaves_no_garbage(monkeypatch: pytest.MonkeyPatch, garbage_kept: None) -> None:
+def test_a_quantised_tensor_leaves_no_garbage(
+    monkeypatch: pytest.MonkeyPatch, garbage_kept: None
+) -> None:
     x = torch.ones(2, 3).as_subclass(Walks)
     assert garbage_of(x) >= 300
     monkeypatch.setattr(Walks, "__torch_function__", Walks.__torch_function__)  # to be put back
@@ -86,7 +93,9 @@ def gemm_of_2_11(A: Any, B: Any, out_dtype: Any = None, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("gemm", [gemm_of_2_2, gemm_of_2_11])
-def test_a_weight_gradient_is_added_in_every_version(monkeypatch: pytest.MonkeyPatch, gemm: Any) -> None:
+def test_a_weight_gradient_is_added_in_every_version(
+    monkeypatch: pytest.MonkeyPatch, gemm: Any
+) -> None:
     """Transformer Engine 2.2 and 2.5 want a workspace (cpp_extensions/gemm.py), 2.11 has none."""
     parts = ("", ".pytorch", ".pytorch.cpp_extensions", ".pytorch.module", ".pytorch.module.base")
     for part in parts:

@@ -1,4 +1,6 @@
-"""Transformer Engine's layers as the harness sees them, with a stand-in for the layer: FP8 counted, operands looked at."""
+"""Transformer Engine's layers as the harness sees them, with a stand-in for the layer: FP8 counted,
+operands looked at.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Layer(nn.Module):
         return x @ self.weight.t()
 
 
-def watched(fp8: Fp8 | None, gain: torch.Tensor | None = None, monkeypatch: pytest.MonkeyPatch | None = None) -> tuple[Layer, Watched]:
+def watched(
+    fp8: Fp8 | None, gain: torch.Tensor | None = None, monkeypatch: pytest.MonkeyPatch | None = None
+) -> tuple[Layer, Watched]:
     layer = Layer(gain)
     seen = Watched(layer, fp8)
     layer.register_forward_hook(seen.forward)
@@ -94,7 +98,9 @@ def test_the_norm_inside_a_layer_is_part_of_its_input(monkeypatch: pytest.Monkey
 
 def test_nothing_is_computed_where_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, seen = watched(Fp8(scaling="current"), torch.ones(16), monkeypatch)
-    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *_: pytest.fail("a norm was computed for nobody"))
+    monkeypatch.setattr(
+        torch.nn.functional, "rms_norm", lambda *_: pytest.fail("a norm was computed for nobody")
+    )
     layer(torch.randn(4, 16)).sum().backward()
     assert seen.fp8_calls.total == 3
 
@@ -112,7 +118,9 @@ def test_of_a_large_operand_blocks_of_rows_and_the_largest_value_are_taken() -> 
     assert sample(x, elements=128 * 64 * 4)[-1].isnan().any()
 
 
-def test_delayed_scaling_is_looked_at_with_the_scales_that_the_layer_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delayed_scaling_is_looked_at_with_the_scales_that_the_layer_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer, seen = watched(Fp8(scaling="delayed"), monkeypatch=monkeypatch)
     found = seen.fp8_quantiser
     assert found

@@ -1,10 +1,11 @@
 """Which published rows may choose the predictor's form, and which only report its error?
 
-A form, a prior or an interval's width is chosen on one half of the rows.  The other half is predicted once
-a choice is final.  Rows of one model, release and submitter err alike, so they stay together.  Within the
-rows of a GPU, of the reference files and of the unseen ones apart, these groups are sorted by the SHA-256
-of their name and dealt in turn: to `choose`, to `report`, to `choose`.  The rule was written down before a
-form was tried.  It depends on nothing that was measured or predicted.
+A form, a prior or an interval's width is chosen on one half of the rows.  The other half is
+predicted once a choice is final.  Rows of one model, release and submitter err alike, so they stay
+together.  Within the rows of a GPU, of the reference files and of the unseen ones apart, these
+groups are sorted by the SHA-256 of their name and dealt in turn: to `choose`, to `report`, to
+`choose`.  The rule was written down before a form was tried.  It depends on nothing that was
+measured or predicted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What other choices would have given: the errors of the predictor with a number set by hand, or a prior, taken otherwise.
+"""What other choices would have given: the errors of the predictor with a number set by hand, or a
+prior, taken otherwise.
 
-The choices that steps depend on most are taken otherwise here, one at a time, and what is fitted is fitted
-again.  All errors are of the half of the rows that chooses (`halves`): the other half is no judge of choices.
+The choices that steps depend on most are taken otherwise here, one at a time, and what is fitted is
+fitted again.  All errors are of the half of the rows that chooses (`halves`): the other half is no
+judge of choices.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ OTHER_NUMBERS: dict[str, dict[str, float]] = {
     "GRAPHED_GAP": {"CUDA graphs leave all of a gap": 1.0, "CUDA graphs leave 0.29 of a gap": 0.29},
     "GRAPHED_FIXED": {"CUDA graphs leave all of the fixed part": 1.0},
     "LATENCY": {"no latency of messages": 0.0},
-    "HIDDEN_EXPOSED": {"0.1 of a hidden message is waited for": 0.1, "half of a hidden message is waited for": 0.5},
+    "HIDDEN_EXPOSED": {
+        "0.1 of a hidden message is waited for": 0.1,
+        "half of a hidden message is waited for": 0.5,
+    },
 }
 PRIORS: dict[str, tuple[str, dict[str, float]]] = {
     "blackwell 1.0": ("blackwell", {"value": 1.0}),
@@ -37,7 +42,9 @@ ERRORS = ("step_time_error", "unseen_step_time_error", "speedup_error")
 
 
 def otherwise(reference: Sequence[Row], unseen: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the errors (ERRORS, fractions) of the rows that choose, as chosen and for each other choice."""
+    """Return the errors (ERRORS, fractions) of the rows that choose, as chosen and for each other
+    choice.
+    """
     found, new = _choosing(reference), _choosing(unseen)
     made = [_errors("as chosen", found, new)]
     for number, values in OTHER_NUMBERS.items():
@@ -57,9 +64,15 @@ def _choosing(found: Sequence[Row]) -> list[Row]:
 
 def _errors(what: str, found: Sequence[Row], unseen: Sequence[Row]) -> dict[str, Any]:
     constants = fit([row for row in found if row.held == "fit"]).constants
-    ratios = [error(_speedup(*pair, constants), pair[0].step_time_s / pair[1].step_time_s) for pair in pairs(found)]
+    ratios = [
+        error(_speedup(*pair, constants), pair[0].step_time_s / pair[1].step_time_s)
+        for pair in pairs(found)
+    ]
     errors = (_sizes(found, constants), _sizes(unseen, constants), mean_size(ratios))
-    return {"choice": what, **{name: round(value or 0.0, 5) for name, value in zip(ERRORS, errors, strict=True)}}
+    return {
+        "choice": what,
+        **{name: round(value or 0.0, 5) for name, value in zip(ERRORS, errors, strict=True)},
+    }
 
 
 def _sizes(found: Sequence[Row], constants: Constants) -> float | None:

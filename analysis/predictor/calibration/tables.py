@@ -1,4 +1,6 @@
-"""The validation as tables: every published row and pair beside its prediction, the mean errors of each set, and whether goals are met."""
+"""The validation as tables: every published row and pair beside its prediction, the mean errors of
+each set, and whether goals are met.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,30 @@ def tables(found: Validation) -> tuple[Table, Table, Table]:
     printed = post(found)
     both = [*(_pair(pair) for pair in found.pairs), *printed]
     sums = [*summary(found), post_summary(printed), own_summary(found.fits)]
-    text = frozenset(["set", "what", "NeMo", "model", "precision", "layout", "label", "source", "FP8 layout"])
+    text = frozenset(
+        ["set", "what", "NeMo", "model", "precision", "layout", "label", "source", "FP8 layout"]
+    )
     return (
-        Table("Published step times and predictions", [_shown_line(row) for row in lines], lines, _notes(), text),
-        Table("Published speedups over BF16 and predictions", [_shown_pair(row) for row in both], both, text=text),
-        Table("Mean absolute error", [_shown_summary(row) for row in sums], sums, [*_goals(sums), *_biases(found), *_known_layouts(found)], text),
+        Table(
+            "Published step times and predictions",
+            [_shown_line(row) for row in lines],
+            lines,
+            _notes(),
+            text,
+        ),
+        Table(
+            "Published speedups over BF16 and predictions",
+            [_shown_pair(row) for row in both],
+            both,
+            text=text,
+        ),
+        Table(
+            "Mean absolute error",
+            [_shown_summary(row) for row in sums],
+            sums,
+            [*_goals(sums), *_biases(found), *_known_layouts(found)],
+            text,
+        ),
     )
 
 
@@ -66,7 +87,13 @@ def own_table(fits: Fits) -> Table:
         for row in lines
     ]
     notes = ["Measured on one H200; no constant is fitted to any of these rows."]
-    return Table("Measured step times and predictions", shown, lines, notes, frozenset(["model", "precision", "layout"]))
+    return Table(
+        "Measured step times and predictions",
+        shown,
+        lines,
+        notes,
+        frozenset(["model", "precision", "layout"]),
+    )
 
 
 def layout_text(plan: Plan) -> str:
@@ -118,7 +145,11 @@ def _shown_line(row: dict[str, Any]) -> dict[str, str]:
     return {
         "set": row["set"],
         "NeMo": row["nemo"],
-        "model": f"{row['model']}, {row['num_layers']} layers" if row["set"] == "fewer layers" else row["model"],
+        "model": (
+            f"{row['model']}, {row['num_layers']} layers"
+            if row["set"] == "fewer layers"
+            else row["model"]
+        ),
         "precision": row["precision"],
         "GPUs": f"{row['num_gpus']} {row['gpu']}",
         "layout": row["layout"],
@@ -151,57 +182,113 @@ def _shown_summary(row: dict[str, Any]) -> dict[str, str]:
     }
     steps, ratios = (
         {
-            f"{'speedup' if what == 'speedup' else 'step time'}, {name}": percent(row[f"{what}_error{way}"], signed=False)
+            f"{'speedup' if what == 'speedup' else 'step time'}, {name}": percent(
+                row[f"{what}_error{way}"], signed=False
+            )
             for name, way in columns.items()
         }
         for what in ("step_time", "speedup")
     )
-    return {"what": row["what"], "rows": str(row["rows"]), **steps, "pairs": str(row["pairs"]), **ratios}
+    return {
+        "what": row["what"],
+        "rows": str(row["rows"]),
+        **steps,
+        "pairs": str(row["pairs"]),
+        **ratios,
+    }
 
 
 def _notes() -> list[str]:
     return [
-        "Published: NVIDIA's tables in analysis/reference. Predicted: by constants fitted to the rows of the set fit alone.",
-        "Model (GPU) left out: by constants fitted without any row of that model (GPU); every set but fit is out of sample as it stands.",
+        (
+            "Published: NVIDIA's tables in analysis/reference. Predicted: by constants fitted to"
+            " the rows of the set fit alone."
+        ),
+        (
+            "Model (GPU) left out: by constants fitted without any row of that model (GPU); every"
+            " set but fit is out of sample as it stands."
+        ),
     ]
 
 
 def _goals(sums: Sequence[dict[str, Any]]) -> list[str]:
-    """Return whether the goals are met over every row in each way of leaving out, and each set that misses one."""
+    """Return whether the goals are met over every row in each way of leaving out, and each set that
+    misses one.
+    """
     last = next(row for row in sums if row["set"] == EVERYTHING)
     missed = {row["what"]: _missed(row) for row in sums if row["set"] != EVERYTHING}
     return [
-        *(f"Goals over every row, {name}: {_met(last, 'step time', way)}; {_met(last, 'speedup', way)}." for way, name in LEFT_OUT_WAYS.items()),
+        *(
+            f"Goals over every row, {name}: {_met(last, 'step time', way)};"
+            f" {_met(last, 'speedup', way)}."
+            for way, name in LEFT_OUT_WAYS.items()
+        ),
         *(f"Missed by a set: {what}: {'; '.join(each)}." for what, each in missed.items() if each),
     ]
 
 
 def _met(row: dict[str, Any], goal: str, way: str) -> str:
     value = row[f"{goal.replace(' ', '_')}_error{way}"]
-    return f"{goal} within {GOALS[goal]:.0%}: {'met' if value <= GOALS[goal] else 'missed'} ({value:.2%})"
+    return (
+        f"{goal} within {GOALS[goal]:.0%}: {'met' if value <= GOALS[goal] else 'missed'}"
+        f" ({value:.2%})"
+    )
 
 
 def _missed(row: dict[str, Any]) -> list[str]:
-    errors = {f"{goal} {name}": (row[f"{goal.replace(' ', '_')}_error{way}"], GOALS[goal]) for goal in GOALS for way, name in LEFT_OUT_WAYS.items()}
-    return [f"{name} {value:.2%}" for name, (value, goal) in errors.items() if value is not None and value > goal]
+    errors = {
+        f"{goal} {name}": (row[f"{goal.replace(' ', '_')}_error{way}"], GOALS[goal])
+        for goal in GOALS
+        for way, name in LEFT_OUT_WAYS.items()
+    }
+    return [
+        f"{name} {value:.2%}"
+        for name, (value, goal) in errors.items()
+        if value is not None and value > goal
+    ]
 
 
 def _biases(found: Validation) -> list[str]:
-    """Return the mean error of each GPU's rows by constants that knew none of them: it has a sign."""
+    """Return the mean error of each GPU's rows by constants that knew none of them: it has a
+    sign.
+    """
     errors: dict[str, list[float]] = {}
     for line in found.lines:
         errors.setdefault(line.row.gpu, []).append(error(line.without_gpu, line.row.step_time_s))
-    said = [f"{gpu} {sum(each) / len(each):+.1%} ({len(each)} rows)" for gpu, each in sorted(errors.items())]
-    return [f"With its GPU left out, predicted steps of a GPU are off to one side, on average: {', '.join(said)}."]
+    said = [
+        f"{gpu} {sum(each) / len(each):+.1%} ({len(each)} rows)"
+        for gpu, each in sorted(errors.items())
+    ]
+    return [
+        "With its GPU left out, predicted steps of a GPU are off to one side, on average:"
+        f" {', '.join(said)}."
+    ]
 
 
 def _known_layouts(found: Validation) -> list[str]:
-    """Return how many tested rows have the model, precision, GPU and layout of a fitted one, and how far off they and the others are."""
+    """Return how many tested rows have the model, precision, GPU and layout of a fitted one, and
+    how far off they and the others are.
+    """
     fitted = {line.row.cell for line in found.lines if line.row.held == "fit"}
     said = []
     for name in ("other release", "further rows"):
         lines = [line for line in found.lines if line.row.held == name]
-        errors = {known: [error(x.out_of_sample, x.row.step_time_s) for x in lines if (x.row.cell in fitted) == known] for known in (True, False)}
-        known, new = (f"{len(each)} ({percent(mean_size(each), signed=False)})" for each in errors.values())
-        said.append(f"{SETS[name].removeprefix('tested: ')}: {known} have a fitted row's layout, {new} do not")
-    return [f"Tested rows that differ from a fitted one in release, scale or batch alone, with the mean error of their steps: {'; '.join(said)}."]
+        errors = {
+            known: [
+                error(x.out_of_sample, x.row.step_time_s)
+                for x in lines
+                if (x.row.cell in fitted) == known
+            ]
+            for known in (True, False)
+        }
+        known, new = (
+            f"{len(each)} ({percent(mean_size(each), signed=False)})" for each in errors.values()
+        )
+        said.append(
+            f"{SETS[name].removeprefix('tested: ')}: {known} have a fitted row's layout, {new}"
+            " do not"
+        )
+    return [
+        "Tested rows that differ from a fitted one in release, scale or batch alone, with the mean"
+        f" error of their steps: {'; '.join(said)}."
+    ]

@@ -1,10 +1,10 @@
 """How far off is the predictor on published steps that are in none of the reference files?
 
-`reference/unseen_rows.csv` holds them: MLPerf Training logs of NVIDIA's stack with the layout of their
-configuration files, NeMo's tables of older containers, its long sequences, packed batches, and step times
-that stand in the text of READMEs.  Sizes of models that `conf/model` lacks are in `unseen_models.csv`.
-No row is fitted.  The half `choose` (`halves`) chose forms and makes intervals.  Left out: NVFP4, FP8 attention
-and LoRA, which the predictor cannot say.
+`reference/unseen_rows.csv` holds them: MLPerf Training logs of NVIDIA's stack with the layout of
+their configuration files, NeMo's tables of older containers, its long sequences, packed batches,
+and step times that stand in the text of READMEs.  Sizes of models that `conf/model` lacks are in
+`unseen_models.csv`. No row is fitted.  The half `choose` (`halves`) chose forms and makes
+intervals.  Left out: NVFP4, FP8 attention and LoRA, which the predictor cannot say.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from analysis.runs.published import REFERENCE
 from recipes.plan import Plan
 
 ROWS, MODELS = "unseen_rows.csv", "unseen_models.csv"
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "vocab_size",
+)
 UNEVEN = "embedding_and_loss_count_as_layers"
 Raw = dict[str, str]
 
 
 @functools.cache
 def unseen_rows() -> tuple[Row, ...]:
-    """Return the rows of the file, each held in its family; their plans are the layouts as they ran."""
+    """Return the rows of the file, each held in its family; their plans are the layouts as they
+    ran.
+    """
     found = []
     for raw in _lines(ROWS):
         plan = _plan(raw)

@@ -1,7 +1,8 @@
-"""The unseen rows as tables: each beside its prediction, and the errors of the predictor and of its rivals.
+"""The unseen rows as tables: each beside its prediction, and the errors of the predictor and of its
+rivals.
 
-`half` names which half of the rows a line is of (see `halves`): forms are chosen on one, errors reported on
-the other.
+`half` names which half of the rows a line is of (see `halves`): forms are chosen on one, errors
+reported on the other.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from analysis.predictor.model.step import predict
 from analysis.render.table import Table
 
 SHORT = 1.0  # seconds: goals name steps below a second apart
-TEXT = frozenset(["family", "NeMo", "model", "precision", "layout", "who", "half", "what", "source"])
+TEXT = frozenset(
+    ["family", "NeMo", "model", "precision", "layout", "who", "half", "what", "source"]
+)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A published row beside its predicted seconds, its interval and its half; `rivals`: theirs, by name."""
+    """A published row beside its predicted seconds, its interval and its half; `rivals`: theirs, by
+    name.
+    """
 
     row: Row
     half: str
@@ -53,22 +58,38 @@ def lines(found: Sequence[Row]) -> list[Line]:
     made = []
     for row in found:
         prediction = predict(row.plan, constants())
-        interval = step_time_interval(prediction.step_time_s, row.plan.gpu, prediction.overhead, prediction.attention)
+        interval = step_time_interval(
+            prediction.step_time_s, row.plan.gpu, prediction.overhead, prediction.attention
+        )
         others = {name: seconds(row.plan) for name, seconds in rivals().items()}
         made.append(Line(row, half[row], interval.value, interval.low, interval.high, others))
     return made
 
 
 def tables(half: str) -> tuple[Table, Table]:
-    """Return the unseen rows, and the errors of them and of the reference rows: of one half, or of "both"."""
+    """Return the unseen rows, and the errors of them and of the reference rows: of one half, or of
+    "both".
+    """
     wanted = (CHOOSE, REPORT) if half == "both" else (half,)
     unseen = [line for line in lines(unseen_rows()) if line.half in wanted]
     reference = [line for line in lines(rows()) if line.half in wanted]
     every = [_values(line) for line in unseen]
     sums = _sums(unseen, reference)
     return (
-        Table("Unseen published step times and predictions", [_shown(row) for row in every], every, _notes(), TEXT),
-        Table("Errors of unseen and of reference rows", [_shown_sum(row) for row in sums], sums, _rows_notes(), TEXT),
+        Table(
+            "Unseen published step times and predictions",
+            [_shown(row) for row in every],
+            every,
+            _notes(),
+            TEXT,
+        ),
+        Table(
+            "Errors of unseen and of reference rows",
+            [_shown_sum(row) for row in sums],
+            sums,
+            _rows_notes(),
+            TEXT,
+        ),
     )
 
 
@@ -114,12 +135,16 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _sums(unseen: Sequence[Line], reference: Sequence[Line]) -> list[dict[str, Any]]:
-    """Return the errors of both sets, of their halves, and of the unseen rows by family, GPU, precision and length."""
+    """Return the errors of both sets, of their halves, and of the unseen rows by family, GPU,
+    precision and length.
+    """
     parts: dict[str, list[Line]] = {"unseen": list(unseen), "reference": list(reference)}
     for name, found in (("unseen", unseen), ("reference", reference)):
         for half in (CHOOSE, REPORT):
             parts[f"{name}, {half}"] = [line for line in found if line.half == half]
-        parts[f"{name}, below {SHORT:g} s"] = [line for line in found if line.row.step_time_s < SHORT]
+        parts[f"{name}, below {SHORT:g} s"] = [
+            line for line in found if line.row.step_time_s < SHORT
+        ]
         parts |= _by(name, found, lambda line: line.row.gpu)
     parts |= _by("unseen", unseen, lambda line: line.row.held)
     parts |= _by("unseen", unseen, lambda line: line.row.plan.precision.name)
@@ -127,7 +152,10 @@ def _sums(unseen: Sequence[Line], reference: Sequence[Line]) -> list[dict[str, A
 
 
 def _by(name: str, found: Sequence[Line], key: Callable[[Line], str]) -> dict[str, list[Line]]:
-    return {f"{name}, {value}": [line for line in found if key(line) == value] for value in sorted({key(line) for line in found})}
+    return {
+        f"{name}, {value}": [line for line in found if key(line) == value]
+        for value in sorted({key(line) for line in found})
+    }
 
 
 def _sum(name: str, found: Sequence[Line]) -> dict[str, Any]:
@@ -147,20 +175,43 @@ def _sum(name: str, found: Sequence[Line]) -> dict[str, Any]:
 
 
 def _shown_sum(row: dict[str, Any]) -> dict[str, str]:
-    shares = {name: percent(value, signed=name == "bias") for name, value in row.items() if name not in ("what", "rows")}
-    return {"what": row["what"], "rows": str(row["rows"]), **{name.replace("_", " "): text for name, text in shares.items()}}
+    shares = {
+        name: percent(value, signed=name == "bias")
+        for name, value in row.items()
+        if name not in ("what", "rows")
+    }
+    return {
+        "what": row["what"],
+        "rows": str(row["rows"]),
+        **{name.replace("_", " "): text for name, text in shares.items()},
+    }
 
 
 def _notes() -> list[str]:
     return [
-        "Published: analysis/reference/unseen_rows.csv, with sources; no row is fitted. Predicted: by the shipped constants.",
-        "Layouts are those of the configuration files; where a source leaves something out, the file's note names what was taken.",
+        (
+            "Published: analysis/reference/unseen_rows.csv, with sources; no row is fitted."
+            " Predicted: by the shipped constants."
+        ),
+        (
+            "Layouts are those of the configuration files; where a source leaves something out, the"
+            " file's note names what was taken."
+        ),
     ]
 
 
 def _rows_notes() -> list[str]:
     return [
-        "Mean and median of absolute errors of step times; bias: their mean with its sign; in interval: the share in the 90% interval.",
-        "Reference: by constants that were fitted to some of these rows; out of sample: python -m analysis.predict --validate.",
-        "Rivals, with numbers taken from the same fitted rows: analysis/predictor/calibration/rivals.py.",
+        (
+            "Mean and median of absolute errors of step times; bias: their mean with its sign; in"
+            " interval: the share in the 90% interval."
+        ),
+        (
+            "Reference: by constants that were fitted to some of these rows; out of sample: python"
+            " -m analysis.predict --validate."
+        ),
+        (
+            "Rivals, with numbers taken from the same fitted rows:"
+            " analysis/predictor/calibration/rivals.py."
+        ),
     ]

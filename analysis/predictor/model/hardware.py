@@ -1,4 +1,6 @@
-"""What a GPU and its links can do at best: the peaks that every term of a prediction is divided by."""
+"""What a GPU and its links can do at best: the peaks that every term of a prediction is divided
+by.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,30 @@ from dataclasses import dataclass
 from recipes.errors import InputError
 from recipes.plan import Gpu
 
-PEAKS = ("bf16_dense_tflops", "fp8_dense_tflops", "hbm_tb_s", "nvlink_gb_s", "nic_gbit_s", "tdp_w")  # fields of plan.Gpu
+PEAKS = (
+    "bf16_dense_tflops",
+    "fp8_dense_tflops",
+    "hbm_tb_s",
+    "nvlink_gb_s",
+    "nic_gbit_s",
+    "tdp_w",
+)  # fields of plan.Gpu
 ULTRA = "10.3"  # compute capability, https://developer.nvidia.com/cuda-gpus
-MEASURED = 700 / 989e12  # watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200, as the H100)
+MEASURED = (
+    700 / 989e12
+    # watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200,
+    # as the H100)
+)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """FLOP/s of BF16 and FP8 (dense), bytes/s of memory, of NVLink and of the network a GPU (both one way), GPUs a NVLink domain.
+    """FLOP/s of BF16 and FP8 (dense), bytes/s of memory, of NVLink and of the network a GPU (both
+    one way), GPUs a NVLink domain.
 
-    `power`: watts that the GPU may take for each FLOP/s of its peak, over those of the GPU on which GEMMs were measured.
-    `ultra`: whether it is a Blackwell Ultra (B300, GB300), whose exponentials run twice as fast.
+    `power`: watts that the GPU may take for each FLOP/s of its peak, over those of the GPU on which
+    GEMMs were measured. `ultra`: whether it is a Blackwell Ultra (B300, GB300), whose exponentials
+    run twice as fast.
     """
 
     name: str
@@ -41,11 +56,17 @@ def generation(gpu: Gpu) -> str:
 def hardware(gpu: Gpu) -> Hardware:
     """Return the peaks of a plan's GPU; InputError where they are not known."""
     if gpu.compute_capability is None:
-        raise InputError(f"gpu={gpu.name} emulates FP8, its steps say nothing about a GPU; choose a GPU, e.g. gpu=h100")
+        raise InputError(
+            f"gpu={gpu.name} emulates FP8, its steps say nothing about a GPU; choose a GPU, e.g."
+            " gpu=h100"
+        )
     peaks = [getattr(gpu, name) for name in PEAKS]
     if None in peaks:
         missing = ", ".join(name for name, peak in zip(PEAKS, peaks, strict=True) if peak is None)
-        raise InputError(f"gpu={gpu.name} has no {missing} to predict from; add them to conf/gpu/{gpu.name}.yaml, or choose another GPU")
+        raise InputError(
+            f"gpu={gpu.name} has no {missing} to predict from; add them to"
+            f" conf/gpu/{gpu.name}.yaml, or choose another GPU"
+        )
     bf16, fp8, hbm, nvlink, nic, watts = map(float, peaks)
     domain = gpu.nvlink_domain or gpu.devices_per_node
     return Hardware(
@@ -63,10 +84,11 @@ def hardware(gpu: Gpu) -> Hardware:
 
 
 def ring_bandwidth(hw: Hardware, ranks: int, stride: int) -> float:
-    """Return bytes/s at which a ring over `ranks` GPUs moves data, a GPU; neighbours are `stride` GPUs apart.
+    """Return bytes/s at which a ring over `ranks` GPUs moves data, a GPU; neighbours are `stride`
+    GPUs apart.
 
-    Inside an NVLink domain that is NVLink.  Across domains the ring leaves each domain once, and NCCL spreads it over the network
-    adapters of all the group's GPUs there.
+    Inside an NVLink domain that is NVLink.  Across domains the ring leaves each domain once, and
+    NCCL spreads it over the network adapters of all the group's GPUs there.
     """
     if ranks * stride <= hw.domain:
         return hw.nvlink

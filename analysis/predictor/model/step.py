@@ -1,7 +1,9 @@
-"""A training step put together: micro-batches through the slowest pipeline stage, the bubble, and what is done once.
+"""A training step put together: micro-batches through the slowest pipeline stage, the bubble, and
+what is done once.
 
-In the steady state of one forward, one backward, every stage waits for the slowest; filling and draining the pipeline takes
-(pp - 1) / vp micro-batches more (Megatron-LM, arXiv 2104.04473, section 2.2).
+In the steady state of one forward, one backward, every stage waits for the slowest; filling and
+draining the pipeline takes (pp - 1) / vp micro-batches more (Megatron-LM, arXiv 2104.04473, section
+2.2).
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from analysis.predictor.model import cost as numbers
 from analysis.predictor.model.cost import Constants, Seconds, seconds, waiting
 from analysis.predictor.model.gemm import measured
 from analysis.predictor.model.hardware import Hardware, hardware
-from analysis.predictor.model.work import Layer, Step, fully_sharded, layer, pipeline, step, vocabulary
+from analysis.predictor.model.work import (
+    Layer,
+    Step,
+    fully_sharded,
+    layer,
+    pipeline,
+    step,
+    vocabulary,
+)
 from recipes.estimate.memory import layers_by_chunk
 from recipes.plan import Plan
 
@@ -38,7 +48,9 @@ TERMS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage: its layers, how many of them run in FP8 and are recomputed; whether it has the embedding and the output layer."""
+    """A pipeline stage: its layers, how many of them run in FP8 and are recomputed; whether it has
+    the embedding and the output layer.
+    """
 
     layers: int
     in_fp8: int
@@ -81,7 +93,9 @@ class Prediction:
 
     @property
     def overhead(self) -> float:
-        """Share of the step that is launching and what depends on nothing: large in small models, and known least."""
+        """Share of the step that is launching and what depends on nothing: large in small models,
+        and known least.
+        """
         return (self.terms["launch"] + self.terms["fixed"]) / self.step_time_s
 
     @property
@@ -101,7 +115,9 @@ def predict(plan: Plan, constants: Constants) -> Prediction:
 
 
 def count(plan: Plan, hw: Hardware | None = None) -> Counted:
-    """Return the counted work of a plan, GEMMs at the measured efficiency; `hw` instead of the peaks of the plan's GPU."""
+    """Return the counted work of a plan, GEMMs at the measured efficiency; `hw` instead of the
+    peaks of the plan's GPU.
+    """
     hw, gemms, m = hw or hardware(plan.gpu), measured(), plan.mapping
     stages = tuple(_stage(plan, stage) for stage in range(m.pp))
     return Counted(
@@ -111,7 +127,10 @@ def count(plan: Plan, hw: Hardware | None = None) -> Counted:
         fp8=layer(plan, hw, gemms, in_fp8=True) if plan.precision.fp8 else None,
         vocabulary=vocabulary(plan, hw, gemms),
         sharded={in_fp8: fully_sharded(plan, hw, in_fp8) for in_fp8 in (False, True)},
-        once={stage: step(plan, hw, stage.layers, stage.in_fp8, stage.first + stage.last) for stage in stages},
+        once={
+            stage: step(plan, hw, stage.layers, stage.in_fp8, stage.first + stage.last)
+            for stage in stages
+        },
         pipeline=pipeline(plan, hw),
         micro_batches=m.global_batch // (m.micro_batch * plan.data_parallel),
         pp=m.pp,
@@ -124,12 +143,22 @@ def count(plan: Plan, hw: Hardware | None = None) -> Counted:
 def _stage(plan: Plan, stage: int) -> Stage:
     chunks = layers_by_chunk(plan, stage)
     recomputed = sum(min(plan.mapping.recompute_layers, len(chunk)) for chunk in chunks)
-    return Stage(sum(map(len, chunks)), sum(map(sum, chunks)), recomputed, stage == 0, stage == plan.mapping.pp - 1)
+    return Stage(
+        sum(map(len, chunks)),
+        sum(map(sum, chunks)),
+        recomputed,
+        stage == 0,
+        stage == plan.mapping.pp - 1,
+    )
 
 
 def price(counted: Counted, c: Constants) -> dict[str, float]:
     """Return seconds by term."""
-    per_layer = {in_fp8: _layer(counted, work, in_fp8, c) for in_fp8, work in ((False, counted.bf16), (True, counted.fp8)) if work}
+    per_layer = {
+        in_fp8: _layer(counted, work, in_fp8, c)
+        for in_fp8, work in ((False, counted.bf16), (True, counted.fp8))
+        if work
+    }
     head = _head(counted, c)
     stages = [_micro_batch(stage, per_layer, head) for stage in counted.stages]
     slowest = max(range(len(stages)), key=lambda place: sum(stages[place].values()))
@@ -150,19 +179,24 @@ def price(counted: Counted, c: Constants) -> dict[str, float]:
 def _data_parallel(counted: Counted, stage: Stage, once: Step, c: Constants) -> float:
     """Return what is waited for of gathering parameters and reducing gradients, seconds a step.
 
-    Parameters arrive during the first forward passes, gradients leave during the last backward ones.  Those
-    are one micro-batch's, and with interleaved stages of each of the first, and last, pp micro-batches: they
-    pass through all chunks before the next ones start (Megatron-LM, arXiv 2104.04473, section 2.2).
+    Parameters arrive during the first forward passes, gradients leave during the last backward
+    ones.  Those are one micro-batch's, and with interleaved stages of each of the first, and last,
+    pp micro-batches: they pass through all chunks before the next ones start (Megatron-LM, arXiv
+    2104.04473, section 2.2).
     """
     beside = min(counted.pp, counted.micro_batches) if counted.vp > 1 else 1
     forward, backward = (beside * each for each in _computing(counted, stage, c))
     longer = (1 + c.scale * math.log2(once.domains)) / numbers.NCCL_BANDWIDTH
     messages = ((once.gather * longer, forward), (once.reduce * longer, backward))
-    return sum(max(numbers.HIDDEN_EXPOSED * message, message - compute) for message, compute in messages)
+    return sum(
+        max(numbers.HIDDEN_EXPOSED * message, message - compute) for message, compute in messages
+    )
 
 
 def _computing(counted: Counted, stage: Stage, c: Constants) -> tuple[float, float]:
-    """Return seconds of a stage's forward and backward pass over a micro-batch, its layers alone."""
+    """Return seconds of a stage's forward and backward pass over a micro-batch, its layers
+    alone.
+    """
     numbers = ((counted.bf16, stage.layers - stage.in_fp8), (counted.fp8, stage.in_fp8))
     passes = [(work.forward, work.backward, number) for work, number in numbers if work]
     forward = sum(number * seconds(one, counted.hw, c).total for one, _, number in passes)
@@ -170,13 +204,20 @@ def _computing(counted: Counted, stage: Stage, c: Constants) -> tuple[float, flo
 
 
 def _layer(counted: Counted, work: Layer, in_fp8: bool, c: Constants) -> dict[str, float]:
-    """Return seconds of one layer and micro-batch by term; "recompute" is what it costs if it is recomputed."""
+    """Return seconds of one layer and micro-batch by term; "recompute" is what it costs if it is
+    recomputed.
+    """
     passes = [seconds(part, counted.hw, c) for part in (work.forward, work.backward)]
     kernels = [work.forward.kernels, work.backward.kernels]
     terms = _by_term(passes)
-    terms["launch"] = sum(waiting(p.total, k, counted.graphs, c) for p, k in zip(passes, kernels, strict=True))
+    terms["launch"] = sum(
+        waiting(p.total, k, counted.graphs, c) for p, k in zip(passes, kernels, strict=True)
+    )
     terms["recompute"] = passes[0].total
-    terms["dp_comm"] = sum(_hidden(message, part.total, c) for message, part in zip(counted.sharded[in_fp8], passes, strict=True))
+    terms["dp_comm"] = sum(
+        _hidden(message, part.total, c)
+        for message, part in zip(counted.sharded[in_fp8], passes, strict=True)
+    )
     return terms
 
 
@@ -186,7 +227,9 @@ def _by_term(passes: list[Seconds]) -> dict[str, float]:
 
 
 def _hidden(message: float, compute: float, c: Constants) -> float:
-    """Return what is waited for of a message that travels while the GPU computes: a share, and what is longer than the computation."""
+    """Return what is waited for of a message that travels while the GPU computes: a share, and what
+    is longer than the computation.
+    """
     return max(message * c.net_exposed, message - compute) if message else 0.0
 
 
@@ -195,11 +238,16 @@ def _head(counted: Counted, c: Constants) -> float:
     return sum(seconds(part, counted.hw, c).total for part in parts)
 
 
-def _micro_batch(stage: Stage, per_layer: dict[bool, dict[str, float]], head: float) -> dict[str, float]:
+def _micro_batch(
+    stage: Stage, per_layer: dict[bool, dict[str, float]], head: float
+) -> dict[str, float]:
     """Return seconds of a stage's micro-batch by term."""
     numbers = {True: stage.in_fp8, False: stage.layers - stage.in_fp8}
     names = next(iter(per_layer.values()))
-    terms = {name: sum(numbers[in_fp8] * terms[name] for in_fp8, terms in per_layer.items()) for name in names}
+    terms = {
+        name: sum(numbers[in_fp8] * terms[name] for in_fp8, terms in per_layer.items())
+        for name in names
+    }
     terms["recompute"] *= stage.recomputed / stage.layers if stage.layers else 0.0
     terms["vocabulary"] = head if stage.last else 0.0
     return terms

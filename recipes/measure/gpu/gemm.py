@@ -1,11 +1,14 @@
-"""The measurements of `python -m recipes.measure.gemm`, on a CUDA GPU: GEMMs in BF16 and FP8, the casts that FP8 needs, and plain copies.
+"""The measurements of `python -m recipes.measure.gemm`, on a CUDA GPU: GEMMs in BF16 and FP8, the
+casts that FP8 needs, and plain copies.
 
-GEMMs are cuBLASLt's, reached through torch._scaled_mm; the layout of the scales decides which.  Casts are Transformer Engine's
-fused kernels where it has them (recipes/measure/gpu/te_quantizers.py), and torch.compile's for scales by row and column.  Time is
-that of the device (CUDA events) around one call, after a write that empties the L2 cache, the kinds taking turns: what else the
-machine does, and the clock that falls as the chip warms, meet all of them alike.  The host queues a round ahead of the device, so
-that the time to launch is not in it, as it is not in the training of large models.  What a GPU, a PyTorch or a Transformer Engine
-cannot do becomes a row that says why.
+GEMMs are cuBLASLt's, reached through torch._scaled_mm; the layout of the scales decides which.
+Casts are Transformer Engine's fused kernels where it has them
+(recipes/measure/gpu/te_quantizers.py), and torch.compile's for scales by row and column.  Time is
+that of the device (CUDA events) around one call, after a write that empties the L2 cache, the kinds
+taking turns: what else the machine does, and the clock that falls as the chip warms, meet all of
+them alike.  The host queues a round ahead of the device, so that the time to launch is not in it,
+as it is not in the training of large models.  What a GPU, a PyTorch or a Transformer Engine cannot
+do becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -29,9 +32,15 @@ from recipes.measure.gpu import te_quantizers
 TILE = 128
 WARM_UP = 2
 MIN_ROUNDS = 10
-L2_BYTES = 256 * 2**20  # more than any GPU's L2 cache, and long enough to write that the host can prepare the next call
+L2_BYTES = (
+    256 * 2**20
+)  # more than any GPU's L2 cache, and long enough to write that the host can prepare the next call
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-TE_SCALINGS = {"tensor, delayed": "delayed", "tensor, current": "current", "sub-channel": "subchannel"}
+TE_SCALINGS = {
+    "tensor, delayed": "delayed",
+    "tensor, current": "current",
+    "sub-channel": "subchannel",
+}
 READ_TWICE = ("tensor, current", "channel")  # the scale waits for the largest |x|
 COPY_BYTES = [2**power for power in range(20, 32)]
 Call = Callable[[], Any]
@@ -55,7 +64,9 @@ def _fp8(x: Tensor, amax: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Te
 
 
 def _bf16(role: str) -> Callable[[Tensor, Tensor], Call]:
-    """Operands lie in memory as training has them: the weight is not transposed for dgrad, nor input and gradient for wgrad."""
+    """Operands lie in memory as training has them: the weight is not transposed for dgrad, nor
+    input and gradient for wgrad.
+    """
 
     def make(a: Tensor, b: Tensor) -> Call:
         if role == "fprop":
@@ -69,16 +80,28 @@ def _bf16(role: str) -> Callable[[Tensor, Tensor], Call]:
 
 def _scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Call:
     def call() -> Tensor:
-        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+        return torch._scaled_mm(
+            a,
+            b.t(),
+            scale_a=scale_a,
+            scale_b=scale_b,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+        )
 
     return call
 
 
 def _tensor(fast: bool, role: str) -> Callable[[Tensor, Tensor], Call]:
-    """Backward, `a` is the gradient, which the hybrid format of per-tensor recipes keeps in E5M2."""
+    """Backward, `a` is the gradient, which the hybrid format of per-tensor recipes keeps in
+    E5M2.
+    """
 
     def make(a: Tensor, b: Tensor) -> Call:
-        (qa, sa), (qb, sb) = _fp8(a, a.abs().amax(), E4M3 if role == "fprop" else E5M2), _fp8(b, b.abs().amax())
+        (qa, sa), (qb, sb) = (
+            _fp8(a, a.abs().amax(), E4M3 if role == "fprop" else E5M2),
+            _fp8(b, b.abs().amax()),
+        )
         return _scaled(qa, qb, sa, sb, fast)
 
     return make
@@ -93,7 +116,9 @@ def _channel(fast: bool) -> Callable[[Tensor, Tensor], Call]:
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x in E4M3 with a scale for each 1x128 tile, as cuBLASLt wants them: (rows, k / 128), column by column."""
+    """Return x in E4M3 with a scale for each 1x128 tile, as cuBLASLt wants them: (rows, k / 128),
+    column by column.
+    """
     groups = x.view(x.shape[0], -1, TILE)
     q, scale = _fp8(groups, groups.abs().amax(2, keepdim=True))
     return q.view(x.shape), scale.squeeze(2).t().contiguous().t()
@@ -115,9 +140,11 @@ def _sub_channel(weights_in_blocks: bool) -> Callable[[Tensor, Tensor], Call]:
 
 
 def kinds(role: str = "fprop", every: bool = True) -> list[Kind]:
-    """Return the kinds of GEMM for a role, BF16 first; block scales are always accumulated precisely.
+    """Return the kinds of GEMM for a role, BF16 first; block scales are always accumulated
+    precisely.
 
-    `every`: the forward GEMM also with 1x128 tiles for both operands, which training has in wgrad only.
+    `every`: the forward GEMM also with 1x128 tiles for both operands, which training has in wgrad
+    only.
     """
     found = [
         Kind("bf16", "-", "precise", _bf16(role)),
@@ -136,19 +163,31 @@ def kinds(role: str = "fprop", every: bool = True) -> list[Kind]:
 def check(layers: Iterable[Shape]) -> None:
     """Raise InputError where there is no CUDA GPU or a shape is no multiple of 128."""
     if not torch.cuda.is_available():
-        raise InputError("recipes.measure.gemm measures a CUDA GPU and this machine has none; run it where there is one")
+        raise InputError(
+            "recipes.measure.gemm measures a CUDA GPU and this machine has none; run it where there"
+            " is one"
+        )
     bad = next((s for s in layers if s.m % TILE or s.n % TILE or s.k % TILE), None)
     if bad:
-        raise InputError(f"{bad.name}: {bad.m} x {bad.n} x {bad.k} is no multiple of {TILE}, which sub-channel scales need; choose others")
+        raise InputError(
+            f"{bad.name}: {bad.m} x {bad.n} x {bad.k} is no multiple of {TILE}, which sub-channel"
+            " scales need; choose others"
+        )
 
 
 def measure(layer: Shape, rounds: int, seconds: float) -> tuple[list[Gemm], list[Cast]]:
-    """Return the rows of a linear layer's three GEMMs and of its casts; `layer` is its forward GEMM.
+    """Return the rows of a linear layer's three GEMMs and of its casts; `layer` is its forward
+    GEMM.
 
-    A shape is measured `rounds` times at most, 10 times at least (or `rounds`, if fewer), and in between for `seconds`.
+    A shape is measured `rounds` times at most, 10 times at least (or `rounds`, if fewer), and in
+    between for `seconds`.
     """
     torch.manual_seed(0)
-    gemms = [row for shape in training_gemms(layer) for row in _gemms(shape, not layer.model, rounds, seconds)]
+    gemms = [
+        row
+        for shape in training_gemms(layer)
+        for row in _gemms(shape, not layer.model, rounds, seconds)
+    ]
     casts = _casts(layer, rounds, seconds)
     torch.cuda.empty_cache()
     return gemms, casts
@@ -160,7 +199,9 @@ def _gemms(shape: Shape, every: bool, rounds: int, seconds: float) -> list[Gemm]
     calls, refused = _calls([functools.partial(kind.make, a, b) for kind in found])
     times = timed(calls, rounds, seconds)
     base = float(np.median(times[0])) if 0 in times else None
-    return [_gemm(shape, kind, base, times.get(n), refused.get(n, "")) for n, kind in enumerate(found)]
+    return [
+        _gemm(shape, kind, base, times.get(n), refused.get(n, "")) for n, kind in enumerate(found)
+    ]
 
 
 def _random(rows: int, columns: int) -> Tensor:
@@ -176,7 +217,8 @@ def _calls(makers: Sequence[Callable[[], Call]]) -> tuple[dict[int, Call], dict[
             call()
             torch.cuda.synchronize()
             calls[number] = call
-        except Exception as error:  # whatever a library raises where it lacks this kind: one row less, not a run less
+        # whatever a library raises where it lacks this kind: one row less, not a run less
+        except Exception as error:
             refused[number] = f"{type(error).__name__}: {one_line(str(error))[:200]}"
     return calls, refused
 
@@ -213,8 +255,15 @@ def _quartiles(times: Sequence[float]) -> Quartiles:
     return low, median, high
 
 
-def _gemm(shape: Shape, kind: Kind, base: float | None, times: Sequence[float] | None, refused: str) -> Gemm:
-    where = {**asdict(shape), "precision": kind.precision, "granularity": kind.granularity, "accumulation": kind.accumulation}
+def _gemm(
+    shape: Shape, kind: Kind, base: float | None, times: Sequence[float] | None, refused: str
+) -> Gemm:
+    where = {
+        **asdict(shape),
+        "precision": kind.precision,
+        "granularity": kind.granularity,
+        "accumulation": kind.accumulation,
+    }
     if not times:
         return Gemm(**where, refused=refused)
     spent = _quartiles(times)
@@ -223,19 +272,41 @@ def _gemm(shape: Shape, kind: Kind, base: float | None, times: Sequence[float] |
 
 
 def _casts(layer: Shape, rounds: int, seconds: float) -> list[Cast]:
-    sizes = dict(zip(OPERANDS, ((layer.m, layer.k), (layer.n, layer.k), (layer.m, layer.n)), strict=True))
+    sizes = dict(
+        zip(OPERANDS, ((layer.m, layer.k), (layer.n, layer.k), (layer.m, layer.n)), strict=True)
+    )
     operands = {name: _random(*size) for name, size in sizes.items()}
-    found = [(granularity, operand) for granularity in (*TE_SCALINGS, "channel") for operand in OPERANDS]
-    calls, refused = _calls([functools.partial(_cast_call, granularity, operand, operands[operand]) for granularity, operand in found])
+    found = [
+        (granularity, operand) for granularity in (*TE_SCALINGS, "channel") for operand in OPERANDS
+    ]
+    calls, refused = _calls(
+        [
+            functools.partial(_cast_call, granularity, operand, operands[operand])
+            for granularity, operand in found
+        ]
+    )
     times = timed(calls, rounds, seconds)
     rows = []
     for number, (granularity, operand) in enumerate(found):
-        where = {"name": layer.name, "model": layer.model, "layer": layer.layer, "operand": operand, "granularity": granularity}
-        where |= {"rows": sizes[operand][0], "columns": sizes[operand][1], "made_by": _made_by(granularity)}
+        where = {
+            "name": layer.name,
+            "model": layer.model,
+            "layer": layer.layer,
+            "operand": operand,
+            "granularity": granularity,
+        }
+        where |= {
+            "rows": sizes[operand][0],
+            "columns": sizes[operand][1],
+            "made_by": _made_by(granularity),
+        }
         if number not in calls:
             rows.append(Cast(**where, refused=f"cast: {refused[number]}"))
             continue
-        spent, moved = _quartiles(times[number]), bytes_of_cast(granularity, operands[operand], calls[number]())
+        spent, moved = (
+            _quartiles(times[number]),
+            bytes_of_cast(granularity, operands[operand], calls[number]()),
+        )
         rows.append(Cast(**where, seconds=spent, bytes=moved, gb_per_s=moved / spent[1] / 1e9))
     return rows
 
@@ -255,9 +326,11 @@ def _cast_call(granularity: str, operand: str, x: Tensor) -> Call:
 
 
 def channel_cast(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x in E4M3 with a scale a row, and transposed with a scale a column: data and inverse scales of each.
+    """Return x in E4M3 with a scale a row, and transposed with a scale a column: data and inverse
+    scales of each.
 
-    `x` is a matrix seen as (rows / 128, 128, columns / 128, 128): so the compiler knows its sizes for multiples of 128.
+    `x` is a matrix seen as (rows / 128, 128, columns / 128, 128): so the compiler knows its sizes
+    for multiples of 128.
     """
     size = x.abs()
     by_row, row_scale = _fp8(x, size.amax((2, 3), keepdim=True))
@@ -267,7 +340,9 @@ def channel_cast(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @functools.cache
 def _compiled_channel_cast() -> Callable[[Tensor], Any]:
-    return torch.compile(channel_cast, dynamic=True, fullgraph=True)  # fullgraph: raises instead of falling back to eager
+    return torch.compile(
+        channel_cast, dynamic=True, fullgraph=True
+    )  # fullgraph: raises instead of falling back to eager
 
 
 def bytes_of_cast(granularity: str, x: Tensor, result: Any) -> int:
@@ -279,7 +354,9 @@ def bytes_of_cast(granularity: str, x: Tensor, result: Any) -> int:
 
 def copies(rounds: int, seconds: float) -> list[Copy]:
     """Return rows of copies on the device, of 1 MB to 2 GB."""
-    source, target = (torch.zeros(COPY_BYTES[-1], dtype=torch.int8, device="cuda") for _ in range(2))
+    source, target = (
+        torch.zeros(COPY_BYTES[-1], dtype=torch.int8, device="cuda") for _ in range(2)
+    )
     calls = {size: functools.partial(target[:size].copy_, source[:size]) for size in COPY_BYTES}
     found = {size: _quartiles(times) for size, times in timed(calls, rounds, seconds).items()}
     return [Copy(size, spent, 2 * size / spent[1] / 1e9) for size, spent in found.items()]

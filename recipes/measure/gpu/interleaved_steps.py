@@ -1,4 +1,5 @@
-"""Bare Megatron-Core steps between the steps of a run, and the time of both: the measurement of recipes/measure/gpu/overhead.py.
+"""Bare Megatron-Core steps between the steps of a run, and the time of both: the measurement of
+recipes/measure/gpu/overhead.py.
 
 Import it after recipes.training.compat.transformer_engine.activate: it imports NeMo.
 """
@@ -37,9 +38,10 @@ Step = Callable[[], Tensor]
 class Times:
     """Seconds, an entry a block: its harness steps, the run folder's hooks in each, its bare steps.
 
-    `collection`: Python's garbage of `collection_steps` harness steps and the bare ones between them collected at once, as NeMo does each
-    `collection_interval` steps (None: Python does, when it likes); `collection_again`: the same with none.  `bare_losses`: the mean loss of
-    each bare step, in the order of the run.
+    `collection`: Python's garbage of `collection_steps` harness steps and the bare ones between
+    them collected at once, as NeMo does each `collection_interval` steps (None: Python does, when
+    it likes); `collection_again`: the same with none.  `bare_losses`: the mean loss of each bare
+    step, in the order of the run.
     """
 
     harness: list[list[float]] = field(default_factory=list)
@@ -52,15 +54,23 @@ class Times:
     collection_interval: int | None = None
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """Megatron-LM core_v0.12.3 pretrain_gpt.py:230, without timers; no attention mask where the data loader makes none."""
+def forward_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: nn.Module
+) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron-LM core_v0.12.3 pretrain_gpt.py:230, without timers; no attention mask where the
+    data loader makes none.
+    """
     batch = next(data_iterator)
-    tokens, labels, mask, attention_mask, positions = (batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH)
+    tokens, labels, mask, attention_mask, positions = (
+        batch[key].cuda(non_blocking=True) if key in batch else None for key in BATCH
+    )
     return model(tokens, positions, attention_mask, labels=labels), functools.partial(loss, mask)
 
 
 def loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return the summed loss of a micro-batch, its tokens, and both to report: pretrain_gpt.py:147, without the search for NaN."""
+    """Return the summed loss of a micro-batch, its tokens, and both to report: pretrain_gpt.py:147,
+    without the search for NaN.
+    """
     mask = mask.view(-1).float()
     summed = torch.cat([torch.sum(losses.float().view(-1) * mask).view(1), mask.sum().view(1)])
     reported = summed.clone().detach()
@@ -69,10 +79,19 @@ def loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Te
 
 
 def bare_step(trainer: Any, plan: Plan) -> Step:
-    """Return Megatron-LM's train_step for the model, optimizer, schedule and data that `trainer` trains with; it returns the mean loss."""
-    model = [chunk.module for chunk in trainer.strategy.megatron_parallel]  # Megatron-Core's DDP, without NeMo's module around it
-    optimizer, schedule = trainer.optimizers[0].mcore_optimizer, trainer.lr_scheduler_configs[0].scheduler
-    data = trainer.fit_loop._combined_loader._iterator.iterators[0]  # the DataLoader's iterator that Lightning draws from
+    """Return Megatron-LM's train_step for the model, optimizer, schedule and data that `trainer`
+    trains with; it returns the mean loss.
+    """
+    model = [
+        chunk.module for chunk in trainer.strategy.megatron_parallel
+    ]  # Megatron-Core's DDP, without NeMo's module around it
+    optimizer, schedule = (
+        trainer.optimizers[0].mcore_optimizer,
+        trainer.lr_scheduler_configs[0].scheduler,
+    )
+    data = trainer.fit_loop._combined_loader._iterator.iterators[
+        0
+    ]  # the DataLoader's iterator that Lightning draws from
 
     def step() -> Tensor:
         for chunk in model:
@@ -136,15 +155,34 @@ class HookClock:
 
 
 class Interleaved(Callback):  # type: ignore[misc]
-    """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a harness step is a whole turn of it.
+    """Does the bare steps at the start of Lightning's loop; must be the first callback, so that a
+    harness step is a whole turn of it.
 
-    A block is one harness step, some bare ones, one harness step: both kinds lie around the same moment of the run, so that a drift of all
-    steps cancels.  Nothing is read from the device before the end of the last block: that would make steps wait.
+    A block is one harness step, some bare ones, one harness step: both kinds lie around the same
+    moment of the run, so that a drift of all steps cancels.  Nothing is read from the device before
+    the end of the last block: that would make steps wait.
     """
 
-    def __init__(self, plan: Plan, blocks: int, bare_steps: int, run_folder: RunFolderCallback, trace: Path | None = None) -> None:
-        """`bare_steps`: of a block.  `trace`: where to write torch.profiler's trace of the step that follows the last block and is not timed."""
-        self.plan, self.blocks, self.bare_steps, self.run_folder, self.trace = plan, blocks, bare_steps, run_folder, trace
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: int,
+        bare_steps: int,
+        run_folder: RunFolderCallback,
+        trace: Path | None = None,
+    ) -> None:
+        """`bare_steps`: of a block.
+
+        `trace`: where to write torch.profiler's trace of the step that follows the last block and
+        is not timed.
+        """
+        self.plan, self.blocks, self.bare_steps, self.run_folder, self.trace = (
+            plan,
+            blocks,
+            bare_steps,
+            run_folder,
+            trace,
+        )
         self.profiler: torch.profiler.profile | None = None
         self.times, self.clock = Times(), HookClock(run_folder)
         self.started: Moment | None = None
@@ -153,8 +191,12 @@ class Interleaved(Callback):  # type: ignore[misc]
         self.bare: list[list[Moment]] = []  # a list a block: before its first step, after each
         self.losses: list[Tensor] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """End the harness step before, do the bare steps of its block, begin the next harness step; after the last, read all times."""
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the harness step before, do the bare steps of its block, begin the next harness step;
+        after the last, read all times.
+        """
         if self.started:
             self.harness.append((self.started, Moment()))
             self.hooks.append(self.clock.taken())
@@ -171,7 +213,9 @@ class Interleaved(Callback):  # type: ignore[misc]
         self.clock.taken()
         self.started = Moment()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Write the trace of the profiled step."""
         if self.profiler:
             Moment().wait()
@@ -190,8 +234,13 @@ class Interleaved(Callback):  # type: ignore[misc]
 
     def _read(self) -> None:
         seconds = [start.until(end) for start, end in self.harness]
-        self.times.harness, self.times.hooks = ([list(values[n : n + 2]) for n in range(0, len(values), 2)] for values in (seconds, self.hooks))
-        self.times.bare = [[a.until(b) for a, b in itertools.pairwise(moments)] for moments in self.bare]
+        self.times.harness, self.times.hooks = (
+            [list(values[n : n + 2]) for n in range(0, len(values), 2)]
+            for values in (seconds, self.hooks)
+        )
+        self.times.bare = [
+            [a.until(b) for a, b in itertools.pairwise(moments)] for moments in self.bare
+        ]
         self.times.bare_losses = [float(value) for value in self.losses]
 
     def _collect_garbage(self, trainer: Any) -> None:

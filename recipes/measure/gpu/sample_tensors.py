@@ -1,7 +1,7 @@
 """Tensors to compare casts on: what training meets, and what breaks casts.
 
-Values are those of BF16, in which training hands operands to the cast.  Each kind is made for a format where its point lies at the
-format's own values, such as the middles between two of them.
+Values are those of BF16, in which training hands operands to the cast.  Each kind is made for a
+format where its point lies at the format's own values, such as the middles between two of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def _wide(shape: tuple[int, int], fmt: Format) -> Tensor:
 
 
 def _zeros(shape: tuple[int, int], fmt: Format) -> Tensor:
-    """Most values zero, some of them negative zeros; a whole block of 128 x 128, and whole groups of 32, zero."""
+    """Most values zero, some of them negative zeros; a whole block of 128 x 128, and whole groups
+    of 32, zero.
+    """
     x = torch.randn(shape) * (torch.rand(shape) > 0.7)
     x[:TILE, :TILE] = 0
     x[-32:, -32:] = 0
@@ -52,7 +54,9 @@ def _subnormal(shape: tuple[int, int], fmt: Format) -> Tensor:
 
 
 def _small_groups(shape: tuple[int, int], fmt: Format) -> Tensor:
-    """Rows of ordinary values between rows around 2**-119, where the quotient nears the largest value of BF16 and of FP32."""
+    """Rows of ordinary values between rows around 2**-119, where the quotient nears the largest
+    value of BF16 and of FP32.
+    """
     x = torch.randn(shape)
     rows = torch.arange(shape[0]) % 2 == 1
     x[rows] = torch.ldexp((1 + torch.rand(int(rows.sum()), shape[1])), torch.tensor(-120.0))
@@ -65,7 +69,9 @@ def _powers_of_two(shape: tuple[int, int], fmt: Format) -> Tensor:
 
 
 def _ties(shape: tuple[int, int], fmt: Format) -> Tensor:
-    """The middles between neighbouring values, and the values; the largest value in every group, so that the scale is a power of two."""
+    """The middles between neighbouring values, and the values; the largest value in every group, so
+    that the scale is a power of two.
+    """
     grid = torch.arange(0x7F, dtype=torch.uint8).view(fmt.dtype).float()
     grid = grid[grid.isfinite()]
     values = torch.cat([grid, (grid[1:] + grid[:-1]) / 2])
@@ -75,8 +81,12 @@ def _ties(shape: tuple[int, int], fmt: Format) -> Tensor:
 
 
 def _saturating(shape: tuple[int, int], fmt: Format) -> Tensor:
-    """Beyond the largest value, at it, and at the middle where rounding would go beyond: a delayed scale meets them."""
-    values = torch.tensor([fmt.max, fmt.overflow, fmt.overflow * 0.99, fmt.max * 2, fmt.max * 1e4, 1.0])
+    """Beyond the largest value, at it, and at the middle where rounding would go beyond: a delayed
+    scale meets them.
+    """
+    values = torch.tensor(
+        [fmt.max, fmt.overflow, fmt.overflow * 0.99, fmt.max * 2, fmt.max * 1e4, 1.0]
+    )
     return values[torch.randint(len(values), shape)] * _signs(shape)
 
 

@@ -1,7 +1,9 @@
-"""Checkpoints of Megatron-Core 0.12 under a newer PyTorch than it was made for, with a GPU or without.
+"""Checkpoints of Megatron-Core 0.12 under a newer PyTorch than it was made for, with a GPU or
+without.
 
-Newer PyTorch (torch/distributed/checkpoint/filesystem.py) asks `_write_item` in which format to write, and some versions write a copy of
-a checkpoint's metadata that holds PyTorch's own fields alone; the one in NeMo 25.04's container does neither.
+Newer PyTorch (torch/distributed/checkpoint/filesystem.py) asks `_write_item` in which format to
+write, and some versions write a copy of a checkpoint's metadata that holds PyTorch's own fields
+alone; the one in NeMo 25.04's container does neither.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 
 def adapt_writer() -> None:
-    """Have Megatron-Core 0.12's writer (dist_checkpointing/strategies/filesystem_async.py) write what its reader needs, whatever PyTorch is there."""
+    """Have Megatron-Core 0.12's writer (dist_checkpointing/strategies/filesystem_async.py) write
+    what its reader needs, whatever PyTorch is there.
+    """
     _know_format()
     _keep_own_metadata()
 
@@ -32,11 +36,15 @@ def _know_format() -> None:
 
 
 def _keep_own_metadata() -> None:
-    """Write what Megatron-Core adds to the metadata where PyTorch writes a copy of its own fields (2.11 does).
+    """Write what Megatron-Core adds to the metadata where PyTorch writes a copy of its own fields
+    (2.11 does).
 
-    That is `mcore_data` (torch.py:497), without which the optimizer cannot be loaded, and `all_local_plans` (state_dict_saver.py:144).
+    That is `mcore_data` (torch.py:497), without which the optimizer cannot be loaded, and
+    `all_local_plans` (state_dict_saver.py:144).
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writer
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        FileSystemWriterAsync as Writer,
+    )
 
     finish = Writer.finish
 
@@ -50,7 +58,9 @@ def _keep_own_metadata() -> None:
 
 
 def add_lost(path: Path, metadata: Any) -> None:
-    """Add to the metadata that was written at `path` the attributes of `metadata` that it lacks; the file is whole at each moment."""
+    """Add to the metadata that was written at `path` the attributes of `metadata` that it lacks;
+    the file is whole at each moment.
+    """
     written = pickle.loads(path.read_bytes())
     lost = {name: value for name, value in vars(metadata).items() if not hasattr(written, name)}
     if not lost:

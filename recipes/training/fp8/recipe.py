@@ -1,15 +1,17 @@
-"""A recipe at work in one linear layer: which operand gets which format and scale, in which of the three GEMMs.
+"""A recipe at work in one linear layer: which operand gets which format and scale, in which of the
+three GEMMs.
 
     fprop  y  = x  w^T     contracts over input features
     dgrad  dx = dy w       contracts over output features
     wgrad  dw = dy^T x     contracts over tokens
 
-Scaling along the contracted dimension means that an operand used in two GEMMs has two FP8 copies: "row" (scaled along
-its last dimension) and "col" (along its first).  Per-tensor recipes need one copy only.  E4M3 is used forward; the
-gradient dy is E5M2 in the hybrid format.
+Scaling along the contracted dimension means that an operand used in two GEMMs has two FP8 copies:
+"row" (scaled along its last dimension) and "col" (along its first).  Per-tensor recipes need one
+copy only.  E4M3 is used forward; the gradient dy is E5M2 in the hybrid format.
 
-On a GPU, BF16 operands are quantised by `kernels.py`: the same bits in BF16, which a tensor core multiplies, and no wait for the
-GPU.  What the kernels do not keep, the statistics of diagnosed steps, is computed as on the CPU.
+On a GPU, BF16 operands are quantised by `kernels.py`: the same bits in BF16, which a tensor core
+multiplies, and no wait for the GPU.  What the kernels do not keep, the statistics of diagnosed
+steps, is computed as on the CPU.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ class Operand:
 class Seen:
     """What the last quantisation of an operand met.
 
-    amax: its largest magnitude.  saturated: the share of its elements that were too large for the format.  On request
-    (`diagnose`) also underflow: the share of its non-zero elements that became zero; and sqnr_db: the power of the
-    signal over that of the quantisation noise, in decibels, over finite elements (None where there is no noise).
+    amax: its largest magnitude.  saturated: the share of its elements that were too large for the
+    format.  On request (`diagnose`) also underflow: the share of its non-zero elements that became
+    zero; and sqnr_db: the power of the signal over that of the quantisation noise, in decibels,
+    over finite elements (None where there is no noise).
     """
 
     amax: float
@@ -102,7 +105,9 @@ def in_bf16(x: Tensor) -> bool:
 
 
 class Stateless(ABC):
-    """A recipe that looks at the present tensor only: `in_torch` on any device, `in_kernels` on a GPU, to the same bits."""
+    """A recipe that looks at the present tensor only: `in_torch` on any device, `in_kernels` on a
+    GPU, to the same bits.
+    """
 
     def __init__(self, fp8: Fp8) -> None:
         self.fp8 = fp8
@@ -113,7 +118,11 @@ class Stateless(ABC):
         fmt = format_of(self.fp8, role)
         if not (in_bf16(x) and self.fits_bf16):
             return self.in_torch(x.float(), role, fmt)
-        return self.in_torch(x.float(), role, fmt).bf16() if self.diagnose else self.in_kernels(x, role, fmt)
+        return (
+            self.in_torch(x.float(), role, fmt).bf16()
+            if self.diagnose
+            else self.in_kernels(x, role, fmt)
+        )
 
     @property
     def fits_bf16(self) -> bool:
@@ -129,7 +138,9 @@ class Stateless(ABC):
         """Return the operand of BF16 `x` on a GPU."""
 
     def blocks(self, x: Tensor, role: str, row: Quantised, col: Quantised) -> Operand:
-        """Return the operand of two copies that are divided by their scales already, and keep what was seen."""
+        """Return the operand of two copies that are divided by their scales already, and keep what
+        was seen.
+        """
         self.seen[role] = look(x, row, row.values, self.diagnose)
         return Operand(row.values, col.values)
 
@@ -141,7 +152,9 @@ class CurrentScaling(Stateless):
         amax = scaling.absolute_max(x)
         scale = scaling.scale_from_amax(amax, fmt, self.fp8.power_of_two_scales)
         q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
-        self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
+        self.seen[role] = look(
+            x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose
+        )
         return Operand(q.values, q.values, scale_inv)
 
     def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
@@ -154,10 +167,10 @@ class CurrentScaling(Stateless):
 class DelayedScaling(torch.nn.Module):
     """One scale a tensor, from the largest |x| of past steps (Transformer Engine's DelayedScaling).
 
-    Buffers, kept in checkpoints: `scale` (3) and `amax_history` (length, 3), a column a role.  As in
-    delayed_scaling.cu, entry 0 takes the maximum of the present pass, the history then rolls by one, and the new scale
-    is largest value / 2**margin / amax; a zero or non-finite amax leaves the scale as it was.  Maxima are reduced over
-    all ranks.
+    Buffers, kept in checkpoints: `scale` (3) and `amax_history` (length, 3), a column a role.  As
+    in delayed_scaling.cu, entry 0 takes the maximum of the present pass, the history then rolls by
+    one, and the new scale is largest value / 2**margin / amax; a zero or non-finite amax leaves the
+    scale as it was.  Maxima are reduced over all ranks.
     """
 
     scale: Tensor
@@ -172,7 +185,9 @@ class DelayedScaling(torch.nn.Module):
         self.diagnose = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> DelayedScaling:
-        """Follow a move to a device, but stay in FP32 where the model turns to BF16 (Megatron-Core's Float16Module)."""
+        """Follow a move to a device, but stay in FP32 where the model turns to BF16
+        (Megatron-Core's Float16Module).
+        """
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(fn(buffer).device))
         return self
@@ -194,7 +209,9 @@ class DelayedScaling(torch.nn.Module):
     def _in_torch(self, x: Tensor, role: str, fmt: Format, column: int) -> tuple[Operand, Tensor]:
         scale, amax = self.scale[column].clone(), scaling.absolute_max(x)
         q, scale_inv = scaling.quantise_tensor(x, scale, amax, fmt), scale.reciprocal()
-        self.seen[role] = look(x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose)
+        self.seen[role] = look(
+            x, q, q.values * scale_inv if self.diagnose else q.values, self.diagnose
+        )
         return Operand(q.values, q.values, scale_inv), amax
 
     def _in_kernels(self, x: Tensor, fmt: Format, column: int) -> tuple[Operand, Tensor]:
@@ -205,13 +222,19 @@ class DelayedScaling(torch.nn.Module):
 
     @torch.no_grad()
     def _observe(self, amax: Tensor, column: int, largest: float) -> None:
-        """Record the maximum of this pass and set the scale of the next, which maps what was seen to `largest`."""
+        """Record the maximum of this pass and set the scale of the next, which maps what was seen
+        to `largest`.
+        """
         if amax == 0:
             return
         history = self.amax_history[:, column]
         history[0] = amax
         history.copy_(history.roll(-1))
-        used = history.nan_to_num(0.0, float("inf")).max() if self.fp8.amax_compute_algo == "max" else amax
+        used = (
+            history.nan_to_num(0.0, float("inf")).max()
+            if self.fp8.amax_compute_algo == "max"
+            else amax
+        )
         history[0] = 0
         if torch.isfinite(used) and used > 0:
             self.scale[column] = torch.div(largest, used).clamp_(max=scaling.FP32_MAX)
@@ -219,11 +242,20 @@ class DelayedScaling(torch.nn.Module):
     def _observe_in_kernels(self, amax: Tensor, column: int, largest: float) -> None:
         from recipes.training.fp8 import kernels
 
-        kernels.observe(amax, self.amax_history, self.scale, column, largest, self.fp8.amax_compute_algo == "most_recent")
+        kernels.observe(
+            amax,
+            self.amax_history,
+            self.scale,
+            column,
+            largest,
+            self.fp8.amax_compute_algo == "most_recent",
+        )
 
 
 class SubchannelScaling(Stateless):
-    """1x128 tiles for activations and gradients, 128x128 blocks for weights (Float8BlockScaling)."""
+    """1x128 tiles for activations and gradients, 128x128 blocks for weights
+    (Float8BlockScaling).
+    """
 
     @property
     def fits_bf16(self) -> bool:
@@ -255,7 +287,9 @@ class MxScaling(Stateless):
 
     def in_torch(self, x: Tensor, role: str, fmt: Format) -> Operand:
         rounding, source = self.fp8.mx_scale_rounding, scaling.Source.of(x)
-        return self.blocks(x, role, *(scaling.quantise_mx(source, axis, fmt, rounding) for axis in (1, 0)))
+        return self.blocks(
+            x, role, *(scaling.quantise_mx(source, axis, fmt, rounding) for axis in (1, 0))
+        )
 
     def in_kernels(self, x: Tensor, role: str, fmt: Format) -> Operand:
         from recipes.training.fp8 import kernels

@@ -1,14 +1,19 @@
-"""Scales: what a tensor is multiplied by before it is rounded to FP8, per tensor, per tile, or per block of 32.
+"""Scales: what a tensor is multiplied by before it is rounded to FP8, per tensor, per tile, or per
+block of 32.
 
-FP8 has two or three bits of mantissa and little range, so a scale moves each group of values to the top of that
-range.  The recipes differ in what shares a scale, and in the numbers that a scale may be:
+FP8 has two or three bits of mantissa and little range, so a scale moves each group of values to the
+top of that range.  The recipes differ in what shares a scale, and in the numbers that a scale may
+be:
 
-- one scale a tensor (delayed, current): cheapest, but one outlier pushes the small values towards zero;
+- one scale a tensor (delayed, current): cheapest, but one outlier pushes the small values towards
+  zero;
 - 1x128 tiles and 128x128 blocks (sub-channel): an outlier spoils only its neighbours;
-- 32 values along the contracted dimension with a power of two as scale (MXFP8, OCP Microscaling v1.0).
+- 32 values along the contracted dimension with a power of two as scale (MXFP8, OCP Microscaling
+  v1.0).
 
-The rules for zero, infinite and tiny maxima are those of Transformer Engine (common/recipe/recipe_common.cuh and
-common/util/ptx.cuh, read at 2.11 and at d0067d0): they decide what a bad tensor does to a run.
+The rules for zero, infinite and tiny maxima are those of Transformer Engine
+(common/recipe/recipe_common.cuh and common/util/ptx.cuh, read at 2.11 and at d0067d0): they decide
+what a bad tensor does to a run.
 """
 
 from __future__ import annotations
@@ -18,7 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.training.fp8.formats import FP32_BIAS, FP32_EXPONENT_MASK, FP32_MANTISSA_BITS, Format, round_saturate_
+from recipes.training.fp8.formats import (
+    FP32_BIAS,
+    FP32_EXPONENT_MASK,
+    FP32_MANTISSA_BITS,
+    Format,
+    round_saturate_,
+)
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 FP32_MAX = torch.finfo(torch.float32).max
@@ -33,11 +44,14 @@ def absolute_max(x: Tensor) -> Tensor:
     return torch.maximum(-low, high)
 
 
-def scale_from_amax(amax: Tensor, fmt: Format, power_of_two: bool = False, value_for_inf: float = BF16_MAX) -> Tensor:
-    """Return the FP32 scale that maps `amax` to the largest value of `fmt` (compute_scale_from_amax).
+def scale_from_amax(
+    amax: Tensor, fmt: Format, power_of_two: bool = False, value_for_inf: float = BF16_MAX
+) -> Tensor:
+    """Return the FP32 scale that maps `amax` to the largest value of `fmt`
+    (compute_scale_from_amax).
 
-    1 where `amax` is zero, infinite or NaN; `value_for_inf` (the largest value of the tensor's own type) where the
-    quotient overflows FP32; with `power_of_two` the mantissa is cut off.
+    1 where `amax` is zero, infinite or NaN; `value_for_inf` (the largest value of the tensor's own
+    type) where the quotient overflows FP32; with `power_of_two` the mantissa is cut off.
     """
     scale = torch.div(fmt.max, amax).clamp_(max=value_for_inf)
     if power_of_two:
@@ -48,9 +62,10 @@ def scale_from_amax(amax: Tensor, fmt: Format, power_of_two: bool = False, value
 def e8m0_exponents(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
     """Return the biased 8-bit exponents (int32) of MX scales for FP32 maxima of blocks.
 
-    "up" is Transformer Engine's float_to_e8m0(amax / largest value): the smallest power of two that saturates
-    nothing.  "ocp_floor" is the rule of the OCP MX specification v1.0, section 6.3: floor(log2(amax)) minus the
-    exponent of the largest value of the format, which saturates part of the top binade.  255 stands for NaN.
+    "up" is Transformer Engine's float_to_e8m0(amax / largest value): the smallest power of two that
+    saturates nothing.  "ocp_floor" is the rule of the OCP MX specification v1.0, section 6.3:
+    floor(log2(amax)) minus the exponent of the largest value of the format, which saturates part of
+    the top binade.  255 stands for NaN.
     """
     if rounding == "up":
         bits = (amax * (1.0 / fmt.max)).view(torch.int32)
@@ -65,7 +80,9 @@ def e8m0_exponents(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
 
 
 def exp2_biased(exponent: Tensor) -> Tensor:
-    """Return 2**(exponent - 127) in FP32 for biased exponents: 0 gives the subnormal 2**-127, 255 NaN."""
+    """Return 2**(exponent - 127) in FP32 for biased exponents: 0 gives the subnormal 2**-127, 255
+    NaN.
+    """
     bits = torch.where(exponent == 0, 0x00400000, exponent << 23)
     return torch.where(exponent == 255, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
 
@@ -74,8 +91,9 @@ def exp2_biased(exponent: Tensor) -> Tensor:
 class Quantised:
     """A tensor on the FP8 grid as FP32, and what was seen on the way.
 
-    values: the tensor; for blocks already divided by its scales, for one scale a tensor still multiplied by it.
-    amax: largest |x| of the tensor, scalar.  saturated: how many finite elements were too large for the format.
+    values: the tensor; for blocks already divided by its scales, for one scale a tensor still
+    multiplied by it. amax: largest |x| of the tensor, scalar.  saturated: how many finite elements
+    were too large for the format.
     """
 
     values: Tensor
@@ -100,7 +118,9 @@ def quantise_tensor(x: Tensor, scale: Tensor, amax: Tensor, fmt: Format) -> Quan
 
 @dataclass(frozen=True)
 class Source:
-    """FP32 `x` (rows, cols) with its magnitudes and the powers of two below them, which both copies of it need."""
+    """FP32 `x` (rows, cols) with its magnitudes and the powers of two below them, which both copies
+    of it need.
+    """
 
     x: Tensor
     magnitude: Tensor
@@ -126,37 +146,58 @@ def _unblocked(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _is_ordinary(amax: Tensor) -> bool:
-    """Whether all maxima are zero or well inside FP32's range, so that no exponent below runs over an end."""
+    """Whether all maxima are zero or well inside FP32's range, so that no exponent below runs over
+    an end.
+    """
     low, high = torch.aminmax(amax)
-    return bool(high < 2.0**100) and (bool(low > 2.0**-80) or bool(((amax > 2.0**-80) | (amax == 0)).all()))
+    return bool(high < 2.0**100) and (
+        bool(low > 2.0**-80) or bool(((amax > 2.0**-80) | (amax == 0)).all())
+    )
 
 
-def _quantise_tiles(source: Source, block: tuple[int, int], amax: Tensor, scale: Tensor, scale_inv: Tensor, fmt: Format) -> Quantised:
+def _quantise_tiles(
+    source: Source,
+    block: tuple[int, int],
+    amax: Tensor,
+    scale: Tensor,
+    scale_inv: Tensor,
+    fmt: Format,
+) -> Quantised:
     tiles = _blocked(source.x, block)
     saturated = _saturated(tiles * scale, amax * scale, fmt)
     rounded = round_saturate_(tiles * scale, fmt).mul_(scale_inv)
     return Quantised(_unblocked(rounded, source.x.shape), amax.amax(), saturated)
 
 
-def _round_in_place_of_scale(source: Source, block: tuple[int, int], amax: Tensor, exponent: Tensor, fmt: Format) -> Quantised:
-    """Quantise as `_quantise_tiles` does, in half the passes; `exponent` (int32, biased) is that of 1/scale, a power of two.
+def _round_in_place_of_scale(
+    source: Source, block: tuple[int, int], amax: Tensor, exponent: Tensor, fmt: Format
+) -> Quantised:
+    """Quantise as `_quantise_tiles` does, in half the passes; `exponent` (int32, biased) is that of
+    1/scale, a power of two.
 
-    Multiplying by a power of two moves no mantissa bit, so elements can be rounded where they stand: only the exponent
-    below which they are subnormal depends on the scale.  For ordinary maxima of which none saturates.
+    Multiplying by a power of two moves no mantissa bit, so elements can be rounded where they
+    stand: only the exponent below which they are subnormal depends on the scale.  For ordinary
+    maxima of which none saturates.
     """
     shift = FP32_MANTISSA_BITS - fmt.mantissa_bits
     lowest = (exponent + fmt.min_exponent).clamp_(min=1) << FP32_MANTISSA_BITS
     adder = torch.maximum(_blocked(source.binade, block), lowest)
-    adder = adder.add_((shift << FP32_MANTISSA_BITS) + (1 << (FP32_MANTISSA_BITS - 1))).view(torch.float32)
+    adder = adder.add_((shift << FP32_MANTISSA_BITS) + (1 << (FP32_MANTISSA_BITS - 1))).view(
+        torch.float32
+    )
     rounded = (_blocked(source.x, block) + adder).sub_(adder)
     return Quantised(_unblocked(rounded, source.x.shape), amax.amax(), 0)
 
 
-def quantise_blocks(source: Source, block: tuple[int, int], fmt: Format, power_of_two: bool) -> Quantised:
+def quantise_blocks(
+    source: Source, block: tuple[int, int], fmt: Format, power_of_two: bool
+) -> Quantised:
     """Quantise with one scale a block of `block` elements."""
     amax = _blocked(source.magnitude, block).amax((1, 3), keepdim=True)
     if power_of_two and _is_ordinary(amax):
-        exponent = 2 * FP32_BIAS - (torch.div(fmt.max, amax).view(torch.int32) >> FP32_MANTISSA_BITS)
+        exponent = 2 * FP32_BIAS - (
+            torch.div(fmt.max, amax).view(torch.int32) >> FP32_MANTISSA_BITS
+        )
         return _round_in_place_of_scale(source, block, amax, exponent, fmt)
     scale = scale_from_amax(amax, fmt, power_of_two)
     return _quantise_tiles(source, block, amax, scale, scale.reciprocal(), fmt)
@@ -165,14 +206,21 @@ def quantise_blocks(source: Source, block: tuple[int, int], fmt: Format, power_o
 def quantise_mx(source: Source, axis: int, fmt: Format, rounding: str) -> Quantised:
     """Quantise to MXFP8 with blocks of 32 along `axis` (0 rows, 1 columns).
 
-    A NaN element stays NaN and leaves its block's scale alone: Transformer Engine's maximum is fmaxf, which skips NaN.
+    A NaN element stays NaN and leaves its block's scale alone: Transformer Engine's maximum is
+    fmaxf, which skips NaN.
     """
     block = (MX_BLOCK, 1) if axis == 0 else (1, MX_BLOCK)
     amax = _blocked(source.magnitude, block).amax((1, 3), keepdim=True)
     if rounding == "up" and _is_ordinary(amax):
-        exponent = ((amax * (1.0 / fmt.max)).view(torch.int32) + FP32_MANTISSA_MASK) >> FP32_MANTISSA_BITS
+        exponent = (
+            (amax * (1.0 / fmt.max)).view(torch.int32) + FP32_MANTISSA_MASK
+        ) >> FP32_MANTISSA_BITS
         return _round_in_place_of_scale(source, block, amax, exponent, fmt)
     if bool(amax.isnan().any()):
-        amax = _blocked(source.magnitude.nan_to_num(0.0, float("inf")), block).amax((1, 3), keepdim=True)
+        amax = _blocked(source.magnitude.nan_to_num(0.0, float("inf")), block).amax(
+            (1, 3), keepdim=True
+        )
     exponent = e8m0_exponents(amax, fmt, rounding)
-    return _quantise_tiles(source, block, amax, exp2_biased(254 - exponent), exp2_biased(exponent), fmt)
+    return _quantise_tiles(
+        source, block, amax, exp2_biased(254 - exponent), exp2_biased(exponent), fmt
+    )

@@ -1,7 +1,7 @@
 """What NeMo and Megatron-Core build for a rank of a plan, at true size and without memory.
 
-`rehearse` is the one way in.  It must come before NeMo is imported in a process: Transformer Engine's
-stand-ins are what NeMo then finds.
+`rehearse` is the one way in.  It must come before NeMo is imported in a process: Transformer
+Engine's stand-ins are what NeMo then finds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ UPSTREAM = ("megatron", "nemo", "lightning", "nemo_run", "fiddle", "transformer_
 
 
 def rehearse(plan: Plan, rank: int) -> RankFacts:
-    """Build `rank` of the plan's job and return what it is; InputError where NeMo or Megatron-Core refuses it.
+    """Build `rank` of the plan's job and return what it is; InputError where NeMo or Megatron-Core
+    refuses it.
 
     Data and loggers are left out.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before PyTorch looks: nothing is put on a GPU that may be here
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # before PyTorch looks: nothing is put on a GPU that may be here
+    )
     from recipes.training.rehearsal import stand_ins
 
     stand_ins.install(plan.stack.versions["transformer_engine"])
@@ -36,7 +39,9 @@ def rehearse(plan: Plan, rank: int) -> RankFacts:
     from recipes.training.rehearsal.facts import read
 
     logger = Logger(wandb="disabled", wandb_project=plan.logger.wandb_project, tensorboard=False)
-    plan = plan.model_copy(update={"data": Data(kind="mock", seed=plan.data.seed), "logger": logger})
+    plan = plan.model_copy(
+        update={"data": Data(kind="mock", seed=plan.data.seed), "logger": logger}
+    )
     with _quiet(), _refusals(plan, rank), built(plan, rank) as trainer:
         return read(trainer)
 
@@ -64,11 +69,15 @@ def _refusals(plan: Plan, rank: int) -> Iterator[None]:
         line = str(error).strip().split("\n")[0].partition(" when instantiating ")[0]
         text = one_line(line)[:300] or type(error).__name__
         remedy = "change what it names in the plan; the job would end with it on the cluster"
-        raise InputError(f"{cell}: rank {rank} cannot be built: {text} ({_where(error)}); {remedy}") from error
+        raise InputError(
+            f"{cell}: rank {rank} cannot be built: {text} ({_where(error)}); {remedy}"
+        ) from error
 
 
 def _where(error: BaseException) -> str:
-    """Return file and line of the innermost frame of NeMo or Megatron-Core, without the machine's folders."""
+    """Return file and line of the innermost frame of NeMo or Megatron-Core, without the machine's
+    folders.
+    """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = Path(frame.filename).parts
         for package in UPSTREAM:

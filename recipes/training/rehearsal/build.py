@@ -1,4 +1,6 @@
-"""Build what NeMo builds on a rank of a plan, up to the first step: llm.pretrain, stopped before it trains."""
+"""Build what NeMo builds on a rank of a plan, up to the first step: llm.pretrain, stopped before it
+trains.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Built(Exception):
 
 
 class Stop(pl.Callback):
-    """Ends the run where training would begin, once Lightning's strategy has set up model and optimizer."""
+    """Ends the run where training would begin, once Lightning's strategy has set up model and
+    optimizer.
+    """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """End it."""
@@ -52,7 +56,9 @@ def built(plan: Plan, rank: int) -> Iterator[Any]:
 
 
 def _undo_proxy(trainer: Any) -> None:
-    """Take back what NeMo v2.3.2 lightning/megatron_parallel.py:661 sets in the model's class for the rest of the process."""
+    """Take back what NeMo v2.3.2 lightning/megatron_parallel.py:661 sets in the model's class for
+    the rest of the process.
+    """
     for chunk in getattr(trainer.strategy, "megatron_parallel", ()):
         if "__getattr__" in vars(type(chunk)):
             del type(chunk).__getattr__
@@ -60,7 +66,9 @@ def _undo_proxy(trainer: Any) -> None:
 
 def _recipe(plan: Plan, folder: Path) -> Any:
     recipe = nemo_recipe.build(plan, folder)
-    callbacks = [each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is not RunFolderCallback]
+    callbacks = [
+        each for each in recipe.trainer.callbacks if each.__fn_or_cls__ is not RunFolderCallback
+    ]
     recipe.trainer.callbacks = [*callbacks, run.Config(Stop)]
     recipe.trainer.accelerator = "cpu"
     return recipe

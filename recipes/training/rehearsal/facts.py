@@ -1,4 +1,6 @@
-"""Read from the objects that NeMo and Megatron-Core built for a rank: parameters, bytes, groups, the checkpoint."""
+"""Read from the objects that NeMo and Megatron-Core built for a rank: parameters, bytes, groups,
+the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,16 @@ def _layers(chunk: nn.Module) -> list[Any]:
 
 
 def _parameters(chunks: Any) -> Weights:
-    """Return the elements of the rank's parameters; Megatron-Core itself says which layers run in FP8."""
+    """Return the elements of the rank's parameters; Megatron-Core itself says which layers run in
+    FP8.
+    """
     in_fp8 = {
         parameter
         for chunk in chunks
         for layer in _layers(chunk)
-        if not isinstance(fp8_utils.get_fp8_context(layer.config, layer.layer_number - 1), nullcontext)
+        if not isinstance(
+            fp8_utils.get_fp8_context(layer.config, layer.layer_number - 1), nullcontext
+        )
         for name, parameter in layer.named_parameters()
         if name.endswith(LINEAR)
     }
@@ -66,20 +72,30 @@ def _parameters(chunks: Any) -> Weights:
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             is_vocabulary = any(part in name for part in VOCABULARY)
-            counts["vocabulary" if is_vocabulary else "fp8" if parameter in in_fp8 else "bf16"] += parameter.numel()
+            counts["vocabulary" if is_vocabulary else "fp8" if parameter in in_fp8 else "bf16"] += (
+                parameter.numel()
+            )
     return Weights(**counts)
 
 
 def _buffers(chunks: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the buffers of Megatron-Core's DistributedDataParallel: of parameters, and of gradients."""
+    """Return the buffers of Megatron-Core's DistributedDataParallel: of parameters, and of
+    gradients.
+    """
     buffers = [buffer for chunk in chunks for buffer in chunk.module.buffers]
     return [buffer.param_data for buffer in buffers], [buffer.grad_data for buffer in buffers]
 
 
 def _fsdp_buffers(chunks: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return this rank's shards of the buffers of Megatron-Core's FSDP: of parameters, and of gradients."""
-    groups = [group for chunk in chunks for group in chunk.module.param_and_grad_buffer.parameter_groups]
-    return [group.model_weight_buffer.data for group in groups], [group.main_grad_buffer.data for group in groups]
+    """Return this rank's shards of the buffers of Megatron-Core's FSDP: of parameters, and of
+    gradients.
+    """
+    groups = [
+        group for chunk in chunks for group in chunk.module.param_and_grad_buffer.parameter_groups
+    ]
+    return [group.model_weight_buffer.data for group in groups], [
+        group.main_grad_buffer.data for group in groups
+    ]
 
 
 def _make_state(optimizer: Any) -> None:
@@ -106,15 +122,19 @@ def _groups() -> dict[str, tuple[int, ...]]:
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "context": parallel_state.get_context_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
-        "optimizer": parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+        "optimizer": parallel_state.get_data_parallel_group(
+            with_context_parallel=True, partial_data_parallel=True
+        ),
     }
     return {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
 
 
 def _checkpoint(strategy: Any) -> dict[str, int]:
-    """Return the bytes of each whole tensor of the checkpoint that this pipeline stage has a part of, by key.
+    """Return the bytes of each whole tensor of the checkpoint that this pipeline stage has a part
+    of, by key.
 
-    A rank has only a share of the optimizer's tensors: they are as many, and as large, as those of the model.
+    A rank has only a share of the optimizer's tensors: they are as many, and as large, as those of
+    the model.
     """
     model = strategy.megatron_parallel.sharded_state_dict()
     optimizer = strategy.optimizer_sharded_state_dict()
@@ -125,7 +145,10 @@ def _checkpoint(strategy: Any) -> dict[str, int]:
     for each in _tensors(model):
         elements = math.prod(each.global_shape)
         found[each.key] = elements * each.dtype.itemsize
-        found |= {f"optimizer.state.{state}.{each.key}": elements * dtype.itemsize for state, dtype in states.items()}
+        found |= {
+            f"optimizer.state.{state}.{each.key}": elements * dtype.itemsize
+            for state, dtype in states.items()
+        }
     return found
 
 

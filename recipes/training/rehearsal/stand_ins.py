@@ -1,9 +1,11 @@
-"""Transformer Engine's layers and optimizer without kernels: parameters of the right shape, and nothing to compute with.
+"""Transformer Engine's layers and optimizer without kernels: parameters of the right shape, and
+nothing to compute with.
 
-NeMo and Megatron-Core build another model where Transformer Engine is missing, and Transformer Engine
-cannot be imported without CUDA.  `install` puts modules in its place that hold what both use while a
-job is built.  Shapes, attributes and checks are those of Transformer Engine 2.2 (commit bee4649):
-pytorch/module/linear.py, layernorm_linear.py and base.py, pytorch/optimizers/fused_adam.py.
+NeMo and Megatron-Core build another model where Transformer Engine is missing, and Transformer
+Engine cannot be imported without CUDA.  `install` puts modules in its place that hold what both use
+while a job is built.  Shapes, attributes and checks are those of Transformer Engine 2.2 (commit
+bee4649): pytorch/module/linear.py, layernorm_linear.py and base.py,
+pytorch/optimizers/fused_adam.py.
 """
 
 from __future__ import annotations
@@ -21,18 +23,24 @@ from torch import Tensor, nn
 
 from recipes.compose.rules import BF16_MOMENTS_SINCE
 
-# A stack's version of Transformer Engine -> what its `__version__` says.  Megatron-Core compares it:
-# the development version of 25.04 is older than 2.2 (fp8_utils.py:72 and :96, core_v0.12).
+# A stack's version of Transformer Engine -> what its `__version__` says.  Megatron-Core compares
+# it: the development version of 25.04 is older than 2.2 (fp8_utils.py:72 and :96, core_v0.12).
 VERSIONS = {"2.2": "2.2.0.dev0"}
 
 
 class QuantizedTensor(Tensor):
-    """A weight that is kept in FP8: `_data` has one byte per element, and goes into Megatron-Core's buffers."""
+    """A weight that is kept in FP8: `_data` has one byte per element, and goes into Megatron-Core's
+    buffers.
+    """
 
     @property
     def _data(self) -> Tensor:
         found: Tensor | None = self.__dict__.get("raw")
-        return torch.empty(self.shape, dtype=torch.uint8, device=self.device) if found is None else found
+        return (
+            torch.empty(self.shape, dtype=torch.uint8, device=self.device)
+            if found is None
+            else found
+        )
 
     @_data.setter
     def _data(self, value: Tensor) -> None:
@@ -65,7 +73,9 @@ def fp8_autocast(**kwargs: Any) -> Iterator[None]:
 
 
 class TransformerEngineBaseModule(nn.Module):
-    """A layer with the extra state that each layer writes into checkpoints; before the first step it is empty."""
+    """A layer with the extra state that each layer writes into checkpoints; before the first step
+    it is empty.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +83,13 @@ class TransformerEngineBaseModule(nn.Module):
 
     @property
     def param_init_meta(self) -> dict[str, Any]:
-        """Return for each parameter which FP8 scale it has: its weight the second, others none (base.py:640)."""
-        return {name: Recipe(fp8_meta_index=1 if name == "weight" else None) for name, _ in self.named_parameters(recurse=False)}
+        """Return for each parameter which FP8 scale it has: its weight the second, others none
+        (base.py:640).
+        """
+        return {
+            name: Recipe(fp8_meta_index=1 if name == "weight" else None)
+            for name, _ in self.named_parameters(recurse=False)
+        }
 
     def get_extra_state(self) -> Tensor:
         """Return no bytes, as base.py:554 does for a layer that has not run in FP8."""
@@ -85,7 +100,9 @@ class TransformerEngineBaseModule(nn.Module):
 
 
 class Linear(TransformerEngineBaseModule):
-    """A linear layer's share on one tensor-parallel rank: weight [out, in] and, where it has one, bias."""
+    """A linear layer's share on one tensor-parallel rank: weight [out, in] and, where it has one,
+    bias.
+    """
 
     def __init__(
         self,
@@ -123,12 +140,18 @@ class Linear(TransformerEngineBaseModule):
 
     def _share(self, name: str, size: int) -> int:
         if size % self.tp_size:
-            raise RuntimeError(f"{name}={size} is not divisible by tensor-parallel size {self.tp_size}")
+            raise RuntimeError(
+                f"{name}={size} is not divisible by tensor-parallel size {self.tp_size}"
+            )
         return size // self.tp_size
 
     @staticmethod
     def _is_split(parameter: Any, dim: int) -> None:
-        parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
+        parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = (
+            True,
+            dim,
+            1,
+        )
 
 
 class LayerNormLinear(Linear):
@@ -145,7 +168,9 @@ class LayerNormLinear(Linear):
         **kwargs: Any,
     ) -> None:
         made = {"device": device, "dtype": params_dtype}
-        super().__init__(in_features, out_features, params_dtype=params_dtype, device=device, **kwargs)
+        super().__init__(
+            in_features, out_features, params_dtype=params_dtype, device=device, **kwargs
+        )
         for part in ("weight", "bias") if normalization == "LayerNorm" else ("weight",):
             parameter = nn.Parameter(torch.empty(in_features, **made))
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
@@ -157,7 +182,14 @@ class RMSNorm(nn.Module):
 
     parts: tuple[str, ...] = ("weight",)
 
-    def __init__(self, hidden_size: int, sequence_parallel: bool = False, params_dtype: Any = None, device: Any = "cuda", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        sequence_parallel: bool = False,
+        params_dtype: Any = None,
+        device: Any = "cuda",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         for part in self.parts:
             parameter = nn.Parameter(torch.empty(hidden_size, device=device, dtype=params_dtype))
@@ -211,7 +243,9 @@ class CudaRNGStatesTracker:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam's state as Transformer Engine keeps it: two moments and, where it holds them, main parameters."""
+    """Adam's state as Transformer Engine keeps it: two moments and, where it holds them, main
+    parameters.
+    """
 
     def __init__(
         self,
@@ -229,19 +263,42 @@ class FusedAdam(torch.optim.Optimizer):
         store_param_remainders: bool = False,
     ) -> None:
         types = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
-        allowed = [torch.float32, torch.float16, torch.uint8, *[torch.bfloat16] * _has_bf16_moments()]
+        allowed = [
+            torch.float32,
+            torch.float16,
+            torch.uint8,
+            *[torch.bfloat16] * _has_bf16_moments(),
+        ]
         for name, dtype in types.items():
             if dtype not in allowed:
-                raise RuntimeError(f"Transformer Engine {sys.modules['transformer_engine'].__version__}'s FusedAdam has no {dtype} {name}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True})
+                raise RuntimeError(
+                    f"Transformer Engine {sys.modules['transformer_engine'].__version__}'s"
+                    f" FusedAdam has no {dtype} {name}"
+                )
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": True,
+            },
+        )
         self.types = {**types, **({"master_param": master_weight_dtype} if master_weights else {})}
         self.store_param_remainders = store_param_remainders and master_weights
 
     def initialize_state(self, param: Tensor) -> None:
         """Make the state of a parameter, as the first step does."""
         for name, dtype in self.types.items():
-            remainder = name == "master_param" and self.store_param_remainders and param.dtype == torch.bfloat16
-            self.state[param][name] = torch.empty_like(param, dtype=torch.int16 if remainder else dtype)
+            remainder = (
+                name == "master_param"
+                and self.store_param_remainders
+                and param.dtype == torch.bfloat16
+            )
+            self.state[param][name] = torch.empty_like(
+                param, dtype=torch.int16 if remainder else dtype
+            )
 
     def get_unscaled_state(self, param: Tensor, state_name: str) -> Tensor:
         """Return a state as checkpoints have it: FP32, but for remainders."""
@@ -300,22 +357,54 @@ TE = "transformer_engine"
 MODULES: dict[str, dict[str, Any]] = {
     TE: {"is_stand_in": True},
     f"{TE}.common": {},
-    f"{TE}.common.recipe": {c.__name__: c for c in (DelayedScaling, Float8CurrentScaling, MXFP8BlockScaling, Float8BlockScaling, Format)},
-    f"{TE}.pytorch": {
-        c.__name__: c for c in (Linear, LayerNormLinear, RMSNorm, LayerNorm, DotProductAttention, GroupedLinear, fp8_model_init, fp8_autocast)
+    f"{TE}.common.recipe": {
+        c.__name__: c
+        for c in (
+            DelayedScaling,
+            Float8CurrentScaling,
+            MXFP8BlockScaling,
+            Float8BlockScaling,
+            Format,
+        )
     },
-    f"{TE}.pytorch.attention": {"apply_rotary_pos_emb": unused, "_SplitAlongDim": torch.autograd.Function},
+    f"{TE}.pytorch": {
+        c.__name__: c
+        for c in (
+            Linear,
+            LayerNormLinear,
+            RMSNorm,
+            LayerNorm,
+            DotProductAttention,
+            GroupedLinear,
+            fp8_model_init,
+            fp8_autocast,
+        )
+    },
+    f"{TE}.pytorch.attention": {
+        "apply_rotary_pos_emb": unused,
+        "_SplitAlongDim": torch.autograd.Function,
+    },
     f"{TE}.pytorch.cpu_offload": {"get_cpu_offload_context": lambda *args: (None, unused)},
     f"{TE}.pytorch.cross_entropy": {"parallel_cross_entropy": unused},
-    f"{TE}.pytorch.distributed": {"CudaRNGStatesTracker": CudaRNGStatesTracker, "checkpoint": unused},
+    f"{TE}.pytorch.distributed": {
+        "CudaRNGStatesTracker": CudaRNGStatesTracker,
+        "checkpoint": unused,
+    },
     f"{TE}.pytorch.float8_tensor": {"Float8Tensor": QuantizedTensor},
     f"{TE}.pytorch.fp8": {"FP8GlobalStateManager": Recipe, "fp8_autocast": fp8_autocast},
-    f"{TE}.pytorch.graph": dict.fromkeys(("restore_fp8_tensors", "save_fp8_tensors", "set_capture_end", "set_capture_start"), unused),
+    f"{TE}.pytorch.graph": dict.fromkeys(
+        ("restore_fp8_tensors", "save_fp8_tensors", "set_capture_end", "set_capture_start"), unused
+    ),
     f"{TE}.pytorch.module": {},
-    f"{TE}.pytorch.module.base": {"TransformerEngineBaseModule": TransformerEngineBaseModule, "initialize_ub": unused},
+    f"{TE}.pytorch.module.base": {
+        "TransformerEngineBaseModule": TransformerEngineBaseModule,
+        "initialize_ub": unused,
+    },
     f"{TE}.pytorch.optimizers": {
         **{"FusedAdam": FusedAdam, "FusedSGD": FusedSGD},
-        **dict.fromkeys(("multi_tensor_applier", "multi_tensor_scale", "multi_tensor_l2norm"), unused),
+        **dict.fromkeys(
+            ("multi_tensor_applier", "multi_tensor_scale", "multi_tensor_l2norm"), unused
+        ),
     },
     f"{TE}.pytorch.tensor": {"QuantizedTensor": QuantizedTensor},
     f"{TE}.pytorch.tensor.float8_tensor": {"Float8Tensor": QuantizedTensor},
@@ -326,18 +415,24 @@ MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNorm},
     "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": unused},
-    "mamba_ssm.ops.triton.ssd_combined": dict.fromkeys(("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"), unused),
+    "mamba_ssm.ops.triton.ssd_combined": dict.fromkeys(
+        ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"), unused
+    ),
     # APEX's kernel, which NeMo's container has (tensor_parallel/layers.py:46).
     "fused_weight_gradient_mlp_cuda": {},
 }
 
 
 def install(version: str) -> None:
-    """Put the modules in place, once, before Megatron-Core is imported; they are of a stack's version ("2.2")."""
+    """Put the modules in place, once, before Megatron-Core is imported; they are of a stack's
+    version ("2.2").
+    """
     if getattr(sys.modules.get(TE), "is_stand_in", False):
         _set_version(version)
         return
-    assert "megatron.core" not in sys.modules, "Megatron-Core has looked for Transformer Engine already"
+    assert "megatron.core" not in sys.modules, (
+        "Megatron-Core has looked for Transformer Engine already"
+    )
     for name, content in MODULES.items():
         module = ModuleType(name)
         module.__path__ = []

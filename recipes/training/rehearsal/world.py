@@ -1,7 +1,8 @@
-"""One rank of a job of any size, in this process: its environment, process groups that join nobody, and no memory.
+"""One rank of a job of any size, in this process: its environment, process groups that join nobody,
+and no memory.
 
-PyTorch's fake process group knows every rank and sends nothing.  What NeMo and Megatron-Core put on the
-current CUDA device goes to the meta device, whose tensors have shapes and no memory.
+PyTorch's fake process group knows every rank and sends nothing.  What NeMo and Megatron-Core put on
+the current CUDA device goes to the meta device, whose tensors have shapes and no memory.
 """
 
 from __future__ import annotations
@@ -57,25 +58,40 @@ def as_rank(plan: Plan, rank: int) -> Iterator[None]:
     def init_fake(backend: Any = None, rank: int = -1, world_size: int = -1, **kwargs: Any) -> None:
         init("fake", rank=rank, world_size=world_size, store=FakeStore())
 
-    def new_fake(ranks: Any = None, timeout: Any = None, backend: Any = None, pg_options: Any = None, **kwargs: Any) -> Any:
+    def new_fake(
+        ranks: Any = None,
+        timeout: Any = None,
+        backend: Any = None,
+        pg_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         return new(ranks, backend="fake", **kwargs)
 
     type_name = torch.Tensor.type
 
     def cuda_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron-Core compares it with "torch.cuda.BFloat16Tensor" (optimizer/distrib_optimizer.py:335)."""
+        """Megatron-Core compares it with "torch.cuda.BFloat16Tensor"
+        (optimizer/distrib_optimizer.py:335).
+        """
         name = type_name(self, *args, **kwargs)
         return f"torch.cuda.{name.rpartition('.')[2]}" if isinstance(name, str) else name
 
     capability = tuple(int(part) for part in (plan.gpu.compute_capability or "0.0").split("."))
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {name: str(value) for name, value in environment.items()}))
+        stack.enter_context(
+            patch.dict(os.environ, {name: str(value) for name, value in environment.items()})
+        )
         for where, name, value in (
             (dist, "init_process_group", init_fake),
             (dist, "new_group", new_fake),
-            (dist, "broadcast_object_list", lambda *args, **kwargs: None),  # each rank keeps what it has
+            (
+                dist,
+                "broadcast_object_list",
+                lambda *args, **kwargs: None,
+            ),  # each rank keeps what it has
             (torch.Tensor, "type", cuda_type_name),
-            # Megatron-Core's FSDP wants no parameter on the meta device once it is set up (custom_fsdp/param_and_grad_buffer.py:1131).
+            # Megatron-Core's FSDP wants no parameter on the meta device once it is set up
+            # (custom_fsdp/param_and_grad_buffer.py:1131).
             (torch.Tensor, "is_meta", False),
             (torch.cuda, "current_device", lambda: META),
             (torch.cuda, "get_device_capability", lambda device=None: capability),
@@ -100,9 +116,13 @@ def _forget() -> None:
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     if dist.is_initialized():
         dist.destroy_process_group()
-    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False  # the next plan may want another kind of tracker
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = (
+        False  # the next plan may want another kind of tracker
+    )
     for kind in (torch.nn.Parameter, QuantizedTensor):
-        if "main_grad" in vars(kind):  # custom_fsdp/param_and_grad_buffer.py:1245 sets it in the class
+        if "main_grad" in vars(
+            kind
+        ):  # custom_fsdp/param_and_grad_buffer.py:1245 sets it in the class
             del kind.main_grad
     vars(AppState()).clear()
     AppState().__init__()

@@ -1,4 +1,7 @@
-"""What a training process imports, imported once in the server that forks them.  Nothing is computed: threads do not survive a fork."""
+"""What a training process imports, imported once in the server that forks them.
+
+Nothing is computed: threads do not survive a fork.
+"""
 
 from recipes.training.compat import cpu
 

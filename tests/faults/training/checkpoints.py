@@ -1,4 +1,6 @@
-"""Checkpoints that were broken after they were written: the one before is used and the folder says so; never are other weights loaded."""
+"""Checkpoints that were broken after they were written: the one before is used and the folder says
+so; never are other weights loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,26 @@ from tests.faults.commands import REFUSED
 from tests.faults.folders import recorded, rows_in
 from tests.faults.registry import Outcome, fault
 from tests.faults.training.process import run_to_end
-from tests.faults.training.runs import AREA, EQUAL, copied, finish, numbers, paused, precision_of, saved
+from tests.faults.training.runs import (
+    AREA,
+    EQUAL,
+    copied,
+    finish,
+    numbers,
+    paused,
+    precision_of,
+    saved,
+)
 
 
 def _file(draw: random.Random, checkpoint: Path) -> Path:
-    return draw.choice([path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.parent.name == "weights"])
+    return draw.choice(
+        [
+            path
+            for path in sorted(checkpoint.rglob("*"))
+            if path.is_file() and path.parent.name == "weights"
+        ]
+    )
 
 
 def _cut(draw: random.Random, checkpoint: Path) -> None:
@@ -57,7 +74,9 @@ BROKEN = (_flipped, _cut, _missing, _emptied, _record_cut, _gone)
     nemo=True,
 )
 def broken_checkpoint(count: int, folder: Path) -> Outcome:
-    """The one before it is used and the folder says so; a checkpoint that is gone leaves nothing to say."""
+    """The one before it is used and the folder says so; a checkpoint that is gone leaves nothing to
+    say.
+    """
     outcome = Outcome()
     for n in range(count):
         draw, precision, change = random.Random(n), precision_of(n), BROKEN[n % len(BROKEN)]
@@ -65,11 +84,28 @@ def broken_checkpoint(count: int, folder: Path) -> Outcome:
         newest = saved(run)[-1]
         change(draw, newest)
         wrong = finish(run, precision)
-        said = [row for row in rows_in(run / "events.jsonl") if row["event"] == "checkpoint_passed_over"]
-        line = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("warning: ") and newest.name in line]
-        if not wrong and change is not _gone and not (len(said) == len(line) == 1 and said[0]["checkpoint"] == newest.name and said[0]["why"]):
+        said = [
+            row for row in rows_in(run / "events.jsonl") if row["event"] == "checkpoint_passed_over"
+        ]
+        line = [
+            line
+            for line in (run / "log.txt").read_text().splitlines()
+            if line.startswith("warning: ") and newest.name in line
+        ]
+        if (
+            not wrong
+            and change is not _gone
+            and not (
+                len(said) == len(line) == 1
+                and said[0]["checkpoint"] == newest.name
+                and said[0]["why"]
+            )
+        ):
             wrong = f"not said once: {said} {line}"
-        outcome.add(f"continued from the one before, and said so; {EQUAL.partition('; ')[2]}", lost=wrong and f"{change.__name__}, seed {n}: {wrong}")
+        outcome.add(
+            f"continued from the one before, and said so; {EQUAL.partition('; ')[2]}",
+            lost=wrong and f"{change.__name__}, seed {n}: {wrong}",
+        )
     return outcome
 
 
@@ -83,7 +119,9 @@ def all_checkpoints_broken(count: int, folder: Path) -> Outcome:
         for checkpoint in saved(run):
             draw.choice(BROKEN[:-1])(draw, checkpoint)
         refused = [_refused(run) for _ in range(2)]  # launched again, it must not begin anew either
-        right = all(refused) and numbers(run / "metrics.jsonl") == before and recorded(run) == "failed"
+        right = (
+            all(refused) and numbers(run / "metrics.jsonl") == before and recorded(run) == "failed"
+        )
         outcome.add(REFUSED, lost=None if right else f"run {n}: refused {refused}, {recorded(run)}")
     return outcome
 
@@ -91,5 +129,7 @@ def all_checkpoints_broken(count: int, folder: Path) -> Outcome:
 def _refused(run: Path) -> bool:
     (run / "log.txt").unlink()
     codes = run_to_end(run)
-    lines = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+    lines = [
+        line for line in (run / "log.txt").read_text().splitlines() if line.startswith("error: ")
+    ]
     return codes == [2] and len(lines) == 1 and "no whole checkpoint" in lines[0]

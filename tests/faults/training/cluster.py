@@ -1,4 +1,6 @@
-"""Two nodes of two processes, as a real Slurm runs them: ranks that are killed, and the warning before a time limit."""
+"""Two nodes of two processes, as a real Slurm runs them: ranks that are killed, and the warning
+before a time limit.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,20 @@ from tests.faults.training.runs import (
 from tests.launch.slurm import install
 from tests.launch.slurm.cluster import Slurm
 
-SITE = ["cluster.account=research", "cluster.partition=batch", f"cluster.python={sys.executable}", "gpu.devices_per_node=2"]
+SITE = [
+    "cluster.account=research",
+    "cluster.partition=batch",
+    f"cluster.python={sys.executable}",
+    "gpu.devices_per_node=2",
+]
 SITE += ["executor.time_limit='10'", "executor.stop_before_limit_s=60"]
 ENDS = ("kill -9 of a rank", "USR1", "kill -9 of all ranks")
 
 
 @fault(
     AREA,
-    "2 x 2 processes on a real Slurm: kill -9 of a rank or of all, launched again; the warning before a time limit, queued again by the job",
+    "2 x 2 processes on a real Slurm: kill -9 of a rank or of all, launched again; the warning"
+    " before a time limit, queued again by the job",
     small=0,
     full=3,
     nemo=True,
@@ -51,11 +59,19 @@ def ranks_on_slurm(count: int, folder: Path) -> Outcome:
     if reason := install.missing():
         raise Unavailable(reason)
     outcome = Outcome()
-    with tempfile.TemporaryDirectory(prefix="slurm") as root, Slurm(Path(root) / "slurm") as slurm, _seen(slurm):  # Unix sockets want short paths
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as root,
+        Slurm(Path(root) / "slurm") as slurm,
+        _seen(slurm),
+    ):  # Unix sockets want short paths
         for n in range(count):
             how, precision, run = ENDS[n % len(ENDS)], precision_of(n), folder / f"run{n}"
-            wrong = _broken_and_continued(slurm, run, how, [*short(run, precision, 4), *SLURM, *SITE], random.Random(n))
-            outcome.add(EQUAL, lost=(wrong := wrong or unlike(run, precision, 4)) and f"{how}: {wrong}")
+            wrong = _broken_and_continued(
+                slurm, run, how, [*short(run, precision, 4), *SLURM, *SITE], random.Random(n)
+            )
+            outcome.add(
+                EQUAL, lost=(wrong := wrong or unlike(run, precision, 4)) and f"{how}: {wrong}"
+            )
     return outcome
 
 
@@ -64,10 +80,18 @@ def _seen(slurm: Slurm) -> Any:
     return mock.patch.dict(os.environ, {name: slurm.env[name] for name in ("SLURM_CONF", "PATH")})
 
 
-def _broken_and_continued(slurm: Slurm, run: Path, how: str, command: list[str], draw: random.Random) -> str | None:
-    if wrong := call(launch, command).wrong((0,)) or _trained_until(slurm, run, draw.randint(1, STEPS - 4)):
+def _broken_and_continued(
+    slurm: Slurm, run: Path, how: str, command: list[str], draw: random.Random
+) -> str | None:
+    if wrong := call(launch, command).wrong((0,)) or _trained_until(
+        slurm, run, draw.randint(1, STEPS - 4)
+    ):
         return wrong
-    return _warned(slurm, run) if how == "USR1" else _killed(slurm, run, command, draw, everyone="all" in how)
+    return (
+        _warned(slurm, run)
+        if how == "USR1"
+        else _killed(slurm, run, command, draw, everyone="all" in how)
+    )
 
 
 def _job(run: Path) -> str:
@@ -83,7 +107,9 @@ def _trained_until(slurm: Slurm, run: Path, step: int) -> str | None:
     return None
 
 
-def _killed(slurm: Slurm, run: Path, command: list[str], draw: random.Random, everyone: bool) -> str | None:
+def _killed(
+    slurm: Slurm, run: Path, command: list[str], draw: random.Random, everyone: bool
+) -> str | None:
     ranks = processes_of(run)
     for pid in ranks if everyone else [draw.choice(ranks)]:
         os.kill(pid, signal.SIGKILL)

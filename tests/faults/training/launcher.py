@@ -38,7 +38,9 @@ DEATHS = ("-9", "-9, and torchrun too", "SIGTERM", "SIGINT")
     nemo=True,
 )
 def launcher_of_a_run_dies(count: int, folder: Path) -> Outcome:
-    """Killed, it leaves a run that goes on and that a second launch does not touch; asked to end, it has the run save a checkpoint."""
+    """Killed, it leaves a run that goes on and that a second launch does not touch; asked to end,
+    it has the run save a checkpoint.
+    """
     outcome = Outcome()
     for n in range(count):
         how, precision, run = DEATHS[n % len(DEATHS)], FP8[n % len(FP8)], folder / f"run{n}"
@@ -46,21 +48,35 @@ def launcher_of_a_run_dies(count: int, folder: Path) -> Outcome:
         command = short(run, precision, processes)
         launcher = _launch(command)
         _until(lambda run=run: step_of(run) >= 2)
-        wrong = _killed(launcher, run, command, with_torchrun=processes == 2) if "-9" in how else _asked(launcher, run, how)
+        wrong = (
+            _killed(launcher, run, command, with_torchrun=processes == 2)
+            if "-9" in how
+            else _asked(launcher, run, how)
+        )
         if recorded(run) != "done":
             code = _launch(command).wait(LIMIT_S)
             wrong = wrong or (f"launched again: exit code {code}" if code else None)
         wrong = wrong or unlike(run, precision, processes)
-        outcome.add(f"the run went on, or saved and left; {EQUAL}", lost=wrong and f"{how}: {wrong}")
+        outcome.add(
+            f"the run went on, or saved and left; {EQUAL}", lost=wrong and f"{how}: {wrong}"
+        )
     return outcome
 
 
 def _launch(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a launcher that SIGINT reaches, which is ignored in what a shell has put into the background."""
+    """Start a launcher that SIGINT reaches, which is ignored in what a shell has put into the
+    background.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         arguments = [sys.executable, "-m", "launch", *command]
-        return subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(
+            arguments,
+            cwd=PROJECT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -86,7 +102,9 @@ def processes_of(run: Path, module: str = RANK) -> list[int]:
     return [pid for pid, parent in found.items() if parent not in found]
 
 
-def _killed(launcher: subprocess.Popen[bytes], run: Path, command: list[str], with_torchrun: bool) -> str | None:
+def _killed(
+    launcher: subprocess.Popen[bytes], run: Path, command: list[str], with_torchrun: bool
+) -> str | None:
     ranks = processes_of(run)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)  # or it might be done before it is looked at
@@ -124,5 +142,7 @@ def _asked(launcher: subprocess.Popen[bytes], run: Path, how: str) -> str | None
         return "the launcher did not ask its run to stop"
     code = launcher.wait(LIMIT_S)
     if code != 130 or recorded(run) not in ("paused", "done") or processes_of(run):
-        return f"exit code {code}, the run is {recorded(run)}, {len(processes_of(run))} rank(s) left"
+        return (
+            f"exit code {code}, the run is {recorded(run)}, {len(processes_of(run))} rank(s) left"
+        )
     return None if events(run)[-1] in ("pause", "end") else f"events: {events(run)}"

@@ -1,7 +1,9 @@
-"""Training processes to be killed: the real `recipes.training.run`, forked from a server that has imported NeMo once.
+"""Training processes to be killed: the real `recipes.training.run`, forked from a server that has
+imported NeMo once.
 
-Importing takes twenty seconds, a short run three; so a fault can be injected a hundred times.  A process may be told to die at a
-place in the code, which no clock can hit.  About half of the runs, by their names, write their steps as on a GPU, each while the next is under way
+Importing takes twenty seconds, a short run three; so a fault can be injected a hundred times.  A
+process may be told to die at a place in the code, which no clock can hit.  About half of the runs,
+by their names, write their steps as on a GPU, each while the next is under way
 (recipes/training/deferred.py), which on a CPU nothing asks for.
 """
 
@@ -29,7 +31,9 @@ CHANGES = "tests.faults.training.sabotage"
 
 @dataclass(frozen=True)
 class Place:
-    """A call of a function, before or after which a process kills itself with SIGKILL; `rank` None: every rank."""
+    """A call of a function, before or after which a process kills itself with SIGKILL; `rank` None:
+    every rank.
+    """
 
     target: str  # module:name or module:Class.name
     call: int = 1
@@ -38,22 +42,47 @@ class Place:
 
     def __str__(self) -> str:
         """Say where it is."""
-        return f"{'after' if self.after else 'before'} call {self.call} of {self.target.rpartition(':')[2]}"
+        return (
+            f"{'after' if self.after else 'before'} call {self.call} of"
+            f" {self.target.rpartition(':')[2]}"
+        )
 
 
 class Ranks:
     """The processes of a run, one a rank."""
 
-    def __init__(self, folder: Path, processes: int = 1, dies: Place | None = None, sabotage: str | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processes: int = 1,
+        dies: Place | None = None,
+        sabotage: str | None = None,
+        log: Path | None = None,
+    ) -> None:
         with socket.socket() as port:
             port.bind(("127.0.0.1", 0))
-            shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1])}
-        shared |= {"TORCHELASTIC_RUN_ID": "fault", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            shared = {
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port.getsockname()[1]),
+            }
+        shared |= {
+            "TORCHELASTIC_RUN_ID": "fault",
+            "GROUP_RANK": "0",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self.folder = folder
         self.processes = [
             _context().Process(
                 target=_train,
-                args=(str(folder), str(log or folder / "log.txt"), {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, dies, sabotage),
+                args=(
+                    str(folder),
+                    str(log or folder / "log.txt"),
+                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    dies,
+                    sabotage,
+                ),
             )
             for rank in range(processes)
         ]
@@ -82,7 +111,9 @@ class Ranks:
         return condition()
 
     def wait(self, timeout: float = LIMIT_S) -> list[int | None]:
-        """Wait for the end and return the exit codes; a run that goes on is killed, and its code is None."""
+        """Wait for the end and return the exit codes; a run that goes on is killed, and its code is
+        None.
+        """
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -107,7 +138,9 @@ def _nothing() -> None:
     """Train nothing."""
 
 
-def _train(folder: str, log_file: str, env: dict[str, str], dies: Place | None, sabotage: str | None) -> None:
+def _train(
+    folder: str, log_file: str, env: dict[str, str], dies: Place | None, sabotage: str | None
+) -> None:
     os.environ.update(env)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):

@@ -1,4 +1,6 @@
-"""Short runs on this machine: how one is prepared, what it would have come to, and how another differs from that."""
+"""Short runs on this machine: how one is prepared, what it would have come to, and how another
+differs from that.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,21 @@ EQUAL = "continued; every number and the last checkpoint as without the fault, t
 
 
 def precision_of(n: int) -> str:
-    """Return the precision of a fault's input; the first is the same for all faults, which share its undisturbed run."""
+    """Return the precision of a fault's input; the first is the same for all faults, which share
+    its undisturbed run.
+    """
     return PRECISIONS[(n + 1) % len(PRECISIONS)]
 
 
 def short(folder: Path, precision: str, processes: int = 1) -> list[str]:
-    """Return the overrides of a short run in a folder: as many micro-batches a step as processes, two at least."""
-    layout = [f"precision={precision}", f"num_gpus={processes}", f"mapping.global_batch={max(2, processes)}"]
+    """Return the overrides of a short run in a folder: as many micro-batches a step as processes,
+    two at least.
+    """
+    layout = [
+        f"precision={precision}",
+        f"num_gpus={processes}",
+        f"mapping.global_batch={max(2, processes)}",
+    ]
     return [*SHORT, *layout, f"runs_dir={folder.parent}", f"run_name={folder.name}"]
 
 
@@ -55,9 +65,13 @@ def prepared(folder: Path, precision: str, *overrides: str, processes: int = 1) 
 @functools.cache
 def unbroken(precision: str, processes: int) -> Path:
     """Return the folder of a run that nothing interrupts."""
-    folder = prepared(Path(_kept().name) / f"{precision}.{processes}", precision, processes=processes)
+    folder = prepared(
+        Path(_kept().name) / f"{precision}.{processes}", precision, processes=processes
+    )
     codes = run_to_end(folder, processes)
-    assert recorded(folder) == "done" and set(codes) == {0}, (folder / "log.txt").read_text()[-2000:]
+    assert recorded(folder) == "done" and set(codes) == {0}, (folder / "log.txt").read_text()[
+        -2000:
+    ]
     return folder
 
 
@@ -67,34 +81,65 @@ def _kept() -> tempfile.TemporaryDirectory[str]:
 
 
 def numbers(file: Path) -> list[dict[str, Any]]:
-    """Return what does not depend on the clock in each line, with NaN as text, which equals itself."""
-    return [{k: v if v == v else "NaN" for k, v in row.items() if k not in MEASURED} for row in rows_in(file)]
+    """Return what does not depend on the clock in each line, with NaN as text, which equals
+    itself.
+    """
+    return [
+        {k: v if v == v else "NaN" for k, v in row.items() if k not in MEASURED}
+        for row in rows_in(file)
+    ]
 
 
 def saved(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    found = [path for path in (folder / "checkpoints").glob("step=*") if path.is_dir() and path.name.removeprefix("step=").isdecimal()]
+    found = [
+        path
+        for path in (folder / "checkpoints").glob("step=*")
+        if path.is_dir() and path.name.removeprefix("step=").isdecimal()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step=")))
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """Return size and checksum of the newest checkpoint's shards: weights, optimizer state, FP8 scales and histories."""
+    """Return size and checksum of the newest checkpoint's shards: weights, optimizer state, FP8
+    scales and histories.
+    """
     newest = saved(folder)[-1]
     records = [json.loads(path.read_text()) for path in newest.glob("files.rank*.json")]
-    return {"step": newest.name, **{name: fact for record in records for name, fact in record.items() if name.endswith(".distcp")}}
+    return {
+        "step": newest.name,
+        **{
+            name: fact
+            for record in records
+            for name, fact in record.items()
+            if name.endswith(".distcp")
+        },
+    }
 
 
 def unlike(folder: Path, precision: str, processes: int = 1) -> str | None:
-    """Return how a run that was broken and continued differs from an unbroken one; None if in nothing."""
+    """Return how a run that was broken and continued differs from an unbroken one; None if in
+    nothing.
+    """
     whole = unbroken(precision, processes)
     if recorded(folder) != "done":
         return f"{folder.name}: {recorded(folder)}: {(folder / 'log.txt').read_text()[-300:]!r}"
     for name in ("metrics.jsonl", "fp8.jsonl"):
         a, b = numbers(whole / name), numbers(folder / name)
         if a != b:
-            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            return f"{folder.name}: {name} has {len(b)} lines for {len(a)}, first other line {at + 1}: {b[at : at + 1]} for {a[at : at + 1]}"
-    return None if state(folder) == state(whole) else f"{folder.name}: the last checkpoint has other bits"
+            at = next(
+                (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                min(len(a), len(b)),
+            )
+            return (
+                f"{folder.name}: {name} has {len(b)} lines for {len(a)}, first other line {at + 1}:"
+                f" {b[at : at + 1]} for {a[at : at + 1]}"
+            )
+    return (
+        None
+        if state(folder) == state(whole)
+        else f"{folder.name}: the last checkpoint has other bits"
+    )
 
 
 def shown(folder: Path) -> tuple[str, str]:
@@ -105,7 +150,9 @@ def shown(folder: Path) -> tuple[str, str]:
 
 
 def refusal(folder: Path, processes: int = 1) -> str:
-    """Return why `python -m analysis.compare` refuses a run beside an unbroken BF16 one; empty where it compares them."""
+    """Return why `python -m analysis.compare` refuses a run beside an unbroken BF16 one; empty
+    where it compares them.
+    """
     ended = call(compare.main, [unbroken("bf16", processes), folder])
     assert not ended.wrong(), ended
     return ended.err

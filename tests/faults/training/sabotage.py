@@ -1,4 +1,6 @@
-"""What a training process does to itself before it trains, named by `Ranks(sabotage=…)`: numbers that are none, a hang, FP8 that is none."""
+"""What a training process does to itself before it trains, named by `Ranks(sabotage=…)`: numbers
+that are none, a hang, FP8 that is none.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def _once_at(step: int, does: Callable[[Any, Any], None]) -> None:
     def made(function: Callable[..., Any]) -> Callable[..., Any]:
         def on_train_batch_start(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:
             function(self, trainer, pl_module, *rest)
-            if trainer.global_step + 1 == step and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            if trainer.global_step + 1 == step and os.environ["RANK"] == str(
+                int(os.environ["WORLD_SIZE"]) - 1
+            ):
                 does(trainer, pl_module)
 
         return on_train_batch_start
@@ -30,7 +34,9 @@ def _once_at(step: int, does: Callable[[Any, Any], None]) -> None:
 
 def _gradient(value: float) -> None:
     def poison(_: Any, pl_module: Any) -> None:
-        parameter = max((p for p in pl_module.parameters() if p.requires_grad), key=lambda p: p.numel())
+        parameter = max(
+            (p for p in pl_module.parameters() if p.requires_grad), key=lambda p: p.numel()
+        )
         hook = parameter.register_hook(lambda gradient: (gradient * value, hook.remove())[0])
 
     _once_at(STEP, poison)
@@ -75,7 +81,9 @@ def hang() -> None:
 
 
 def no_fp8() -> None:
-    """The FP8 layers are BF16 ones, as where Transformer Engine is missing (megatron/core/fp8_utils.py, v0.12.3)."""
+    """The FP8 layers are BF16 ones, as where Transformer Engine is missing
+    (megatron/core/fp8_utils.py, v0.12.3).
+    """
     wrap("recipes.training.recipe:set_recipe", lambda _: lambda *_: None)
 
 

@@ -1,4 +1,7 @@
-"""`python -m tests.launch.slurm`: the test cluster, to try the launch commands on by hand.  Ctrl-C ends it."""
+"""`python -m tests.launch.slurm`: the test cluster, to try the launch commands on by hand.
+
+Ctrl-C ends it.
+"""
 
 import signal
 import sys
@@ -15,8 +18,15 @@ def main() -> int:
     if reason := install.missing():
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="slurm") as folder, Slurm(Path(folder) / "slurm") as cluster:
-        print(f"export SLURM_CONF={cluster.env['SLURM_CONF']}   # in another shell; account {cluster.account}, partition batch", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as folder,
+        Slurm(Path(folder) / "slurm") as cluster,
+    ):
+        print(
+            f"export SLURM_CONF={cluster.env['SLURM_CONF']}   # in another shell; account"
+            f" {cluster.account}, partition batch",
+            flush=True,
+        )
         try:
             signal.pause()
         except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """The configuration files of the test cluster, as templates.
 
-What makes a cluster quick enough for tests: short intervals, nodes that share one machine (a port and a loopback address
-each), fake sizes (`config_overrides`), no process or resource control; and what makes it strict: accounts and limits
-enforced, whole requests refused that no partition can serve.
+What makes a cluster quick enough for tests: short intervals, nodes that share one machine (a port
+and a loopback address each), fake sizes (`config_overrides`), no process or resource control; and
+what makes it strict: accounts and limits enforced, whole requests refused that no partition can
+serve.
 """
 
 SLURM_CONF = """
@@ -54,12 +55,16 @@ PartitionName=short Nodes=n[0-{last}] MaxTime=1
 {clouds}
 """
 
-# Clusters of the sizes that NVIDIA publishes numbers for, to plan on: nodes that Slurm would start when a job needs them, and none does.
+# Clusters of the sizes that NVIDIA publishes numbers for, to plan on: nodes that Slurm would start
+# when a job needs them, and none does.
 CLOUDS = {"h100": (128, 8), "b200": (16, 8), "gb200": (32, 4)}
 CLOUD = """NodeName={name}-[1-{nodes}] CPUs=144 RealMemory=900000 Gres=gpu:{name}:{gpus} State=CLOUD
 PartitionName={name} Nodes={name}-[1-{nodes}] MaxTime=4:00:00"""
 
-NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=64 RealMemory=512000 Gres={gres}"
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=64 RealMemory=512000"
+    " Gres={gres}"
+)
 
 SLURMDBD_CONF = """
 DbdHost={host}
@@ -77,6 +82,8 @@ StorageLoc=slurm
 """
 
 MARIADB = (
-    "--no-defaults --user=root --datadir={root}/db --socket={root}/run/db.sock --pid-file={root}/run/db.pid --skip-networking "
-    "--innodb-log-file-size=8M --innodb-buffer-pool-size=16M --sync-frm=0 --innodb-flush-log-at-trx-commit=0 --innodb-flush-method=nosync"
+    "--no-defaults --user=root --datadir={root}/db --socket={root}/run/db.sock"
+    " --pid-file={root}/run/db.pid --skip-networking --innodb-log-file-size=8M"
+    " --innodb-buffer-pool-size=16M --sync-frm=0 --innodb-flush-log-at-trx-commit=0"
+    " --innodb-flush-method=nosync"
 )

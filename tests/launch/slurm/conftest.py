@@ -1,4 +1,6 @@
-"""The cluster that the tests of submission share: installed if need be, started once a session, stopped at its end."""
+"""The cluster that the tests of submission share: installed if need be, started once a session,
+stopped at its end.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Four idle nodes of eight H100s.  In CI a machine that cannot have them is a failure; elsewhere the tests skip and say why."""
+    """Four idle nodes of eight H100s.
+
+    In CI a machine that cannot have them is a failure; elsewhere the tests skip and say why.
+    """
     if reason := _absence():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:

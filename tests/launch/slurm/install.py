@@ -1,8 +1,9 @@
 """Whether this machine can run the test cluster, and what it takes to make it so.
 
-The tests of submission want a real Slurm, not a pretence of one.  Debian packages it, with everything that it needs (munge,
-MariaDB), so on Debian and as root `install()` fetches what is absent; anywhere else `missing()` says in one line why there can be
-no cluster, and the tests skip with that reason.
+The tests of submission want a real Slurm, not a pretence of one.  Debian packages it, with
+everything that it needs (munge, MariaDB), so on Debian and as root `install()` fetches what is
+absent; anywhere else `missing()` says in one line why there can be no cluster, and the tests skip
+with that reason.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def missing() -> str | None:
 
 
 def install() -> None:
-    """Install the absent packages where that is possible; raises with what apt-get said when it failed."""
+    """Install the absent packages where that is possible; raises with what apt-get said when it
+    failed.
+    """
     packages = absent()
     if not packages or _impossible():
         return
@@ -75,14 +78,24 @@ def _there(thing: str) -> bool:
 
 def _apt(*arguments: str) -> None:
     command = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300", *arguments]
-    done = subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     if done.returncode:
-        raise subprocess.SubprocessError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise subprocess.SubprocessError(
+            f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
 
 
 @contextlib.contextmanager
 def _no_service_starts() -> Iterator[None]:
-    """Keep the packages from starting their own Slurm, munge and MariaDB: the tests bring up private ones."""
+    """Keep the packages from starting their own Slurm, munge and MariaDB: the tests bring up
+    private ones.
+    """
     if POLICY.exists():
         yield
         return

@@ -1,4 +1,6 @@
-"""The test cluster is a real Slurm: it schedules, refuses, signals, requeues and keeps accounts, and its nodes can be lost."""
+"""The test cluster is a real Slurm: it schedules, refuses, signals, requeues and keeps accounts,
+and its nodes can be lost.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,14 @@ BASH = "#!/bin/bash\n"
 
 @pytest.fixture(scope="module")
 def warned(slurm: Slurm) -> str:
-    """A job to be signalled before its time limit.  Slurm may take half a minute to do so: submitted early, looked at last."""
+    """A job to be signalled before its time limit.
+
+    Slurm may take half a minute to do so: submitted early, looked at last.
+    """
     script = BASH + "trap 'echo warned; exit 0' USR1\nsleep 300 & wait\n"
-    return slurm.submit(script, "--partition=short", "--time=1", "--signal=B:USR1@55", "--nodelist=n3")
+    return slurm.submit(
+        script, "--partition=short", "--time=1", "--signal=B:USR1@55", "--nodelist=n3"
+    )
 
 
 def test_four_nodes_are_idle(slurm: Slurm) -> None:
@@ -29,7 +36,10 @@ def test_four_nodes_are_idle(slurm: Slurm) -> None:
 
 
 def test_a_job_runs_on_two_nodes(slurm: Slurm) -> None:
-    script = BASH + "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\nsrun bash -c 'echo $SLURMD_NODENAME $SLURM_PROCID'\n"
+    script = (
+        BASH + "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\nsrun bash -c 'echo $SLURMD_NODENAME"
+        " $SLURM_PROCID'\n"
+    )
     job = slurm.submit(script)
     slurm.wait(job, "COMPLETED")
     assert sorted(slurm.output(job).splitlines()) == ["n0 0", "n0 1", "n1 2", "n1 3"]
@@ -37,7 +47,10 @@ def test_a_job_runs_on_two_nodes(slurm: Slurm) -> None:
 
 def test_a_job_sees_its_gpus_only(slurm: Slurm) -> None:
     script = BASH + "echo $CUDA_VISIBLE_DEVICES\nscontrol show hostnames $SLURM_JOB_NODELIST\n"
-    whole, half = slurm.submit(script, "--gpus-per-node=8", "--exclusive"), slurm.submit(script, "--gres=gpu:h100:4", "--nodelist=n2")
+    whole, half = (
+        slurm.submit(script, "--gpus-per-node=8", "--exclusive"),
+        slurm.submit(script, "--gres=gpu:h100:4", "--nodelist=n2"),
+    )
     for job in (whole, half):
         slurm.wait(job, "COMPLETED")
     assert slurm.output(whole).splitlines()[0] == "0,1,2,3,4,5,6,7"
@@ -45,17 +58,29 @@ def test_a_job_sees_its_gpus_only(slurm: Slurm) -> None:
 
 
 def test_pyxis_flags_reach_each_task(slurm: Slurm) -> None:
-    step = "srun --container-image=nvcr.io#nvidia/nemo:25.04 --container-mounts=/data:/data:ro,/runs --no-container-mount-home true\n"
+    step = (
+        "srun --container-image=nvcr.io#nvidia/nemo:25.04 --container-mounts=/data:/data:ro,/runs"
+        " --no-container-mount-home true\n"
+    )
     job = slurm.submit(BASH + step, "--nodes=2", "--ntasks-per-node=2")
     slurm.wait(job, "COMPLETED")
-    flags = ["container-image=nvcr.io#nvidia/nemo:25.04", "container-mounts=/data:/data:ro,/runs", "no-container-mount-home="]
-    assert Counter(slurm.pyxis_flags(job)) == Counter(("0", str(task), flag) for task in range(4) for flag in flags)
+    flags = [
+        "container-image=nvcr.io#nvidia/nemo:25.04",
+        "container-mounts=/data:/data:ro,/runs",
+        "no-container-mount-home=",
+    ]
+    assert Counter(slurm.pyxis_flags(job)) == Counter(
+        ("0", str(task), flag) for task in range(4) for flag in flags
+    )
 
 
 def test_pyxis_flags_of_sbatch_reach_the_batch_script_and_its_steps(slurm: Slurm) -> None:
     job = slurm.submit(BASH + "#SBATCH --container-image=image.sqsh\nsrun true\n")
     slurm.wait(job, "COMPLETED")
-    assert sorted(slurm.pyxis_flags(job)) == [("0", "0", "container-image=image.sqsh"), ("batch", "0", "container-image=image.sqsh")]
+    assert sorted(slurm.pyxis_flags(job)) == [
+        ("0", "0", "container-image=image.sqsh"),
+        ("batch", "0", "container-image=image.sqsh"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +115,15 @@ def test_accounting_has_the_job(slurm: Slurm) -> None:
 
 
 def test_a_lost_node_requeues_its_job(slurm: Slurm, warned: str) -> None:
-    script = BASH + 'echo run $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST\n[ -n "$SLURM_RESTART_COUNT" ] || srun bash -c "echo task; sleep 300"\n'
+    script = (
+        BASH
+        + 'echo run $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST\n[ -n "$SLURM_RESTART_COUNT" ] ||'
+        ' srun bash -c "echo task; sleep 300"\n'
+    )
     job = slurm.submit(script, "--requeue", "--open-mode=append", "--nodes=2", "--exclude=n3")
-    slurm.until(lambda: slurm.output(job).count("task") == 2, "the tasks of the first run", timeout=60)
+    slurm.until(
+        lambda: slurm.output(job).count("task") == 2, "the tasks of the first run", timeout=60
+    )
     slurm.kill_node("n0")
     slurm.wait(job, "COMPLETED", timeout=180)
     assert slurm.node_state("n0") == "DOWN"
@@ -117,11 +148,17 @@ def test_the_batch_script_is_warned_before_its_time_limit(slurm: Slurm, warned: 
 
 
 def test_a_second_cluster_of_another_gpu(slurm: Slurm) -> None:
-    with tempfile.TemporaryDirectory(prefix="slurm") as root, Slurm(Path(root) / "slurm", gpu="gb200", gpus_per_node=4) as other:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm") as root,
+        Slurm(Path(root) / "slurm", gpu="gb200", gpus_per_node=4) as other,
+    ):
         job = other.submit(BASH + "echo $CUDA_VISIBLE_DEVICES; sleep 300\n", "--gres=gpu:gb200:4")
         other.until(lambda: other.output(job) == "0,1,2,3\n", "the job's GPUs")
         pids = other.pids()
     assert len(pids) > len(slurm.nodes)
-    slurm.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of the other cluster")
+    slurm.until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids),
+        "the end of the other cluster",
+    )
     assert socket.gethostbyname("n0")
     slurm.wait(slurm.submit(BASH + "srun true\n"), "COMPLETED")
