@@ -42,6 +42,7 @@ check: install-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo
 	.venv/bin/shellcheck .ci/run
 	git ls-files '*.ipynb' | xargs -r .venv/bin/nbstripout --verify
 
