@@ -30,12 +30,12 @@ from recipes.estimate.fp8_gemms import refusal
 from recipes.estimate.memory import GIB_PER_GB
 from recipes.estimate.schedule import rates
 from recipes.estimate.sizes import parameters
+from recipes.paths import CONF
 from recipes.plan import Gpu, Plan
 from recipes.run_folder import rows_of, sha256
 
 Columns = Mapping[str, NDArray[np.float64]]
 Bad = NDArray[np.bool_]
-GPUS = Path(__file__).resolve().parents[1] / "conf" / "gpu"
 ANY_GPU = re.compile(r"\b(NVIDIA|Tesla)\b")
 CHANGED = "the file was changed or mixed up with another run's; restore it, or run it again"
 ROUNDING = 1e-6  # relative: a value computed twice in 64 bits, or kept once in 32 bits
@@ -148,7 +148,7 @@ def _device_names() -> dict[str, str]:
     """
     found = {
         path.stem: yaml.safe_load(path.read_text()).get("device_name")
-        for path in sorted(GPUS.glob("*.yaml"))
+        for path in sorted((CONF / "gpu").glob("*.yaml"))
     }
     return {gpu: str(name) for gpu, name in found.items() if name}
 

@@ -10,6 +10,7 @@ import pytest
 from analysis.predict import main as predict
 from recipes.compose.tree import compose_plan
 from recipes.errors import InputError
+from recipes.estimate.possible import names_device
 
 STACKS = ("nemo_25_04", "nemo_25_07", "nemo_25_04_te_2_11")
 HOPPER = {
@@ -76,3 +77,11 @@ def test_every_gpu_says_where_its_values_are_from() -> None:
         if file.stem != "cpu":
             source = compose_plan([*SMALL, f"gpu={file.stem}"]).gpu.source
             assert len(source) > 10, file.stem
+
+
+def test_a_plan_without_a_device_name_knows_its_gpu_from_conf() -> None:
+    """Plans of earlier versions have none, and a plan for the CPU names no GPU."""
+    old = compose_plan([*SMALL, "gpu=h200"]).gpu.model_copy(update={"device_name": None})
+    assert names_device(old, "NVIDIA H200")
+    assert not names_device(old, "NVIDIA H20")
+    assert not names_device(compose_plan(["experiment=demo"]).gpu, "an H200 of some maker")
