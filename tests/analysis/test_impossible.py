@@ -395,7 +395,7 @@ def test_the_walk_over_commands_leaves_none_out() -> None:
         for path in (PROJECT / "analysis").rglob("*.py")
         if "read_metrics(" in path.read_text()
     }
-    assert readers == {"metrics.py", "runs.py"}
+    assert readers == {"metrics.py", "load.py"}
     for notebook in (PROJECT / "analysis").glob("*.ipynb"):
         assert not re.search(r"metrics\.jsonl|read_metrics|rows_of", notebook.read_text()), notebook
 

@@ -85,7 +85,7 @@ def test_command_names_what_fails(tmp_path):
     for part in ("recipes", "tests/contract", "conf/stack", "conf/model"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests" / "__init__.py").touch()
-    broken = tmp_path / "recipes" / "training" / "te.py"
+    broken = tmp_path / "recipes" / "training" / "compat" / "transformer_engine.py"
     lines = broken.read_text().count("\n")
     broken.write_text(broken.read_text() + ADDED)
     command = [sys.executable, "-m", "tests.contract"]
