@@ -1,13 +1,16 @@
 """`python -m analysis.predict`: step time, throughput, speedup and memory where you have no such
 GPU, with the error of the prediction.
 
-    python -m analysis.predict model=llama3_70b precision=fp8_current gpu=h100          the
-    recommended layout python -m analysis.predict model=llama3_8b precision=mxfp8 gpu=b200 --sweep
-    mapping.micro_batch=1,2,4 python -m analysis.predict model=llama31_405b gpu=gb200 --sweep
-    num_gpus=128,256,512 --weak python -m analysis.predict model=llama3_70b precision=fp8_current
-    gpu=b200 num_gpus=64 --search python -m analysis.predict --validate
-    every published row beside its prediction python -m analysis.predict --unseen
-    published rows that are in no reference file, beside rivals
+    python -m analysis.predict model=llama3_70b precision=fp8_current gpu=h100
+        the recommended layout
+    python -m analysis.predict model=llama3_8b precision=mxfp8 gpu=b200 \\
+        --sweep mapping.micro_batch=1,2,4
+    python -m analysis.predict model=llama31_405b gpu=gb200 --sweep num_gpus=128,256,512 --weak
+    python -m analysis.predict model=llama3_70b precision=fp8_current gpu=b200 num_gpus=64 --search
+    python -m analysis.predict --validate
+        every published row beside its prediction
+    python -m analysis.predict --unseen
+        published rows that are in no reference file, beside rivals
 
 Overrides are those of every other command.  Settings are those with which NVIDIA measures speed
 (experiment=throughput) unless you name others.  Nothing is run: work is counted from the plan,

@@ -1,11 +1,12 @@
 """The job folder: what a run needs to start, as it was when it was launched.
 
-    RUN/job/job.sbatch, local.sh   the script, to be read and to be run by hand RUN/job/code/
-    a copy of this project: edits after the launch do not reach a job that waits
-    RUN/job/code/code.json         its commit; changes.diff: what differed from it
-    RUN/job/submitted.jsonl        a line for each submission: time, Slurm job id, commit
-    RUN/job/lock                   locked while a launch writes here, and as long as a run on this
-    machine lives
+    RUN/job/job.sbatch, local.sh  the script, to be read and to be run by hand
+    RUN/job/code/                 a copy of this project: edits after the launch do not reach a job
+                                  that waits
+    RUN/job/code/code.json        its commit; changes.diff: what differed from it
+    RUN/job/submitted.jsonl       a line for each submission: time, Slurm job id, commit
+    RUN/job/lock                  locked while a launch writes here, and as long as a run on this
+                                  machine lives
 
 The folder, and what is written into it, is readable by its owner alone.
 """

@@ -6,9 +6,10 @@ gradients of the input (dgrad) and of the weight (wgrad).  FP8 also casts: input
 micro-batch, the weight once a micro-batch or, since Transformer Engine keeps the cast weight
 between the micro-batches of a step, once a step.  A GEMM that is twice as fast buys less than two.
 
-gemm.jsonl       a row for each GEMM and kind           casts.jsonl      a row for each operand and
-granularity layers.jsonl     a row for each linear layer and recipe  bandwidth.jsonl  a row for each
-size of a copy on the device
+gemm.jsonl       a row for each GEMM and kind
+casts.jsonl      a row for each operand and granularity
+layers.jsonl     a row for each linear layer and recipe
+bandwidth.jsonl  a row for each size of a copy on the device
 """
 
 from __future__ import annotations

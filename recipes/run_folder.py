@@ -1,13 +1,16 @@
 """The run folder: the only thing that passes from training to analysis.
 
-plan.json        the plan, as composed manifest.json    what ran: code commit, versions seen inside
-the job, device, data, environment without secrets metrics.jsonl    a line a step, full precision,
-appended; `fp8_gemms` is the evidence that FP8 was on fp8.jsonl        what FP8 did to each layer's
-operands, at intervals: largest |x|, saturation, underflow, noise events.jsonl     start, resume,
-pause, NaN, skipped updates, a checkpoint passed over, failure, end with the digest of metrics.jsonl
-status.json      running, paused, done, failed (and why) lock             held by the process that
-writes all this, as long as it lives checkpoints/     NeMo's distributed checkpoints, the newest
-two, each with the checksums of its files
+plan.json      the plan, as composed
+manifest.json  what ran: code commit, versions seen inside the job, device, data, environment
+               without secrets
+metrics.jsonl  a line a step, full precision, appended; `fp8_gemms` is the evidence that FP8 was on
+fp8.jsonl      what FP8 did to each layer's operands, at intervals: largest |x|, saturation,
+               underflow, noise
+events.jsonl   start, resume, pause, NaN, skipped updates, a checkpoint passed over, failure, end
+               with the digest of metrics.jsonl
+status.json    running, paused, done, failed (and why)
+lock           held by the process that writes all this, as long as it lives
+checkpoints/   NeMo's distributed checkpoints, the newest two, each with the checksums of its files
 """
 
 from __future__ import annotations

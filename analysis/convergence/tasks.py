@@ -8,9 +8,10 @@ score interval for paired proportions (Statistics in Medicine 17, 1998), which s
 or no disagreements, where the usual one has no width.  The verdict is that interval against a bar
 for accuracy that was set when the runs were evaluated; McNemar's exact test is reported beside it.
 
-    pass        the interval of the difference lies inside the bar fail        it lies wholly
-    outside undecided   anything else, with the questions that would decide it if the answers went
-    on as they do
+    pass       the interval of the difference lies inside the bar
+    fail       it lies wholly outside
+    undecided  anything else, with the questions that would decide it if the answers went on as they
+               do
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """`python -m analysis.post fig3 [RUN…]`: the page of a figure of NVIDIA's post: measured,
 published, and predictions for the rest.
 
-    python -m analysis.post fig3                                    the shipped runs python -m
-    analysis.post fig3 runs/fig3                          and yours (run folders, or folders that
-    hold some) python -m analysis.post experiment=fig5 precision=mxfp8         with other axes than
-    the experiment's python -m analysis.post fig1 results/gemm                       yours, as
-    python -m recipes.measure.gemm wrote it
+    python -m analysis.post fig3
+        the shipped runs
+    python -m analysis.post fig3 runs/fig3
+        and yours (run folders, or folders that hold some)
+    python -m analysis.post experiment=fig5 precision=mxfp8
+        with other axes than the experiment's
+    python -m analysis.post fig1 results/gemm
+        yours, as python -m recipes.measure.gemm wrote it
 
 DIR/figN.html needs nothing beside itself; DIR/figN.csv holds the values; figures are written as PNG
 too.  In seconds, without a GPU.

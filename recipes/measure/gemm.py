@@ -9,10 +9,12 @@ same rounds, on random data, on the CUDA GPU that is there: the three GEMMs of a
 (forward, input gradient, weight gradient), and the casts of its input, weight and gradient as
 Transformer Engine does them, where it is there.
 
-    python -m recipes.measure.gemm --out results/gemm                             M = N = 4096, K
-    from 1024 to 53248 python -m recipes.measure.gemm --models all --bandwidth --out results/gemm
-    and the linear layers of the five models, and copies python -m recipes.measure.gemm --models
-    llama3_70b --tp 4 --k none            only one model's layers, a rank's share
+    python -m recipes.measure.gemm --out results/gemm
+        M = N = 4096, K from 1024 to 53248
+    python -m recipes.measure.gemm --models all --bandwidth --out results/gemm
+        and the linear layers of the five models, and copies
+    python -m recipes.measure.gemm --models llama3_70b --tp 4 --k none
+        only one model's layers, a rank's share
 """
 
 from __future__ import annotations

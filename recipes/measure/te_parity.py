@@ -7,9 +7,10 @@ and scales of both copies of each operand, on ordinary tensors and on those that
 state of delayed scaling after some steps; and the three GEMMs of a linear layer, whose sums are
 added in another order.  What differs is counted by cause.
 
-    python -m recipes.measure.te_parity --out results/bits      bits.jsonl and manifest.json; about
-    a minute on a Hopper GPU python -m recipes.measure.te_parity --small                 without the
-    layers and tensors of training's size
+    python -m recipes.measure.te_parity --out results/bits
+        bits.jsonl and manifest.json; about a minute on a Hopper GPU
+    python -m recipes.measure.te_parity --small
+        without the layers and tensors of training's size
 """
 
 from __future__ import annotations

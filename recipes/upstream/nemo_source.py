@@ -1,10 +1,13 @@
 """What do NeMo's recipes build?  Read from NeMo's source, which is parsed and never imported.
 
-    python -m recipes.upstream.nemo_source                    compare the list with the NeMo that is
-    installed python -m recipes.upstream.nemo_source SOURCE             the same with a source tree
-    (a folder that holds nemo/) python -m recipes.upstream.nemo_source SOURCE --write     write the
-    rows of that version into the list, and docs/models.md python -m recipes.upstream.nemo_source
-    --model NAME       print a conf/model file for a recipe of the list
+    python -m recipes.upstream.nemo_source
+        compare the list with the NeMo that is installed
+    python -m recipes.upstream.nemo_source SOURCE
+        the same with a source tree (a folder that holds nemo/)
+    python -m recipes.upstream.nemo_source SOURCE --write
+        write the rows of that version into the list, and docs/models.md
+    python -m recipes.upstream.nemo_source --model NAME
+        print a conf/model file for a recipe of the list
 
 A recipe is a module of nemo/collections/llm/recipes with a `pretrain_recipe`, or with a
 `finetune_recipe` alone.  Its function `model` names the class of its configuration, whose fields

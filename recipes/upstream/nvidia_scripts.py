@@ -1,11 +1,13 @@
 """Does this project ask of NeMo what NVIDIA's performance scripts ask for?
 
-    python -m recipes.upstream.nvidia_scripts                        compare every cell's plan with
-    the values of the list python -m recipes.upstream.nvidia_scripts model=llama3_8b
-    settings.check_gradients=false    some cells, with overrides python -m
-    recipes.upstream.nvidia_scripts --nemo SOURCE          execute the scripts of a NeMo source
-    tree, compare recipes python -m recipes.upstream.nvidia_scripts --nemo SOURCE --write  and write
-    the list and the differences
+    python -m recipes.upstream.nvidia_scripts
+        compare every cell's plan with the values of the list
+    python -m recipes.upstream.nvidia_scripts model=llama3_8b settings.check_gradients=false
+        some cells, with overrides
+    python -m recipes.upstream.nvidia_scripts --nemo SOURCE
+        execute the scripts of a NeMo source tree, compare recipes
+    python -m recipes.upstream.nvidia_scripts --nemo SOURCE --write
+        and write the list and the differences
 
 The list (recipes/reference/nvidia_settings.csv) holds, by NeMo's version, what the scripts set of
 the fields that follow from a plan alone; comparing with it needs no NeMo.  `--nemo` compares every

@@ -1,9 +1,10 @@
 """What emulated FP8 costs on a CPU: the step time of each precision over that of BF16, measured in
 one run.
 
-    python -m recipes.measure.gpu.emulation_cpu                      every precision, the demo's
-    model and batch python -m recipes.measure.gpu.emulation_cpu model.hidden_size=512
-    model.ffn_hidden_size=2048 --json
+    python -m recipes.measure.gpu.emulation_cpu
+        every precision, the demo's model and batch
+    python -m recipes.measure.gpu.emulation_cpu model.hidden_size=512 \\
+        model.ffn_hidden_size=2048 --json
 
 The model is NeMo's own, built from the plan with the layers that training uses; a step is forward,
 backward and an AdamW step.  The precisions take turns, a step each, round after round, so that

@@ -1,8 +1,9 @@
 """What emulated FP8 costs on a GPU, one linear layer at a time, and whether its bits are those of
 the CPU.
 
-    python -m recipes.measure.gpu.emulation_gpu            a row for BF16 and each recipe, for two
-    sizes of layer python -m recipes.measure.gpu.emulation_gpu --json
+    python -m recipes.measure.gpu.emulation_gpu
+        a row for BF16 and each recipe, for two sizes of layer
+    python -m recipes.measure.gpu.emulation_gpu --json
 
 A pass is forward and backward of one layer, as training runs them.  `pass` is the time between the
 GPU's events over many passes, `host` what the host needs to queue one: where it is the larger, the

@@ -1,12 +1,14 @@
 """What the harness costs: a training step of this project over a bare Megatron-Core step, both in
 one run on one device.
 
-    python -m recipes.measure.gpu.overhead                            Llama 3 8B cut to 4 layers,
-    sequence 8192, BF16, on an H200 python -m recipes.measure.gpu.overhead gpu=h100
-    precision=fp8_current --rounds 16 --out results/harness_cost python -m
-    recipes.measure.gpu.overhead --profile --out results/layer                  and a layer's
-    kernels, in kernels.jsonl python -m recipes.measure.gpu.overhead gpu=cpu model=llama3_tiny
-    data=text settings=convergence     to try the command
+    python -m recipes.measure.gpu.overhead
+        Llama 3 8B cut to 4 layers, sequence 8192, BF16, on an H200
+    python -m recipes.measure.gpu.overhead gpu=h100 precision=fp8_current --rounds 16 \\
+        --out results/harness_cost
+    python -m recipes.measure.gpu.overhead --profile --out results/layer
+        and a layer's kernels, in kernels.jsonl
+    python -m recipes.measure.gpu.overhead gpu=cpu model=llama3_tiny data=text settings=convergence
+        to try the command
 
 NeMo's llm.pretrain is built from the plan and started as for any run, into a folder that is thrown
 away (under TMPDIR: name a shared disk there if runs are written to one).  Between its steps a
