@@ -38,8 +38,8 @@ def test_figure_1_trains_nothing_and_says_what_to_do() -> None:
     with pytest.raises(
         InputError,
         match=(
-            r"^this experiment trains nothing; make its figure with python -m recipes\.gemm"
-            r" --models all --out DIR$"
+            r"^this experiment trains nothing; make its figure with"
+            r" python -m recipes\.measure\.gemm --models all --out DIR$"
         ),
     ):
         compose_plan(["experiment=fig1", "model=llama3_8b"])

@@ -220,7 +220,7 @@ def test_transformer_engines_layouts_come_to_the_operands_rows_and_columns(what:
     shape, side = (272, 400), {ROW_WISE: "rowwise", COLUMN_WISE: "columnwise"}[what]
     data = torch.arange(shape[0] * shape[1]).view(shape).remainder(251).to(torch.uint8)
     transposed = data if what == ROW_WISE else data.t().contiguous()
-    # groups by the operand's rows and columns, whether stored transposed, and the padded shape in
+    # Groups by the operand's rows and columns, whether stored transposed, and the padded shape in
     # memory
     stored_as = {
         ("input", ROW_WISE): ((272, 4), True, (4, 272)),
@@ -457,7 +457,9 @@ def test_the_table_adds_up_tensors_and_says_why_bits_differ(tmp_path: Path) -> N
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no bits\.jsonl; make one with python -m recipes\.bits"):
+    with pytest.raises(
+        InputError, match=r"no bits\.jsonl; make one with python -m recipes\.measure\.te_parity"
+    ):
         analysis.load(tmp_path)
     (tmp_path / "bits.jsonl").write_text(json.dumps({"case": "x"}) + "\n")
     with pytest.raises(InputError, match=r"bits\.jsonl has no recipe"):
