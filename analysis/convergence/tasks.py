@@ -34,7 +34,7 @@ from recipes.files import read_file
 from recipes.manifest_record import Line
 from recipes.run_folder import read_json
 
-# of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
+# Of the interval, both sides together: a verdict is wrong in about 1 % of the cases at worst
 CONFIDENCE = 0.99
 MOST_TIMES = 1000.0  # more questions than so many times those asked are not worth naming
 FILE = "evaluation.json"

@@ -16,7 +16,7 @@ from recipes.errors import InputError
 from recipes.estimate.flops import flops_per_token, peak_tflops
 from recipes.estimate.possible import most_memory_gb, utilisation
 
-# by how much a printed rate may differ from ours: rounding, evaluations in the time, another count
+# By how much a printed rate may differ from ours: rounding, evaluations in the time, another count
 # of FLOPs
 FAR = 1.25
 COUNTS = {

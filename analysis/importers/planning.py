@@ -33,7 +33,7 @@ from recipes.plan import Model, Plan
 
 AXES = ("model", "precision", "gpu")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-# what a layout is where neither the log nor --set says, and the recommended one cannot be it
+# What a layout is where neither the log nor --set says, and the recommended one cannot be it
 LAYOUT = {
     "mapping.tp": "1",
     "mapping.pp": "1",

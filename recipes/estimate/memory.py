@@ -56,7 +56,7 @@ LOGITS = {"te": BF16, "native": BF16 + 2 * FP32}
 
 COUNT_NONZERO = (
     8 + 1
-    # bytes an element of torch.count_nonzero on a GPU: a mask and the 64-bit integers that are
+    # Bytes an element of torch.count_nonzero on a GPU: a mask and the 64-bit integers that are
     # summed
 )
 # CUDA context (0.55e9), loaded kernels, NCCL of one kind of parallelism: measured on 2 H100s
@@ -78,11 +78,11 @@ USERBUFFERS = 10
 
 GIB_PER_GB = (
     2**30 / 1e9
-    # a data sheet's GB are GiB: nvidia-smi reads 81559 MiB for "80 GB", 143771 for 141, 183359 for
+    # A data sheet's GB are GiB: nvidia-smi reads 81559 MiB for "80 GB", 143771 for 141, 183359 for
     # 180, 189471 for 186
 )
 DRIVER_SHARE = 0.01  # of the device: of an H100's 80 GiB PyTorch sees 79.18
-# of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
+# Of the device, for fragmentation: the caching allocator gives unused blocks back before it fails
 MARGIN = 0.02
 CACHED_DUMMIES = (2, 3)  # the first TE that keeps them (pytorch/module/base.py, get_dummy_wgrad)
 BSHD_UNTIL = (0, 14)  # the first MCore whose TEDotProductAttention takes [s, b] as it is

@@ -302,7 +302,7 @@ class RunFolderCallback(Callback):  # type: ignore[misc]
             )
         with suppress(
             Exception
-            # the disk may be full or the GPU lost, and the exception that came first is the one to
+            # The disk may be full or the GPU lost, and the exception that came first is the one to
             # tell
         ):
             self._catch_up(trainer)

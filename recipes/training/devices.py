@@ -211,7 +211,7 @@ def cudnn() -> dict[str, str]:
     found = {}
     with suppress(
         Exception
-        # not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11:
+        # Not built with cuDNN, or a PyTorch that asks otherwise (2.6 to 2.11:
         # torch/backends/cudnn/__init__.py)
     ):
         asked = torch._C._cudnn

@@ -338,7 +338,7 @@ def _for_cpu(recipe: run.Partial, plan: Plan) -> None:
     for fusion in FUSIONS:
         setattr(config, fusion, False)
     if plan.model.fused_activation and plan.model.activation == "gelu":
-        # the fused kernel's approximation by tanh (MCore fusions/fused_bias_gelu.py)
+        # The fused kernel's approximation by tanh (MCore fusions/fused_bias_gelu.py)
         config.activation_func = openai_gelu
     config.use_cpu_initialization = True
     # Virtual stages of two ranks exchange activations and gradients with one peer: a batch of both

@@ -60,7 +60,7 @@ MEGATRON: Fields = {
     "rotary_interleaved": False,
     "window_size": None,
 }
-# a class that the configuration inherits from: why this project does not train the model
+# A class that the configuration inherits from: why this project does not train the model
 FAMILIES = {
     "T5Config": "an encoder and a decoder (T5), and this project trains decoders alone",
     "BertConfig": "an encoder (BERT), and this project trains decoders alone",

@@ -217,7 +217,7 @@ def test_two_processes_give_the_loss_of_one(runs: Path, tmp_path: Path) -> None:
         numbers(run) for run in (folder(runs, "whole", "fp8_subchannel"), next(tmp_path.iterdir()))
     )
     assert [r[0] for r in one] == [r[0] for r in two]
-    # the gradients of the two micro-batches are added in another order: FP32 rounding, and what
+    # The gradients of the two micro-batches are added in another order: FP32 rounding, and what
     # BF16 makes of it
     for a, b in zip(one, two, strict=True):
         assert [v for v in a if v is not None] == pytest.approx(

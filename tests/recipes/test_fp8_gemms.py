@@ -38,7 +38,7 @@ CASES = [
     ((*LLAMA_8B, "precision=bf16"), 0, 0),
     ((*LLAMA_8B, "precision=fp8_delayed"), 0, 4 * 32 * 8 * 4),
     ((*LLAMA_8B, "precision=fp8_current"), 0, 4 * 30 * 8 * 4),
-    # the first layer is recomputed and in BF16
+    # The first layer is recomputed and in BF16
     ((*LLAMA_8B, "precision=fp8_current", "mapping.recompute_layers=1"), 0, 4 * 30 * 8 * 3),
     (
         (*LLAMA_8B, "precision=fp8_current", "mapping.recompute_layers=3"),

@@ -15,7 +15,7 @@ import pytest
 from launch.rehearse import main
 
 pytestmark = pytest.mark.nemo
-# of meta-llama/Meta-Llama-3-8B, model.safetensors.index.json: 16,060,522,496 bytes of BF16
+# Of meta-llama/Meta-Llama-3-8B, model.safetensors.index.json: 16,060,522,496 bytes of BF16
 PARAMETERS = 8_030_261_248
 LAYOUT = [
     "num_gpus=32",

@@ -26,7 +26,7 @@ from analysis.stats.series import Array
 ROW_ERROR, PAIR_ERROR = (
     0.05,
     0.025,
-    # how well a published step time, and a ratio of two, can be known: releases of one layout
+    # How well a published step time, and a ratio of two, can be known: releases of one layout
     # differ by as much
 )
 LOG_SCALED = tuple(KNOWN[name].low > 0 for name in FITTED)

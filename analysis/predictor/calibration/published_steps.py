@@ -35,7 +35,7 @@ FITTED_RELEASES = (
     "25.07",
 )  # NeMo containers whose rows may be fitted: the stack of this project and its neighbours
 UNSTATED = "fp8_delayed"
-# not fitted; which rows the model's form was chosen with cannot be told from the history
+# Not fitted; which rows the model's form was chosen with cannot be told from the history
 FURTHER = "further_rows.csv"
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 MEASURED = ("fig3_h200", "llama3_8b_h200")

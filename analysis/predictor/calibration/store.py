@@ -44,7 +44,7 @@ PAIR = re.compile(
     r"\[\s+(-?[\d.e-]+),\s+(-?[\d.e-]+)\s+\]"
 )  # two numbers that JSON writes on four lines
 COVERAGE = 0.9  # share of the rows, or pairs, that an interval holds at least
-# by which launching and the fixed part of a step may be off (cost.KNOWN) where no published step
+# By which launching and the fixed part of a step may be off (cost.KNOWN) where no published step
 # shows them
 OVERHEAD_FACTOR = 2.0
 NINE_TENTHS = 1.645  # standard deviations that hold 90 % of a normal distribution, on both sides

@@ -21,7 +21,7 @@ POWER = 1.0
 # launch does not: a profile's idle gaps are 1.6 of `gap`'s 5.5 microseconds
 # (analysis/results/layer_h200).  Half is taken.
 GRAPHED_GAP = 0.5
-# of `fixed`, the host's share of which hides behind a graph; taken as the gap's idle share, 1.6 /
+# Of `fixed`, the host's share of which hides behind a graph; taken as the gap's idle share, 1.6 /
 # 5.5
 GRAPHED_FIXED = 0.29
 # Seconds until a small message between GPUs of a NVLink domain has arrived, beside its bytes:

@@ -20,7 +20,7 @@ PEAKS = (
 ULTRA = "10.3"  # compute capability, https://developer.nvidia.com/cuda-gpus
 MEASURED = (
     700 / 989e12
-    # watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200,
+    # Watts a dense BF16 FLOP/s of the GPU on which GEMMs were measured, at its power limit (H200,
     # as the H100)
 )
 

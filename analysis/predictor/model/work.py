@@ -29,7 +29,7 @@ BACKWARD_ATTENTION = 3.0
 # Backward they are a smaller part: five products instead of two, that is 3.5 / 3.  Physics, not
 # measured here.
 ULTRA_ATTENTION = (4 / 3, 7 / 6)
-# by role: Transformer Engine accumulates fprop fast, the others precisely (module/base.py)
+# By role: Transformer Engine accumulates fprop fast, the others precisely (module/base.py)
 GEMM_KINDS = {
     "tensor": {"fprop": "tensor_fast", "dgrad": "tensor_precise", "wgrad": "tensor_precise"},
     "subchannel": {"fprop": "blocks", "dgrad": "blocks", "wgrad": "tiles"},
@@ -47,7 +47,7 @@ SLOWER_CAST = {
 }  # 2556 GB/s where per-tensor casts reach 3319 (median of inputs, analysis/results/gemm_h200)
 FUSED_CAST = (
     1 + 1 - 2 + 1
-    # delayed scaling casts inside the norm, which then writes no BF16; the copy by columns is read
+    # Delayed scaling casts inside the norm, which then writes no BF16; the copy by columns is read
     # and written again
 )
 # Bytes an FP8 parameter that a rank owns, as if moved: what writing it took on one H100 with

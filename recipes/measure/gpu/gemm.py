@@ -217,7 +217,7 @@ def _calls(makers: Sequence[Callable[[], Call]]) -> tuple[dict[int, Call], dict[
             call()
             torch.cuda.synchronize()
             calls[number] = call
-        # whatever a library raises where it lacks this kind: one row less, not a run less
+        # Whatever a library raises where it lacks this kind: one row less, not a run less
         except Exception as error:
             refused[number] = f"{type(error).__name__}: {one_line(str(error))[:200]}"
     return calls, refused

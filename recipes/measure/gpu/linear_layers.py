@@ -46,7 +46,7 @@ SCALES = (
 BF16_BITS, BF16_MIN_EXPONENT = (
     8,
     -125,
-    # of the mantissa, the hidden one included; the smallest exponent that frexp gives to a normal
+    # Of the mantissa, the hidden one included; the smallest exponent that frexp gives to a normal
     # number
 )
 FP32_UNIT, TENSOR_CORE_UNIT = (
@@ -160,7 +160,7 @@ class TeLayer:
         from transformer_engine.common import recipe
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-        # histories of layers before this one, which share a key where their recipe reads the same
+        # Histories of layers before this one, which share a key where their recipe reads the same
         FP8GlobalStateManager.reset()
         form = recipe.Format[FORMATS[fp8.scaling]]
         self.recipe = getattr(recipe, RECIPES[fp8.scaling])(fp8_format=form, **_delayed(fp8))

@@ -24,7 +24,7 @@ from recipes.plan import Plan
 from recipes.training.compat.checkpoint_writer import adapt_writer
 
 PIECE = 2**28  # elements of which FusedAdam copies the moments at once, 2 GiB
-# the name of Megatron-Core 0.13's Fp8Recipe; 0.12 takes any string and knows three
+# The name of Megatron-Core 0.13's Fp8Recipe; 0.12 takes any string and knows three
 BLOCK_SCALING = "blockwise"
 
 

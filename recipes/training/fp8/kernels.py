@@ -35,7 +35,7 @@ EXACT = {
 }  # launch option: no fused multiply-add, which rounds once where the CPU rounds twice
 ELEMENTS = 4096  # of a program that goes over a tensor as a line
 LINE_WARPS = 8
-# rows and columns of a program's part of an operand under MX; 128 x 128 for tiles and blocks
+# Rows and columns of a program's part of an operand under MX; 128 x 128 for tiles and blocks
 MX_TILE = 64
 WARPS = {MX_TILE: 8, TILE: 16}
 
