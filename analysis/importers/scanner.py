@@ -20,10 +20,8 @@ from analysis.importers.lines import Rank, rank_of
 from analysis.runs.metrics import Array
 from recipes.errors import InputError
 
-MOST_SHAPES, RECENT = (
-    2000,
-    8,
-)  # how many shapes are learned from one log, and how many of them are tried on a line
+# How many shapes are learned from one log, and how many of them are tried on a line
+MOST_SHAPES, RECENT = 2000, 8
 MOST_BLOCKS = 256  # that are kept apart; small arrays fragment the memory
 NEEDED = frozenset(
     {"grad_norm", "lr", "global_batch", "samples"}

@@ -34,10 +34,8 @@ from recipes.files import write_file
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_DIFFERS = 1
-LEVELS, PIXELS = (
-    8 / 255,
-    0.001,
-)  # a pixel differs by more than so much; so large a share may differ in two drawings of one result
+# A pixel differs by more than so much; so large a share may differ in two drawings of one result
+LEVELS, PIXELS = 8 / 255, 0.001
 OPEN = re.compile(r"^<!-- (table|figure): *(.*?) *-->$", re.MULTILINE)
 BLOCK = re.compile(
     r"^<!-- (table|figure): *(?P<words>.*?) *-->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL

@@ -48,20 +48,14 @@ INIT_VARIANCE = 0.02**2
 LEAST_BYTES = 4  # per parameter: BF16 weight and gradient, sharded over all GPUs at best
 UNEVEN = 0.5  # a rank may hold half of the mean share: stages of a pipeline differ
 CLOCKS_APART = timedelta(minutes=10)  # of two hosts; Slurm's own authentication refuses more than 5
-WALL_SLACK, WALL_SLACK_S = (
-    0.01,
-    2.0,
-)  # a session's steps beside its wall-clock time, which a host may adjust
+# A session's steps beside its wall-clock time, which a host may adjust.
+WALL_SLACK, WALL_SLACK_S = 0.01, 2.0
 MOST_PAUSED = 100  # times the steps' time between start and end: evaluations, checkpoints, data
 PAUSES_FROM_S = 30.0
-RUN_OF_LOSSES, MIXER = (
-    6,
-    np.uint64(0x9E3779B97F4A7C15),
-)  # an odd multiplier spreads the digests over 64 bits
-CLOCK_OVER, POWER_OVER = (
-    1.01,
-    1.5,
-)  # of the limits that the driver enforces; power is a mean, and may shoot over its limit
+RUN_OF_LOSSES = 6
+MIXER = np.uint64(0x9E3779B97F4A7C15)  # an odd multiplier spreads the digests over 64 bits
+# Of the limits that the driver enforces; power is a mean, and may shoot over its limit.
+CLOCK_OVER, POWER_OVER = 1.01, 1.5
 ENERGY_FROM_S = 0.5  # median step: NVML's counter of energy is renewed ten times a second
 POWER_RATIO = 2.0  # of a step's energy over its time to the power that was sampled in it
 

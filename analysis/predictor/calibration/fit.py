@@ -23,12 +23,9 @@ from analysis.predictor.model.cost import FITTED, KNOWN, Constants
 from analysis.predictor.model.step import Counted, count, price
 from analysis.stats.series import Array
 
-ROW_ERROR, PAIR_ERROR = (
-    0.05,
-    0.025,
-    # How well a published step time, and a ratio of two, can be known: releases of one layout
-    # differ by as much
-)
+# How well a published step time, and a ratio of two, can be known: releases of one layout differ by
+# as much
+ROW_ERROR, PAIR_ERROR = 0.05, 0.025
 LOG_SCALED = tuple(KNOWN[name].low > 0 for name in FITTED)
 
 

@@ -43,16 +43,11 @@ SCALES = (
     2.5,
     1.7,
 )  # of the operands, a step each: delayed scaling needs a past, and the last step is compared
-BF16_BITS, BF16_MIN_EXPONENT = (
-    8,
-    -125,
-    # Of the mantissa, the hidden one included; the smallest exponent that frexp gives to a normal
-    # number
-)
-FP32_UNIT, TENSOR_CORE_UNIT = (
-    2.0**-24,
-    2.0**-13,
-)  # half a step where sums are rounded to nearest, a whole one where bits are cut off
+# Of the mantissa, the hidden one included; the smallest exponent that frexp gives to a normal
+# number
+BF16_BITS, BF16_MIN_EXPONENT = 8, -125
+# Half a step where sums are rounded to nearest, a whole one where bits are cut off
+FP32_UNIT, TENSOR_CORE_UNIT = 2.0**-24, 2.0**-13
 # n additions rounded to nearest err less than CONFIDENCE sqrt(n) unit sum |a b| (Higham and Mary,
 # probabilistic rounding error analysis, 2019)
 CONFIDENCE = 4.0
