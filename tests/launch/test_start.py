@@ -82,7 +82,6 @@ def start(
         "SLURM_JOB_ID": "77",
         "SLURM_JOB_NODELIST": f"gpu-node-[00001-{nodes:05}]",
         "NODES": str(nodes),
-        "SLURM_NNODES": str(nodes),
     }
     env = {**os.environ, **job, **env, "PATH": f"{tools}:{os.environ['PATH']}"}
     loop = 'for _ in $(seq "$2"); do bash "$1"; echo "code $?"; done'
@@ -136,7 +135,7 @@ NODE = (
         (1, NODE, "nothing", "127.0.0.1"),
         (1, SCONTROL, "nothing", "127.0.0.1"),
         (2, NODE, "nothing", None),
-        (2, SCONTROL, "nothing", None),
+        (2, SCONTROL, "nothing", "gpu-node-00001"),  # where Slurm tells no address
     ],
 )
 def test_a_first_node_whose_name_does_not_resolve(
@@ -149,8 +148,17 @@ def test_a_first_node_whose_name_does_not_resolve(
         meet_at is None
     )
     assert ("note: the node name gpu-node-00001" in log) == (
-        meet_at not in (None, "gpu-node-00001")
+        meet_at is not None and known != "gpu-node-00001"
     )
+
+
+def test_a_node_without_getent_starts_with_the_name(tmp_path: Path) -> None:
+    no_getent = {"BASH_ENV": str(tmp_path / "env")}
+    (tmp_path / "env").write_text(
+        'command() { [ "$2" != getent ] && builtin command "$@"; }\ngetent() { return 127; }\n'
+    )
+    codes, log = start(tmp_path, 2, scontrol=NODE, env=no_getent)
+    assert codes == [0] and "met at gpu-node-00001:" in log and "note:" not in log
 
 
 # Rank 0 as a stand-in: it binds the port or leaves the file, and holds it until both jobs have met.
