@@ -38,10 +38,11 @@ MOST_CHOICES = 1024  # merged choices of groups in one state of a folder, 35 kB 
 def composed(overrides: Sequence[str], conf: Path) -> DictConfig:
     """Return what Hydra composes of conf/config.yaml and `overrides`, with its own node `hydra`.
 
-    The result is the caller's own.  Files that changed since the last call are read again.  Raises
-    as Hydra's `compose`.
+    The result is the caller's own.  Files are read again where one of them, or an environment
+    variable, changed since the last call.  Raises as Hydra's `compose`.
     """
-    loader = _loader(str(conf), tuple(_states(str(conf))))
+    environment = hash(frozenset(os.environ.items()))  # a defaults list may have ${oc.env:NAME}
+    loader = _loader(str(conf), tuple(_states(str(conf))), environment)
     return loader.load_configuration("config", list(overrides), RunMode.RUN, from_shell=False)
 
 
@@ -66,8 +67,8 @@ def _values(path: str, state: State) -> bytes:
 
 
 @functools.lru_cache(MOST_STATES)
-def _loader(conf: str, states: tuple[tuple[str, State], ...]) -> _Loader:
-    """Return the loader of a folder whose files are in these states."""
+def _loader(conf: str, states: tuple[tuple[str, State], ...], environment: int) -> _Loader:
+    """Return the loader of a folder whose files are in these states, in one environment."""
     version.setbase("1.3")
     setup_globals()
     Plugins.instance()

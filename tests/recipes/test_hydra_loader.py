@@ -103,3 +103,16 @@ def test_a_change_of_a_file_is_seen(tmp_path: Path) -> None:
     )
     (conf / "precision/mine.yaml").write_text(copy)
     assert compose_plan(["precision=mine"], conf).precision.name == "mine"
+
+
+def test_a_change_of_the_environment_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: ${oc.env:MY_MODEL}\n"
+    )
+    for name in ("llama3_8b", "llama3_70b"):
+        monkeypatch.setenv("MY_MODEL", name)
+        assert composed(["experiment=mine"], conf).model.name == name
