@@ -94,7 +94,7 @@ def cuda_knows_the_gpu(plan: Plan) -> str | None:
         f"{plan.gpu.name} with {plan.stack.name}: needs CUDA {needed} or newer and not {have}"
         f" ({where})"
     )
-    advice = "use stack=nemo_25_07, or set cluster.container_image to one that has it"
+    advice = f"set cluster.container_image to one that has CUDA {needed}"
     return Refusal(what, advice, {"stack": "nemo_25_07"}, any_of=True)
 
 

@@ -69,6 +69,13 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
             "needs CUDA 12.9 or newer and not 12.8 (conf/gpu",
         )
         for gpu in ("b300", "gb300")
+    ]
+    + [
+        (
+            ["model=llama3_8b", "gpu=b300", "precision=bf16", "gpu.min_cuda='13.1'", stack],
+            "min_cuda); set cluster.container_image to one that has CUDA 13.1",
+        )
+        for stack in ("stack=nemo_25_04", "stack=nemo_25_07")
     ],
     "cuda_is_new_enough": [
         ([*BLOCKS, "stack.cuda='12.8'"], "needs CUDA 12.9 or newer and not 12.8"),
@@ -453,6 +460,7 @@ IN_WORDS = (
     "use llama3_8b or",
     "mount the folders",
     "below it",
+    "set cluster.container_image to one that has",
 )
 VALUE = re.compile(r"(?<![\w.])([a-z][\w.]*)=(\[[^]]*\]|[^\s,;()]+)")
 
