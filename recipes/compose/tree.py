@@ -18,7 +18,11 @@ from typing import Any, get_args, get_origin
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -350,6 +354,8 @@ def _explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     full = FULL_KEY.search(text)
     if full and (file := file_of(full[1], overrides, conf)):
         return f"{file}: {full[1]}: {text}; correct it"
+    if full and isinstance(error, InterpolationResolutionError):
+        return f"{full[1]}: {text.partition(' full_key')[0]}; correct its ${{…}}, or give a value"
     wrong = next((o for o in overrides if o.split("=")[0].lstrip("+~") in text), "")
     key, _, value = wrong.partition("=")
     key = key.lstrip("+~")

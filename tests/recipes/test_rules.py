@@ -527,6 +527,12 @@ def test_each_rule_refuses_in_one_line_with_a_remedy_that_is_accepted(
             compose_plan(applied(applied(overrides, remedy), remedies(str(next_one))[0]))
 
 
+def test_a_reference_that_does_not_resolve_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(InputError, match=r"^runs_dir: .*variable 'NOT_SET' not found"):
+        compose_plan(["runs_dir=${oc.env:NOT_SET}"])
+
+
 @pytest.mark.parametrize(
     "asked",
     [
