@@ -113,21 +113,18 @@ def read_tables(paths: Sequence[Path], vocabulary: Vocabulary, run: str | None =
     """Return the log in tables, joined by step; `run` names the column's run where there are
     several.
     """
-    records, digits, counted, averaged, what = list[Record](), 0, False, False, TABLE
+    digits, counted, averaged, what = 0, False, False, TABLE
+    found_in = list[list[Record]]()
     for path in paths:
         found = _Table(path, vocabulary, run)
         counted |= found.counts_calls
         what = DOWNLOAD if found.is_download else what
+        found_in.append(records := list[Record]())
         for record, printed in found.rows():
             records.append(record)
             digits = max(digits, printed)
         averaged |= found.averaged
-    steps = [record[STEP] for record in records]
-    if len(paths) > 1 or len(set(steps)) == len(
-        steps
-    ):  # else in its own order: a step that comes again was run again
-        records = _joined(records)
-    log = log_of(records, what, vocabulary, counts_calls=counted)
+    log = log_of(_one_run(found_in, vocabulary.loss_key), what, vocabulary, counts_calls=counted)
     log.loss_digits = digits if digits < FULL_DIGITS else None
     if averaged:
         log.averaged = True
@@ -136,6 +133,58 @@ def read_tables(paths: Sequence[Path], vocabulary: Vocabulary, run: str | None =
             "export all points, or compare it with a run that was thinned out alike"
         )
     return log
+
+
+def _one_run(tables: Sequence[list[Record]], loss_key: str | None) -> list[Record]:
+    """Return the records of a run's tables, in the order in which they were written.
+
+    Tables of different metrics are joined by their steps.  One with the same loss, or with all the
+    same metrics, as one before is the next part of the run.
+    """
+    parts = list[list[list[Record]]]()
+    for table in tables:
+        part = next((p for p in parts if not any(_goes_on(t, table, loss_key) for t in p)), None)
+        if part is None:
+            parts.append(part := [])
+        part.append(_as_written(table))
+    whole = [
+        part[0] if len(part) == 1 else _joined(r for table in part for r in _survive(table))
+        for part in parts
+    ]
+    by_step = sorted((part for part in whole if part), key=lambda part: part[0][STEP])
+    if all(a[-1][STEP] < b[0][STEP] for a, b in itertools.pairwise(by_step)):
+        whole = by_step  # parts without a step in common, whatever order they were named in
+    return [record for part in whole for record in part]
+
+
+def _names(table: Sequence[Record]) -> set[str]:
+    return {name for record in table for name in record} - {STEP, TIME}
+
+
+def _goes_on(before: Sequence[Record], after: Sequence[Record], loss_key: str | None) -> bool:
+    ours, theirs = _names(before), _names(after)
+    return ours == theirs or any(is_loss(name, loss_key) for name in ours & theirs)
+
+
+def _falls(table: Sequence[Record]) -> int:
+    return sum(after[STEP] < before[STEP] for before, after in itertools.pairwise(table))
+
+
+def _as_written(table: list[Record]) -> list[Record]:
+    """Return a table in its own order, where a step that falls is a resume; sorted by steps where
+    many fall, as in one that was turned round or shuffled.
+    """
+    is_unsorted = _falls(table) * 4 > len(table)
+    return _joined(table) if is_unsorted and len({r[STEP] for r in table}) == len(table) else table
+
+
+def _survive(table: list[Record]) -> list[Record]:
+    """Return the records that no later one has an earlier step than: those of the later run."""
+    kept, least = list[Record](), math.inf
+    for record in reversed(table) if _falls(table) else ():
+        least = min(least, record[STEP])
+        kept += [record] if record[STEP] == least else []
+    return kept[::-1] or table
 
 
 def _joined(records: Iterable[Record]) -> list[Record]:
@@ -411,20 +460,19 @@ def json_number(value: Any) -> float | None:
 
 def read_downloads(paths: Sequence[Path], vocabulary: Vocabulary) -> Log:
     """Return the log in TensorBoard's JSON downloads, a file a tag, joined by step."""
-    rows: dict[float, Record] = {}
+    found_in = list[list[Record]]()
     for path in paths:
         name = _tag_of(path)
         vocabulary.knows(name)
+        found_in.append([])
         for row in _objects(path):
             if (
                 isinstance(row, list)
                 and len(row) == 3
                 and None not in (values := [json_number(value) for value in row])
             ):
-                rows.setdefault(values[1] or 0.0, {}).update(
-                    {STEP: values[1] or 0.0, name: values[2] or 0.0}
-                )
-    return log_of((rows[step] for step in sorted(rows)), DOWNLOAD, vocabulary)
+                found_in[-1].append({STEP: values[1] or 0.0, name: values[2] or 0.0})
+    return log_of(_one_run(found_in, vocabulary.loss_key), DOWNLOAD, vocabulary)
 
 
 # ----------------------------------------------------------------------------------------- DLLogger

@@ -71,6 +71,40 @@ def test_every_point_of_a_resumed_run_comes_through(parts: Parts, tmp_path: Path
     assert status_of(tmp_path / "run") == "done" and run.plan.train.max_steps == wanted[-1]
 
 
+@pytest.mark.parametrize("parts", RESUMED.values(), ids=RESUMED.keys())
+@pytest.mark.parametrize("form", ["one table", "parts", "downloads", "JSON downloads"])
+def test_tables_of_a_resumed_run_hold_the_later_run(
+    form: str, parts: Parts, tmp_path: Path
+) -> None:
+    rows = [(i, step) for i, part in enumerate(parts) for step in part]
+    points = [[1.7e9, step, 10 - step / 100 + i] for i, step in rows]
+    files = [tmp_path / "run-tag-loss.csv"]
+    if form == "one table":
+        lines = ["step,loss", *(f"{step},{loss}" for _, step, loss in points)]
+        files[0].write_text("\n".join(lines))
+    elif form == "downloads":
+        lines = ["Wall time,Step,Value", *(f"{t},{step},{loss}" for t, step, loss in points)]
+        files[0].write_text("\n".join(lines))
+    elif form == "JSON downloads":
+        files = [tmp_path / "run-tag-loss.json"]
+        files[0].write_text(json.dumps(points))
+    else:
+        files = [tmp_path / f"{i}.csv" for i in range(len(parts))]
+        for i, file in enumerate(files):
+            lines = [f"{step},{10 - step / 100 + i}" for step in parts[i]]
+            file.write_text("\n".join(["step,loss", *lines]))
+    out = tmp_path / "run"
+    assert main([*map(str, files), "--out", str(out), "--set", *TINY]) == 0
+    wanted = [
+        (step, 10 - step / 100 + i)
+        for i, step in rows
+        if all(step < min(later) for later in parts[i + 1 :])
+    ]
+    run = load_run(out)
+    assert run.steps["step"].tolist() == [step for step, _ in wanted]
+    assert run.steps["loss"] == pytest.approx([loss for _, loss in wanted])
+
+
 BROKEN = [
     ([range(1, 21), range(31, 61)], (), "steps 21 to 30 are missing"),
     ([range(1, 21), range(22, 61)], (), "step 21 is missing"),
