@@ -141,7 +141,9 @@ class _Reader:
             else float(found["step"]) + 1 - scanner.dialect.first_iteration
         )
         kept = scanner.test if is_test else scanner.heldout
-        if not kept or kept[-1][0] != step:
+        is_repeated = kept and kept[-1][0] == step and scanner.evaluated[is_test] == scanner.count
+        scanner.evaluated[is_test] = scanner.count
+        if not is_repeated:  # by another rank; after training lines it is that of a resumed run
             kept.append((step, float(found["loss"] or "nan")))
 
     def _memory(self, line: str) -> None:

@@ -375,7 +375,7 @@ def log_of(
         ("heldout", family.heldout, "heldout_loss"),
         ("test", family.test, "test_loss"),
     ):
-        setattr(log, name, _evaluations(placed, found, key))
+        setattr(log, name, _evaluations(placed, family.loss, found, key))
     for count in np.unique(log.steps.pop("num_gpus", np.zeros(0))):
         if np.isfinite(count):
             log.facts.key("num_gpus", int(count), f"world size {int(count)}")
@@ -420,18 +420,23 @@ def _placed(records: Iterable[Record], family: Family, first: int) -> Iterator[R
         yield {**record, STEP: record[STEP] + ahead}
 
 
-def _evaluations(records: Iterable[Record], names: Sequence[str], key: str) -> dict[str, Array]:
+def _evaluations(
+    records: Iterable[Record], losses: Sequence[str], names: Sequence[str], key: str
+) -> dict[str, Array]:
     """Return the losses of evaluations by step.
 
     Where a step has several in a row, the first counts: Megatron-LM writes the test set's loss
     after training under the validation's name (megatron/training/training.py:2285, core_v0.12.3).
+    One that comes after training losses is that of a resumed run, and counts as well.
     """
-    found = [(record[STEP], record[name]) for record in records for name in names if name in record]
-    kept = [
-        pair
-        for before, pair in zip([(math.nan, 0.0), *found], found, strict=False)
-        if pair[0] != before[0]
-    ]
+    kept, trained, last = list[tuple[float, float]](), math.nan, math.nan
+    for record in records:
+        evaluated = [record[name] for name in names if name in record]
+        if any(name in record for name in losses) and record[STEP] != trained:
+            trained, last = record[STEP], math.nan
+        if evaluated and record[STEP] != last:
+            last = record[STEP]
+            kept.append((last, evaluated[0]))
     return dict(zip((STEP, key), np.array(kept, dtype=np.float64).T, strict=True)) if kept else {}
 
 

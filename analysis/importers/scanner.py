@@ -66,6 +66,7 @@ class Scanner:
         self.blocks, self.ranks = list[Block](), list[tuple[Rank, int]]()
         self.pending, self.validated = set[Rank](), set[int]()
         self.heldout, self.test = list[tuple[float, float]](), list[tuple[float, float]]()
+        self.evaluated = {False: 0, True: 0}  # lines before the last evaluation, and the last test
         self.count = self.garbled = self.last = self.merged = self.epoch = 0
         self.total: int | None = None
 

@@ -299,3 +299,24 @@ def test_a_log_is_what_it_was_after_being_cut_in_parts(tmp_path: Path) -> None:
     assert run.steps["step"].tolist() == list(range(5, 201, 5)) and run.steps[
         "loss"
     ] == pytest.approx(losses(200)[4::5], abs=1e-6)
+
+
+def test_an_evaluation_after_a_resume_counts_for_the_one_before(tmp_path: Path) -> None:
+    def evaluated(loss: float) -> str:
+        words = f"validation loss at iteration 20 | lm loss value: {loss:.6E} | lm loss PPL: 1.0 |"
+        return f" {words}\n" * 2  # as two ranks print it
+
+    lines = megatron(8, 0.84)
+    first, second = [*lines[:20], evaluated(5.1), *lines[20:25]], [*lines[15:20], evaluated(5.2)]
+    file = tmp_path / "run.log"
+    file.write_text("".join(line.rstrip() + "\n" for line in (*first, *second, *lines[20:])))
+    assert main([str(file), "--out", str(tmp_path / "run"), "--set", *TINY]) == 0
+    assert load_run(tmp_path / "run").heldout["heldout_loss"].tolist() == [5.2]
+    rows = [{"step": step, "lm loss": 10 - step / 100} for step in range(1, 26)]
+    rows[19:20] = [rows[19], {"step": 20, "lm loss validation": 5.1}]
+    again = [{"step": step, "lm loss": 9 - step / 100} for step in range(16, 61)]
+    again[4:5] = [again[4], {"step": 20, "lm loss validation": 5.2}]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *again)))
+    assert main([str(table), "--out", str(tmp_path / "rows"), "--set", *TINY]) == 0
+    assert load_run(tmp_path / "rows").heldout["heldout_loss"].tolist() == [5.2]
