@@ -153,7 +153,7 @@ MEGATRON = Dialect(
     heldout=re.compile(
         r"validation loss at (?:iteration (?P<step>\d{1,15})(?: on (?P<set>validation|test)"
         r" set)?|the end of training for (?P<data>val|test) data)"
-        r" \| lm loss value: (?P<loss>\d\.\d+E[-+]\d+) \|"
+        r" \| lm loss value: (?P<loss>\d\.\d+E[-+]\d+|-?NAN|INF) \|"
     ),
 )
 BAR = Dialect(

@@ -203,6 +203,10 @@ def why_unsound(log: Log, planned: int) -> str:
         bad = steps[is_bad(log.steps[key])] if key in log.steps else steps[:0]
         if bad.size:
             return f"{key} {what} in {bad.size} step(s), first at step {int(bad[0])}"
+    if log.heldout:
+        bad = log.heldout["step"][~np.isfinite(log.heldout["heldout_loss"])]
+        if bad.size:
+            return f"the held-out loss is no finite number at step {int(bad[0])}"
     if gaps := gaps_of(log.stretches):
         return "; ".join(gaps[:SHOWN]) + (
             f"; and {len(gaps) - SHOWN} more gaps" if len(gaps) > SHOWN else ""

@@ -320,3 +320,14 @@ def test_an_evaluation_after_a_resume_counts_for_the_one_before(tmp_path: Path) 
     table.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *again)))
     assert main([str(table), "--out", str(tmp_path / "rows"), "--set", *TINY]) == 0
     assert load_run(tmp_path / "rows").heldout["heldout_loss"].tolist() == [5.2]
+
+
+def test_a_held_out_loss_that_is_nan_is_no_sound_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = megatron(8, 0.84)
+    lines[20:20] = [" validation loss at iteration 20 | lm loss value: NAN | lm loss PPL: NAN |"]
+    file = write(tmp_path / "run.log", lines)
+    assert main(command(file, tmp_path / "run", TINY)) == 0
+    assert "the held-out loss is no finite number at step 20" in capsys.readouterr().out
+    assert status_of(tmp_path / "run") == "failed"
