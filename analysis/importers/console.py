@@ -216,12 +216,12 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     if scanner.epoch and log.total and columns["step"].max(initial=0) > log.total:
         log.total = None  # it counts an epoch's steps
     put_units(log)
-    last = float(columns["step"][-1]) if columns["step"].size else 0.0
+    end = _end(columns["step"], log.total)
     for name, key, pairs in (
         ("heldout", "heldout_loss", scanner.heldout),
         ("test", "test_loss", scanner.test),
     ):
-        placed = [(min(step, last), loss) for step, loss in pairs]
+        placed = [(step if np.isfinite(step) else end, loss) for step, loss in pairs]
         setattr(
             log,
             name,
@@ -235,6 +235,15 @@ def _log(scanner: Scanner, facts: Facts) -> Log:
     if values is not None and not log.heldout:
         _heldout_of_nemo(log, values, validated[kept])
     return log
+
+
+def _end(steps: Array, total: int | None) -> float:
+    """Return the step that a run ended at: the planned one where no line is printed between the
+    last one and it.
+    """
+    last = float(steps[-1]) if steps.size else 0.0
+    every = last - float(steps[-2]) if steps.size > 1 else 1.0
+    return float(total) if total and last < total < last + every else last
 
 
 def _refuse_other_loss(scanner: Scanner, columns: dict[str, Array]) -> None:

@@ -121,7 +121,9 @@ def _fill(
     with (part / "metrics.jsonl").open("wb") as file:
         file.writelines(_lines(metrics))
         if log.heldout:
+            beyond = np.maximum(log.heldout["step"] - metrics["step"][-1], 0)
             tokens = np.interp(log.heldout["step"], metrics["step"], metrics["tokens"])
+            tokens += beyond * plan.tokens_per_step
             file.writelines(
                 _lines(
                     {

@@ -81,10 +81,22 @@ def settle(log: Log) -> Log:
     keep_rows(log.steps, last_word(steps))
     _find_stretches(log)
     _fill_step_times(log.steps)
+    end = _last_evaluated(log)
     for kept in (log.heldout, log.test):
         if kept:
-            keep_rows(kept, last_word(kept["step"]) & (kept["step"] <= log.steps["step"][-1]))
+            late = kept["step"][kept["step"] > end]
+            if late.size:
+                log.said.append(
+                    f"an evaluation at step {int(late[0])} was left out: no training line is there"
+                )
+            keep_rows(kept, last_word(kept["step"]) & (kept["step"] <= end))
     return log
+
+
+def _last_evaluated(log: Log) -> float:
+    """Return the last step that an evaluation may have: planned, and before the next line."""
+    last = log.stretches[-1]
+    return max(last.last, min(log.total or 0, last.last + last.every - 1))
 
 
 def _are_steps(steps: Array) -> bool:

@@ -331,3 +331,19 @@ def test_a_held_out_loss_that_is_nan_is_no_sound_run(
     assert main(command(file, tmp_path / "run", TINY)) == 0
     assert "the held-out loss is no finite number at step 20" in capsys.readouterr().out
     assert status_of(tmp_path / "run") == "failed"
+
+
+@pytest.mark.parametrize(
+    "words", ["at iteration 50 on validation set", "at the end of training for val data"]
+)
+def test_an_evaluation_after_the_last_printed_line_keeps_its_step(
+    words: str, tmp_path: Path
+) -> None:
+    lines = megatron(8, 0.84, 50, every=20)
+    last = f" validation loss {words} | lm loss value: 3.333333E+00 | lm loss PPL: 2.8E+01 |"
+    file = write(tmp_path / "run.log", [*lines, last])
+    assert main(command(file, tmp_path / "run", TINY)) == 0
+    run = load_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == [20, 40]
+    assert run.heldout["step"].tolist() == [50]
+    assert run.heldout["tokens"].tolist() == [50 * run.plan.tokens_per_step]
