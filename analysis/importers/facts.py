@@ -186,7 +186,8 @@ GROUPS = re.compile(
 LAST_RANK = re.compile(r"(\d{1,7})\]\]\s*$")
 MESH = re.compile(r"device mesh with \[([\w', ]{0,80})\], \[([\d, ]{1,60})\]")
 TITAN = re.compile(
-    r"global batch size (\d{1,9}), (?:gradient accumulation steps \d{1,9}, )?sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup"
+    r"global batch size (\d{1,9}), (?:gradient accumulation steps \d{1,9}, )?"
+    r"sequence length (\d{1,9}), total steps (\d{1,12})(?: \(warmup"
     r" (\d{1,12})\))?"
 )
 WORDS = (  # a text without any of them states nothing
