@@ -241,6 +241,7 @@ class _Table:
                     name: row[i] for i, name in self.columns.items() if number(row[i]) is not None
                 }
                 losses = [name for name in cells if is_loss(name, self.vocabulary.loss_key)]
+                self._refuse_comma(cells[name] for name in losses)
                 printed = max(
                     (significant(cells[name].strip().replace(",", "")) for name in losses),
                     default=0,
@@ -255,6 +256,15 @@ class _Table:
                 )
         except csv.Error as error:
             raise InputError(f"{self.path} is no table ({error}); export it as CSV") from None
+
+    def _refuse_comma(self, losses: Iterable[str]) -> None:
+        """No loss is in the thousands, so a comma in one stands for the decimal point."""
+        found = next((text.strip() for text in losses if "," in text), None)
+        if found:
+            raise InputError(
+                f"{self.path} prints a loss as {found[:40]!r}, with a comma for the decimal point;"
+                " export it with points, or separate its columns with semicolons"
+            )
 
     def _note_average(self, row: Sequence[str]) -> None:
         """W&B thins out long curves: a point is then the mean of several steps, between its __MIN

@@ -688,3 +688,13 @@ def test_a_row_without_any_known_name_does_not_decide_whose_steps_they_are(tmp_p
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(command(tmp_path / "rows.jsonl", tmp_path / "run", TINY)) == 0
     assert load_run(tmp_path / "run").steps["step"].tolist() == list(range(1, STEPS + 1))
+
+
+def test_a_decimal_comma_is_not_read_as_thousands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(
+        tmp_path / "run.tsv", ["step\tloss", *(f"{step}\t9,{step}" for step in range(500, 540))]
+    )
+    assert main(command(file, tmp_path / "run", ["model=llama3_tiny", "gpu=cpu"])) == 2
+    assert "a loss as '9,500', with a comma for the decimal point" in capsys.readouterr().err
