@@ -40,6 +40,7 @@ from analysis.runs.pairing import (
     Differences,
     check_pair,
     layout_label,
+    plan_differences,
     platform_differences,
     precision_differences,
     run_differences,
@@ -231,12 +232,18 @@ def _tokens_to_decide(gap: Gap, limit: float, candidate: Run) -> float | None:
 
 
 def seed_gaps(base: Run, others: Sequence[Run], tail: int) -> Array:
-    """Return the mean gaps in nats over the last `tail` steps of BF16 runs with other seeds to
-    `base`.
+    """Return the mean gaps in nats over the last `tail` steps of BF16 with other seeds to `base`.
+
+    One gap per seed, of the run whose plan differs least from the base's: a repeat of a seed, in
+    any layout, is no further draw of seed noise.
     """
-    for other in others:
+    by_seed = dict[int, Run]()
+    for other in sorted(others, key=lambda other: len(plan_differences(base, other))):
         check_pair(base, other)
-    return np.array([(other.steps["loss"] - base.steps["loss"])[-tail:].mean() for other in others])
+        by_seed.setdefault(other.plan.seed, other)
+    by_seed.pop(base.plan.seed, None)
+    gaps = [(other.steps["loss"] - base.steps["loss"])[-tail:] for other in by_seed.values()]
+    return np.array([gap.mean() for gap in gaps])
 
 
 def seed_noise(seeds: Array) -> float | None:

@@ -165,6 +165,20 @@ def test_the_noise_floor_is_the_distance_of_bf16_seeds(make: Maker) -> None:
     ).noise_floor == pytest.approx(0.008)
 
 
+def test_a_repeat_of_a_bf16_seed_is_no_further_draw_of_seed_noise(make: Maker) -> None:
+    seeds = (1, 2, 2, 1)
+    runs = [
+        load_run(make(f"bf16.{n}", curve() + seed * 0.003, "bf16", (f"seed={seed}",)))
+        for n, seed in enumerate(seeds)
+    ]
+    candidate = load_run(make("fp8", curve() + 0.03, overrides=("seed=1",)))
+    once, repeated = judge(runs[0], candidate, runs[1:2]), judge(runs[0], candidate, runs[1:])
+    assert once.seed_noise == pytest.approx(0.003 * 12.706, rel=1e-3)
+    assert (repeated.verdict, repeated.seed_noise) == (once.verdict, once.seed_noise)
+    alone = judge(runs[0], candidate, runs[3:])
+    assert alone.noise_floor is None and alone.seed_noise is None
+
+
 @pytest.mark.parametrize(("apart", "verdict"), [(0.01, "undecided"), (0.002, "fail")])
 def test_a_gap_that_bf16_with_another_seed_could_have_fails_nobody(
     make: Maker, apart: float, verdict: str
