@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,6 +30,7 @@ from analysis.runs.pairing import (
     asserted,
     base_of,
     by_what,
+    plan_differences,
     platform_differences,
     records_notes,
     run_differences,
@@ -50,17 +52,26 @@ class Comparison:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """A row a pair, with the verdict over its recipe's seeds in it."""
-        together = {id(verdict): seeds for seeds in self.over_seeds for verdict in seeds.verdicts}
-        return [row(verdict, together.get(id(verdict))) for verdict in self.verdicts]
+        return [row(verdict, self.together(verdict)) for verdict in self.verdicts]
 
     @property
     def outcomes(self) -> list[str]:
         """What each recipe's evidence comes to: over seeds where there are several, else the
         pair's.
         """
-        counted = {id(verdict) for seeds in self.over_seeds for verdict in seeds.verdicts}
-        alone = [verdict.verdict for verdict in self.verdicts if id(verdict) not in counted]
+        alone = [verdict.verdict for verdict in self.verdicts if not self.together(verdict)]
         return [*alone, *(seeds.verdict for seeds in self.over_seeds)]
+
+    def together(self, verdict: Verdict) -> SeedsVerdict | None:
+        """Return the verdict over seeds in which a pair counts, or the one that it repeats."""
+        return next(
+            (
+                seeds
+                for seeds in self.over_seeds
+                if any(_repeats(verdict, counted) for counted in seeds.verdicts)
+            ),
+            None,
+        )
 
     @property
     def runs(self) -> list[Run]:
@@ -84,7 +95,8 @@ def _seed_groups(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
     """Return the pairs of each recipe that has several seeds, each beside BF16 of its own seed.
 
     Pairs that share a base or a seed are not independent, and pairs of different layouts or
-    platforms are not of one recipe: such a recipe has no group.
+    platforms are not of one recipe: such a recipe has no group.  A repeat to the last bit adds
+    nothing and counts once.
     """
     by_recipe: dict[tuple[str, ...], list[Verdict]] = {}
     for verdict in verdicts:
@@ -95,9 +107,20 @@ def _seed_groups(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
                 *verdict.platform,
                 *recipe_of(verdict),
             )
-            by_recipe.setdefault(key, []).append(verdict)
+            group = by_recipe.setdefault(key, [])
+            group += [] if any(_repeats(verdict, counted) for counted in group) else [verdict]
     seeds = {key: [v.candidate.plan.seed for v in group] for key, group in by_recipe.items()}
     return [group for key, group in by_recipe.items() if 1 < len(group) == len(set(seeds[key]))]
+
+
+def _repeats(verdict: Verdict, counted: Verdict) -> bool:
+    """Whether a pair is another one, or a repeat of its plan with its losses to the last bit."""
+    candidate, other = verdict.candidate, counted.candidate
+    return candidate is other or (
+        verdict.base is counted.base
+        and not plan_differences(candidate, other)
+        and np.array_equal(candidate.steps["loss"], other.steps["loss"])
+    )
 
 
 def recipe_of(verdict: Verdict) -> list[str]:
@@ -492,9 +515,25 @@ def all_notes(found: Comparison) -> list[str]:
     lines += [note for verdict in found.verdicts for note in notes(verdict)]
     lines += [note for seeds in found.over_seeds for note in _seed_notes(seeds)]
     lines += pair_notes(found)
-    if len(found.verdicts) > sum(len(seeds.verdicts) for seeds in found.over_seeds):
+    lines += [
+        f"{again.candidate.folder}: repeats {first.candidate.folder} to the last bit, and counts"
+        " once over seeds"
+        for again, first in _repeated(found)
+    ]
+    if not all(found.together(verdict) for verdict in found.verdicts):
         lines.append(ONE_SEED)
     return lines
+
+
+def _repeated(found: Comparison) -> list[tuple[Verdict, Verdict]]:
+    """Return each pair that does not count over seeds, with the one that it repeats."""
+    return [
+        (verdict, counted)
+        for seeds in found.over_seeds
+        for counted in seeds.verdicts
+        for verdict in found.verdicts
+        if verdict is not counted and _repeats(verdict, counted)
+    ]
 
 
 ONE_SEED = (

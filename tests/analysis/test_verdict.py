@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -232,6 +233,24 @@ def test_a_recipe_with_several_seeds_gets_a_row_a_seed_and_the_mean_over_them(ma
         note.startswith("fp8_current: undecided over 3 seeds; more than 30") for note in texts
     )
     assert any(note.startswith("1 seed: ") for note in texts)
+
+
+def test_a_repeat_to_the_last_bit_counts_once_over_seeds(make: Maker) -> None:
+    pairs = [
+        load_run(make(f"{name}.{seed}", curve(seed=seed), precision, (f"seed={seed}",)))
+        for seed in (1, 2, 3)
+        for name, precision in (("bf16", "bf16"), ("fp8", "fp8_current"))
+    ]
+    folder = pairs[1].folder
+    again = load_run(shutil.copytree(folder, folder.with_name("again")))
+    once, found = compare(pairs), compare([*pairs, again])
+    assert found.outcomes == once.outcomes == ["pass"]
+    assert [row["over_seeds"] for row in found.rows] == [once.rows[0]["over_seeds"]] * 4
+    said = " ".join(all_notes(found))
+    assert f"{again.folder}: repeats {folder} to the last bit" in said
+    assert "1 seed: the verdict" not in said
+    other = load_run(make("other", curve(seed=1) + 1e-6, overrides=("seed=1",)))
+    assert compare([*pairs, other]).over_seeds == []
 
 
 @pytest.mark.parametrize(
