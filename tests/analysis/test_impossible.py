@@ -3,6 +3,7 @@ reads runs; real runs are not.
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -300,6 +301,20 @@ def test_what_cannot_be_true_is_refused_with_its_file_step_and_key(
         and error.count("\n") == 1
         and re.search(CASES[case][2], error)
     ), error
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [("memory_gb", math.inf, "has 151.4 GB at most"), ("step_time_s", 5e-324, "impossible")],
+)
+def test_a_number_that_overflows_is_refused_without_a_warning(
+    key: str, value: float, why: str, tmp_path: Path
+) -> None:
+    run = shutil.copytree(FP8, tmp_path / "run")
+    train(lambda _: {key: value})(run)
+    _, left_out = load_all([run])
+    assert f"{key} is" in left_out[0] and why in left_out[0]
 
 
 @pytest.mark.parametrize("key", ["loss", "heldout_loss"])
