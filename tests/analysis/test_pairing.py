@@ -202,15 +202,22 @@ def test_a_manifest_without_any_hash_proves_nothing(
     assert code == 2 and "data.sha256 of train.bin" in printed
 
 
+@pytest.mark.parametrize("which", [(0, 1), (0,), (1,)])
 def test_a_held_out_set_without_a_hash_is_not_proved_to_be_the_same(
+    which: tuple[int, ...], copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for absent in (None, ""):
+        edited = copies(DEMO, at("data/sha256/heldout.bin", absent), which=which)
+        code, printed = said(compare.main, edited, capsys)
+        assert code in (0, 1, 3), printed
+        assert "so not proved to be the same: data.sha256 of heldout.bin" in printed
+
+
+def test_another_held_out_set_is_refused(
     copies: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, printed = said(
-        compare.main, copies(DEMO, at("data/sha256/heldout.bin", None), which=(0, 1)), capsys
-    )
-    assert (
-        code in (0, 1, 3) and "so not proved to be the same: data.sha256 of heldout.bin" in printed
-    )
+    code, printed = said(compare.main, copies(DEMO, at("data/sha256/heldout.bin", "1")), capsys)
+    assert code == 2 and "differ in the data" in printed
 
 
 @pytest.mark.parametrize("key", ["bar/relative", "bar/tail_fraction", "bar/absolute"])
