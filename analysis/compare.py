@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis.convergence.comparison import all_notes, compare, terminal_table
 from analysis.convergence.verdict import FAIL, UNDECIDED
+from analysis.render.table import wide_console
 from analysis.runs.load import load_runs
 from recipes.cli import ArgumentParser, command
 from recipes.errors import InputError
@@ -37,7 +36,7 @@ def run(folders: Sequence[Path], as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        console = Console()
+        console = wide_console()
         console.print(terminal_table(rows))
         for note in all_notes(comparison):
             console.print(note, markup=False, highlight=False)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from analysis.convergence import numerics_figures
 from analysis.convergence.comparison import (
     Comparison,
@@ -28,6 +26,7 @@ from analysis.convergence.figures import figures
 from analysis.convergence.tasks import section
 from analysis.render.figure import Figure
 from analysis.render.pages import render
+from analysis.render.table import wide_console
 from analysis.runs import devices
 from analysis.runs.load import Run, load_all
 from recipes.cli import ArgumentParser, command
@@ -96,7 +95,7 @@ def report(folders: Sequence[Path], out: Path, png: Path | None) -> None:
     if png:
         for figure in drawn:
             figure.write_png(png)
-    console = Console()
+    console = wide_console()
     console.print(terminal_table(found.rows))
     for line in [*left_out, *all_notes(found)]:
         console.print(line, markup=False, highlight=False)

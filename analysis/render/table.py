@@ -112,8 +112,7 @@ class Table:
 
     def print(self) -> None:
         """Print the table and its notes on the terminal."""
-        console = Console()
-        console.width = console.width if console.is_terminal else WIDTH
+        console = wide_console()
         drawn = RichTable(
             title=self.title,
             title_justify="left",
@@ -129,6 +128,13 @@ class Table:
         console.print(drawn)
         for note in self.notes:
             console.print(note, markup=False, highlight=False)
+
+
+def wide_console() -> Console:
+    """Return a console as wide as the terminal, or WIDTH columns in a pipe or a file."""
+    console = Console()
+    console.width = console.width if console.is_terminal else WIDTH
+    return console
 
 
 def print_json(values: Any, *tables: Table) -> None:

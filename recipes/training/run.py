@@ -32,7 +32,7 @@ def task(plan: Plan, folder: Path) -> Any:
     """
     if plan.executor.threads:
         torch.set_num_threads(plan.executor.threads)
-    from recipes.training.compat import cpu, transformer_engine
+    from recipes.training import cpu, transformer_engine
 
     transformer_engine.activate(plan)
     cpu.activate()

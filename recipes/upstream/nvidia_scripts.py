@@ -352,7 +352,7 @@ def with_tree(
     """Return what the scripts of a tree set, and where the recipes that this project builds
     differ.
     """
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
     from recipes.upstream.nvidia_arguments import check_tree, ours, theirs

@@ -27,7 +27,7 @@ def main(jobs: dict[str, Any]) -> None:
     """Run the jobs one after another."""
     import recipes.training.run as product
     from recipes.plan import plan_from_json
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
     import recipes.training.recipe  # noqa: F401  # NeMo, once

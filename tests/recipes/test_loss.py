@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from recipes.training.compat import cpu
+from recipes.training import cpu
 
 cpu.activate()
 from megatron.core import parallel_state  # noqa: E402

@@ -293,7 +293,7 @@ def test_the_shipped_list_is_what_the_command_makes_of_the_installed_nemo() -> N
 @pytest.mark.nemo
 def test_the_list_is_what_nemos_own_objects_have() -> None:
     """The list comes from NeMo's source text; here NeMo itself is asked."""
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
     from recipes.training.architecture import architecture
@@ -327,7 +327,7 @@ def test_every_dense_recipe_builds_for_a_gpu() -> None:
     """What NeMo's performance mode adds is there, whether or not the recipe has that mode, and the
     architecture stays NeMo's.
     """
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
     from recipes.training.architecture import architecture

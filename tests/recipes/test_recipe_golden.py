@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("on_cpu")]
 @pytest.fixture(scope="module")
 def on_cpu() -> None:
     """NeMo's import wants the adapter on a machine without a GPU."""
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
 

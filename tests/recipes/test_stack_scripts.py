@@ -156,7 +156,7 @@ def built(*overrides: str) -> dict[str, object]:
 
     from fiddle import printing
 
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
     from recipes.training.recipe import build
 
     cpu.activate()

@@ -34,7 +34,7 @@ from recipes.errors import InputError, one_line
 from recipes.evaluation.heavy.tasks import Tasks, quiet, run_tasks, task_dtype
 from recipes.plan import Plan
 from recipes.run_folder import append_line, rows_of, write_json
-from recipes.training.compat import cpu
+from recipes.training import cpu
 from recipes.training.tokenizers import Tokenizer, within
 from recipes.training.tokenizers import load as load_tokenizer
 

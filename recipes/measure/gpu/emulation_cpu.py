@@ -33,7 +33,7 @@ from recipes.compose.tree import CONF, compose_plan
 from recipes.errors import InputError
 from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.plan import Plan
-from recipes.training.compat import cpu
+from recipes.training import cpu
 
 Step = Callable[[], None]
 WARM_UP = 3

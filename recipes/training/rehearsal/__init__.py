@@ -32,7 +32,7 @@ def rehearse(plan: Plan, rank: int) -> RankFacts:
     from recipes.training.rehearsal import stand_ins
 
     stand_ins.install(plan.stack.versions["transformer_engine"])
-    from recipes.training.compat import cpu
+    from recipes.training import cpu
 
     cpu.activate()
     from recipes.training.rehearsal.build import built

@@ -3,7 +3,7 @@
 Nothing is computed: threads do not survive a fork.
 """
 
-from recipes.training.compat import cpu
+from recipes.training import cpu
 
 cpu.activate()
 
