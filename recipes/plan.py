@@ -13,7 +13,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import from_json
 
 from recipes.nemo_recipes import with_architecture
@@ -362,6 +362,13 @@ class Stack(Frozen):
     cuda: Capability | None = None
     offloads_swiglu: bool = False
     scripts: Scripts = Scripts()
+
+    @field_validator("versions")
+    @classmethod
+    def _names_nemo(cls, versions: dict[str, str]) -> dict[str, str]:
+        if "nemo" not in versions:
+            raise ValueError("it names no version of nemo, which decides the recipes; add nemo: …")
+        return versions
 
     def version(self, package: str) -> tuple[int, ...]:
         """Return major and minor version of a package; () where the stack names none."""

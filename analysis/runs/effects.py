@@ -74,7 +74,7 @@ PLAN: Mapping[Effect, Mapping[str, str]] = {
     Effect.PLATFORM: {
         "gpu": (
             "name compute_capability memory_gb devices_per_node gpus_per_numa_node nvlink_domain"
-            " mapped_like bf16_dense_tflops fp8_dense_tflops"
+            " mapped_like min_cuda bf16_dense_tflops fp8_dense_tflops"
         ),
         "stack": (
             "name container versions.* recommended fp8_parameters_with_fsdp emulates_fp8"

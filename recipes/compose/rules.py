@@ -308,7 +308,7 @@ def narrow_moments_need_their_optimizer(plan: Plan) -> str | None:
     raises (pytorch/optimizers/fused_adam.py:136).
     """
     if plan.settings.adam_moments == "bf16" and not _has_bf16_moments(plan):
-        version = plan.stack.versions["transformer_engine"]
+        version = plan.stack.versions.get("transformer_engine", "of an unknown version")
         why = (
             f"FusedAdam of Transformer Engine {version}, which {plan.stack.name} has, keeps no BF16"
             " moments; 2.3 and later do"

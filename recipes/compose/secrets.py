@@ -22,13 +22,12 @@ FORMS = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|://[^\s/@:]*:[^\s/@]+@"
 )
-WANDB_KEY = re.compile(
-    r"(?<![\w/.-])[0-9a-f]{40}(?![\w/.-])"
-)  # and of a git commit: looked for only where no commit is named
+# The form of a git commit as well: looked for only where no commit is named.
+WANDB_KEY = re.compile(r"(?<![\w/.-])[0-9a-f]{40}(?![\w/.-])")
 NAMES = r"(?:TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|ACCOUNT|STORAGE|PRIVATE)_?KEY)"  # noqa: E501
-NAMED = re.compile(
-    rf"{NAMES}['\"]?\s*[=:]\s*['\"]?[\w+=-][\w+/=.%!@#-]{{11,}}", re.IGNORECASE
-)  # a value that is no path
+# A value that is no path, or a path's look with the padding of base64.
+VALUE = r"(?:[\w+=-][\w+/=.%!@#-]{11,}|/[A-Za-z0-9+/]{20,}={1,2})"
+NAMED = re.compile(rf"{NAMES}['\"]?\s*[=:]\s*['\"]?{VALUE}", re.IGNORECASE)
 VARIABLE = re.compile(rf"^cluster\.environment\.(?:.*_)?{NAMES}$", re.IGNORECASE)
 SECRET_NAME = re.compile(
     rf"(?:^|_)(?:{NAMES}|KEY)$", re.IGNORECASE

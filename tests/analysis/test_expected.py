@@ -133,6 +133,8 @@ def test_every_format_that_can_be_named_is_in_the_documents_table() -> None:
         "nemo": "nemo 2",
         "megatron": "megatron-lm",
         "progress-bar": "progress bar",
+        "open-progress-bar": "progress bar without a total",
+        "hugging-face": "hugging face trainer",
         "table": "csv",
         "json-rows": "json",
         "wandb": "w&b offline",

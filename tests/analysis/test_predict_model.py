@@ -288,8 +288,8 @@ def test_data_parallel_messages_hide_behind_the_micro_batches_beside_them() -> N
 def test_blackwell_ultra_has_faster_attention_and_the_rest_as_before() -> None:
     gb200, gb300 = (
         layer(
-            plan_of("llama3_8b", "bf16", gpu),
-            hardware(plan_of("llama3_8b", "bf16", gpu).gpu),
+            plan_of("llama3_8b", "bf16", gpu, "stack=nemo_25_07"),
+            hardware(plan_of("llama3_8b", "bf16", gpu, "stack=nemo_25_07").gpu),
             measured(),
             False,
         )

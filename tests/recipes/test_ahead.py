@@ -164,7 +164,7 @@ class Run:
                 "reduced_train_loss": torch.tensor(loss + self.trainer.global_step),
                 "grad_norm": torch.tensor(1.0),
             }
-            self.callback.on_train_batch_end(self.trainer, None, None, None, 0)
+            self.callback.on_train_batch_end(self.trainer, torch.nn.Module(), None, None, 0)
 
     @property
     def written(self) -> list[int]:

@@ -436,7 +436,7 @@ def _folder(path: Path) -> Path:
 
 def test_the_table_adds_up_tensors_and_says_why_bits_differ(tmp_path: Path) -> None:
     rows = analysis.load(_folder(tmp_path))
-    found = analysis.convergence.comparison(rows)
+    found = analysis.table(rows)
     assert found.index.tolist() == [("fp8_current", "input")]
     line = found.iloc[0]
     assert (

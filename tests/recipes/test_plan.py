@@ -407,3 +407,8 @@ def test_a_key_that_is_not_there_is_named_and_not_the_option_beside_it(
 ) -> None:
     with pytest.raises(InputError, match=words):
         compose_plan(overrides)
+
+
+def test_a_stack_names_its_version_of_nemo() -> None:
+    with pytest.raises(InputError, match=r"stack\.versions.*names no version of nemo"):
+        compose_plan(["~stack.versions.nemo"])

@@ -327,7 +327,11 @@ CASES: dict[str, list[tuple[list[str], str]]] = {
         ([*EMULATED, "data.reset_attention_mask=true"], "data.reset_attention_mask=false"),
     ],
     "secrets_are_not_in_the_plan": [
-        ([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files")
+        ([*H100_8B, "+cluster.environment.MY_API_KEY=x"], "cluster.token_files"),
+        (
+            [*H100_8B, f"cluster.extra_srun=['--export=AZURE_STORAGE_KEY=/{'aB3+' * 20}==']"],
+            "cluster.token_files",
+        ),
     ],
     "container_is_named": [
         (
