@@ -146,6 +146,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder, self.callback = folder, RunFolderCallback(str(folder), PLAN.model_dump_json())
         self.callback.ahead = True
+        (folder / "manifest.json").write_text("{}")
         self.trainer: Any = SimpleNamespace(
             global_step=0,
             is_global_zero=True,
