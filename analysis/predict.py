@@ -27,14 +27,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from analysis.predictor.calibration import gemm_efficiency
 from analysis.predictor.calibration.halves import CHOOSE, REPORT
 from analysis.predictor.calibration.published_steps import rows
 from analysis.predictor.calibration.sensitivity import otherwise
-from analysis.predictor.calibration.store import borrowed, write
+from analysis.predictor.calibration.store import write
 from analysis.predictor.calibration.tables import percent, tables
 from analysis.predictor.calibration.unseen import unseen_rows
 from analysis.predictor.calibration.unseen_tables import tables as unseen_tables
 from analysis.predictor.calibration.validation import validate
+from analysis.predictor.constants import borrowed
 from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
 from analysis.predictor.model.step import TERMS
@@ -160,6 +162,8 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
             )
         if args.unseen:
             return list(unseen_tables(args.unseen)), None
+        if args.refit:
+            gemm_efficiency.write()
         found = validate()
         if args.refit:
             write(found, choices=otherwise(rows(), unseen_rows()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from analysis.predictor.calibration.fit import counted
 from analysis.predictor.calibration.published_steps import rows
-from analysis.predictor.calibration.store import constants, speedup_interval
+from analysis.predictor.constants import constants, speedup_interval
 from analysis.predictor.forecast import bf16_twin, compose
 from analysis.predictor.model.cost import Constants
 from analysis.predictor.model.step import TERMS, predict, price

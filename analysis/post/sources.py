@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from analysis.post.values import Label, Value
 from analysis.predictor.calibration.published_steps import Row, pairs, rows
-from analysis.predictor.calibration.store import Interval, constants, ratio_interval
+from analysis.predictor.constants import Interval, constants, ratio_interval
 from analysis.predictor.forecast import compose, forecast
 from analysis.predictor.model.step import predict
 from analysis.runs.load import Run

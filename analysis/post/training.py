@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from analysis.post import hypotheses, sources
 from analysis.post.values import Band, Value, chart, table
 from analysis.post.values import sources as table_of_sources
-from analysis.predictor.calibration.store import COVERAGE, speedup_basis
+from analysis.predictor.constants import COVERAGE, speedup_basis
 from analysis.predictor.forecast import compose
 from analysis.render.figure import COLOURS, Figure
 from analysis.render.table import Table

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.predictor.calibration.store import (
+from analysis.predictor.constants import (
     Interval,
     basis,
     constants,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from analysis.predictor.calibration.store import constants
+from analysis.predictor.constants import constants
 from analysis.predictor.model.step import Prediction, predict
 from recipes.compose.fit import fits
 from recipes.compose.layout_rules import MAPPING_RULES

@@ -13,16 +13,14 @@ import numpy as np
 from analysis.predictor.calibration.fit import PAIR_ERROR, ROW_ERROR, from_prior
 from analysis.predictor.calibration.halves import REPORT, halves
 from analysis.predictor.calibration.sensitivity import ERRORS
-from analysis.predictor.calibration.store import (
+from analysis.predictor.calibration.store import choices, fits, fitted_to
+from analysis.predictor.calibration.validation import GOALS, Fits, validate
+from analysis.predictor.constants import (
     OVERHEAD_FACTOR,
     Interval,
-    choices,
-    fits,
-    fitted_to,
     speedup_interval,
     step_time_interval,
 )
-from analysis.predictor.calibration.validation import GOALS, Fits, validate
 from analysis.predictor.model import work
 from analysis.predictor.model.cost import (
     FITTED,

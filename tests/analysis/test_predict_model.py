@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.predictor.calibration.gemm_efficiency import fitted
 from analysis.predictor.calibration.published_steps import rows
 from analysis.predictor.forecast import compose, forecast
 from analysis.predictor.model.cost import (
@@ -389,6 +390,8 @@ def test_recomputation_adds_a_forward_pass() -> None:
 
 def test_the_gemm_curve_follows_its_measurements() -> None:
     found = measured()
+    assert found.share == pytest.approx(fitted().share, rel=1e-9)
+    assert found.traffic == pytest.approx(fitted().traffic, rel=1e-9)
     assert (
         found.error < 0.1
         and all(0.3 < share < 1 for share in found.share.values())

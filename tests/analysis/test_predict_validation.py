@@ -12,19 +12,12 @@ import numpy as np
 import pytest
 
 from analysis.predict import main
-from analysis.predictor.calibration import store
+from analysis.predictor import constants as stored
 from analysis.predictor.calibration.fit import fit, step_time
 from analysis.predictor.calibration.halves import CHOOSE, REPORT, halves
 from analysis.predictor.calibration.published_steps import Row, own_rows, pairs, rows
 from analysis.predictor.calibration.sensitivity import OTHER_NUMBERS, PRIORS, otherwise
-from analysis.predictor.calibration.store import (
-    constants,
-    fits,
-    ratio_interval,
-    speedup_interval,
-    step_time_interval,
-    write,
-)
+from analysis.predictor.calibration.store import fits, write
 from analysis.predictor.calibration.tables import tables
 from analysis.predictor.calibration.unseen import unseen_rows
 from analysis.predictor.calibration.validation import (
@@ -33,6 +26,12 @@ from analysis.predictor.calibration.validation import (
     residuals,
     summary,
     validate,
+)
+from analysis.predictor.constants import (
+    constants,
+    ratio_interval,
+    speedup_interval,
+    step_time_interval,
 )
 from analysis.predictor.model import cost
 from analysis.predictor.model.cost import NAMES, PRIOR
@@ -210,7 +209,7 @@ def test_goals_out_of_sample(found: Validation) -> None:
 def test_the_shipped_constants_are_those_of_a_fit_now(found: Validation, tmp_path: Path) -> None:
     write(found, tmp_path / "constants.json")
     fresh, shipped = (
-        json.loads(path.read_text()) for path in (tmp_path / "constants.json", store.STORED)
+        json.loads(path.read_text()) for path in (tmp_path / "constants.json", stored.STORED)
     )
     assert all(fresh[key] == shipped[key] for key in ("fitted_to", "gemms", "families", "pairs"))
     for name in NAMES:
@@ -335,19 +334,19 @@ def test_a_gpu_with_few_rows_gets_the_wider_interval(name: str) -> None:
         wide.low < 2 * row.step_time_s / predict(row.plan, constants()).step_time_s < wide.high
         for row in own_rows()
     )
-    assert f"{name} is in no family" in store.basis(
+    assert f"{name} is in no family" in stored.basis(
         new
-    ) and "rows of its generation (with h100)" in store.basis(others[0])
+    ) and "rows of its generation (with h100)" in stored.basis(others[0])
 
 
 def test_a_borrowed_speedup_interval_says_so() -> None:
-    assert not store.borrowed("fp8_delayed") and "none is of" not in store.speedup_basis(
+    assert not stored.borrowed("fp8_delayed") and "none is of" not in stored.speedup_basis(
         "fp8_delayed"
     )
     for precision in ("mxfp8", "fp8_current", "fp8_subchannel"):
-        assert store.borrowed(
+        assert stored.borrowed(
             precision
-        ) == "fp8_delayed" and f"none is of {precision}" in store.speedup_basis(precision)
+        ) == "fp8_delayed" and f"none is of {precision}" in stored.speedup_basis(precision)
 
 
 def test_goals_are_said_of_each_way_of_leaving_out(found: Validation) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from analysis.predictor.calibration.store import constants
+from analysis.predictor.constants import constants
 from analysis.predictor.model.cost import LATENCY
 from analysis.predictor.model.step import predict
 from analysis.predictor.model.work import COLLECTIVES

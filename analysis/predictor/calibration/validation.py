@@ -22,6 +22,7 @@ from analysis.predictor.calibration.fit import Fit, fit, step_time
 from analysis.predictor.calibration.halves import CHOOSE, halves
 from analysis.predictor.calibration.published_steps import Row, own_rows, pairs, rows
 from analysis.predictor.calibration.unseen import unseen_rows
+from analysis.predictor.constants import LEFT_OUT, OTHER_MODEL, SHORT, SHORT_STEP
 from analysis.predictor.model.cost import Constants
 from analysis.predictor.model.hardware import generation
 from analysis.predictor.model.step import predict
@@ -41,9 +42,6 @@ EVERYTHING = "all, out of sample"
 EVERY_ROW = (
     "every row by constants that did not know it (out of sample: fitted rows without their model)"
 )
-LEFT_OUT = "without "
-SHORT, SHORT_STEP = "short", 1.0  # seconds below which the gaps and the fixed part of a step decide
-OTHER_MODEL = "speedup of another model"
 ENOUGH = 5  # rows that choose, from which a GPU's interval is that of its generation
 GOALS = {"step time": 0.07, "speedup": 0.03}  # out of sample, mean of absolute errors
 
