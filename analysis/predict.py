@@ -22,27 +22,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from analysis.predictor.calibration import gemm_efficiency
-from analysis.predictor.calibration.halves import CHOOSE, REPORT
-from analysis.predictor.calibration.published_steps import rows
-from analysis.predictor.calibration.sensitivity import otherwise
-from analysis.predictor.calibration.store import write
-from analysis.predictor.calibration.tables import percent, tables
-from analysis.predictor.calibration.unseen import unseen_rows
-from analysis.predictor.calibration.unseen_tables import tables as unseen_tables
-from analysis.predictor.calibration.validation import validate
 from analysis.predictor.constants import borrowed
-from analysis.predictor.figures import stacked
 from analysis.predictor.forecast import Forecast, compose, compose_any_layout, forecast, values
 from analysis.predictor.model.step import TERMS
 from analysis.predictor.search import search
-from analysis.render.figure import Figure
-from analysis.render.table import PAGE, Table, number, print_json
+from analysis.render.table import PAGE, Table, number, percent, print_json
 from analysis.render.table import write as write_tables
 from recipes.cli import ArgumentParser, command
 from recipes.compose.tree import sweep
@@ -51,7 +40,11 @@ from recipes.exit_codes import EXIT_WRONG_INPUT
 from recipes.files import write_file
 from recipes.plan import Plan
 
+if TYPE_CHECKING:
+    from analysis.render.figure import Figure
+
 Row = dict[str, Any]
+Draw = Callable[[], "Figure"]
 TEXT = frozenset(["what", "where the time goes", "layout", "plan", "memory"])
 
 
@@ -59,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; one line and exit code 2 for what the user can mend."""
     args = _parser().parse_args(argv)
     try:
-        made, figure = _made(args)
+        made, draw = _made(args)
         if args.out:
-            _write(args.out, made, figure)
+            _write(args.out, made, draw)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -117,7 +110,7 @@ def _parser() -> ArgumentParser:
         "--unseen",
         nargs="?",
         const="both",
-        choices=(CHOOSE, REPORT, "both"),
+        choices=("choose", "report", "both"),
         help=(
             "print published rows that are in no reference file, all or of one half"
             " (docs/predictor.md)"
@@ -149,7 +142,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
+def _made(args: argparse.Namespace) -> tuple[list[Table], Draw | None]:
     if args.weak and not any(axis.startswith("num_gpus=") for axis in args.sweep):
         raise InputError(
             "--weak lets the global batch grow with the GPUs of a sweep; add --sweep num_gpus=…"
@@ -160,14 +153,7 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
                 f"{args.overrides[0]}: the validation takes every published row and no overrides;"
                 " leave them out"
             )
-        if args.unseen:
-            return list(unseen_tables(args.unseen)), None
-        if args.refit:
-            gemm_efficiency.write()
-        found = validate()
-        if args.refit:
-            write(found, choices=otherwise(rows(), unseen_rows()))
-        return list(tables(found)), None
+        return _validated(args), None
     several = next((o for o in args.overrides if len(sweep([o])) > 1), None)
     if several:
         raise InputError(f"{several}: several values make a sweep; write --sweep {several}")
@@ -178,10 +164,42 @@ def _made(args: argparse.Namespace) -> tuple[list[Table], Figure | None]:
     return _one(forecast(compose(args.overrides), args.overrides), args.causal)
 
 
+def _drawing(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> Draw:
+    """Return what draws the figure; matplotlib is imported when it is drawn."""
+
+    def draw() -> Figure:
+        from analysis.predictor.figures import stacked
+
+        return stacked(title, bars)
+
+    return draw
+
+
+def _validated(args: argparse.Namespace) -> list[Table]:
+    """Return the tables of a validation.  A prediction imports nothing of it."""
+    if args.unseen:
+        from analysis.predictor.calibration.unseen_tables import tables as unseen_tables
+
+        return list(unseen_tables(args.unseen))
+    from analysis.predictor.calibration import gemm_efficiency, store
+    from analysis.predictor.calibration.published_steps import rows
+    from analysis.predictor.calibration.sensitivity import otherwise
+    from analysis.predictor.calibration.tables import tables
+    from analysis.predictor.calibration.unseen import unseen_rows
+    from analysis.predictor.calibration.validation import validate
+
+    if args.refit:
+        gemm_efficiency.write()
+    found = validate()
+    if args.refit:
+        store.write(found, choices=otherwise(rows(), unseen_rows()))
+    return list(tables(found))
+
+
 # ----------------------------------------------------------------------------------------- one plan
 
 
-def _one(found: Forecast, causal: bool) -> tuple[list[Table], Figure]:
+def _one(found: Forecast, causal: bool) -> tuple[list[Table], Draw]:
     row = values(found, causal)
     bars = [(row["precision"], row["terms_s"])]
     if found.iso:
@@ -201,7 +219,7 @@ def _one(found: Forecast, causal: bool) -> tuple[list[Table], Figure]:
     return [
         Table(f"{title} (predicted)", shown, [row], _notes([row]), TEXT),
         Table("Where the time goes (predicted)", spent, [row], (), TEXT),
-    ], stacked(title, bars)
+    ], _drawing(title, bars)
 
 
 def _facts(row: Row) -> list[tuple[str, str]]:
@@ -275,7 +293,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 # ------------------------------------------------------------------------------------- many of them
 
 
-def _swept(args: argparse.Namespace) -> tuple[list[Table], Figure]:
+def _swept(args: argparse.Namespace) -> tuple[list[Table], Draw]:
     """Return a row for each point of the sweep; a plan that the rules refuse is a row with the
     reason.
     """
@@ -303,7 +321,7 @@ def _swept(args: argparse.Namespace) -> tuple[list[Table], Figure]:
         [*_notes([row for _, row in known]), *refused],
         TEXT,
     )
-    return [table], stacked(title, [(name, row["terms_s"]) for name, row in known])
+    return [table], _drawing(title, [(name, row["terms_s"]) for name, row in known])
 
 
 def _point(overrides: list[str], base: Plan | None) -> Forecast | str:
@@ -344,7 +362,7 @@ def _line(name: str, row: Row) -> dict[str, str]:
     }
 
 
-def _searched(args: argparse.Namespace) -> tuple[list[Table], Figure]:
+def _searched(args: argparse.Namespace) -> tuple[list[Table], Draw]:
     """Return the fastest layouts, and for comparison the plan as it was asked for, where that can
     run.
     """
@@ -366,15 +384,15 @@ def _searched(args: argparse.Namespace) -> tuple[list[Table], Figure]:
     said = [*_notes(rows), "Layouts that differ by less than the error are equal."]
     said += [f"As asked: refused, {asked}"] if isinstance(asked, str) else []
     table = Table(title, lines, [*rows, *own], said, TEXT)
-    return [table], stacked(title, [(_layout(row), row["terms_s"]) for row in rows[:6]])
+    return [table], _drawing(title, [(_layout(row), row["terms_s"]) for row in rows[:6]])
 
 
 # ------------------------------------------------------------------------------------------- output
 
 
-def _write(path: Path, made: Sequence[Table], figure: Figure | None) -> None:
+def _write(path: Path, made: Sequence[Table], draw: Draw | None) -> None:
     """Write the tables, or the figure, or both, by the suffix; InputError where that cannot be."""
-    if path.suffix == ".png" and figure is None:
+    if path.suffix == ".png" and draw is None:
         raise InputError(f"{path}: the validation has no figure; give --out .html, .csv or .md")
     if path.suffix not in (".png", ".html"):
         write_tables(
@@ -382,12 +400,10 @@ def _write(path: Path, made: Sequence[Table], figure: Figure | None) -> None:
         )
         return
     if path.suffix == ".png":
-        assert figure is not None
-        write_file(path, figure.png())
+        assert draw is not None
+        write_file(path, draw().png())
     else:
-        body = "\n".join(
-            [*(table.html() for table in made), figure._repr_html_() if figure else ""]
-        )
+        body = "\n".join([*(table.html() for table in made), draw()._repr_html_() if draw else ""])
         write_file(path, PAGE.format(title=made[0].title, body=body))
 
 

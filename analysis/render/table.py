@@ -146,6 +146,11 @@ def print_json(values: Any, *tables: Table) -> None:
         print(note, file=sys.stderr)
 
 
+def percent(value: float | None, signed: bool = True) -> str:
+    """Return a share in per cent; a dash for none."""
+    return "–" if value is None else f"{value:+.1%}" if signed else f"{value:.1%}"
+
+
 def number(value: float | None, digits: int) -> str:
     """Return a number with its digits; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"

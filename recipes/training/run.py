@@ -32,7 +32,8 @@ def task(plan: Plan, folder: Path) -> Any:
     """
     if plan.executor.threads:
         torch.set_num_threads(plan.executor.threads)
-    from recipes.training import cpu, transformer_engine
+    from recipes.training import cpu
+    from recipes.training.compat import transformer_engine
 
     transformer_engine.activate(plan)
     cpu.activate()

@@ -25,7 +25,7 @@ from analysis.predictor.calibration.validation import (
     summary,
     validate,
 )
-from analysis.render.table import Table
+from analysis.render.table import Table, percent
 from recipes.plan import Plan
 
 LEFT_OUT_WAYS = {  # what the goals are held to, under the ends of the names of the errors
@@ -134,11 +134,6 @@ def _pair(pair: Pair) -> dict[str, Any]:
         "predicted_speedup": pair.bf16.out_of_sample / pair.fp8.out_of_sample,
         "error": speedup_error(pair),
     }
-
-
-def percent(value: float | None, signed: bool = True) -> str:
-    """Return a share in per cent; a dash for none."""
-    return "–" if value is None else f"{value:+.1%}" if signed else f"{value:.1%}"
 
 
 def _shown_line(row: dict[str, Any]) -> dict[str, str]:

@@ -15,12 +15,12 @@ from typing import Any
 from analysis.predictor.calibration.halves import CHOOSE, REPORT, halves
 from analysis.predictor.calibration.published_steps import Row, rows
 from analysis.predictor.calibration.rivals import rivals
-from analysis.predictor.calibration.tables import layout_text, percent
+from analysis.predictor.calibration.tables import layout_text
 from analysis.predictor.calibration.unseen import unseen_rows
 from analysis.predictor.calibration.validation import error
 from analysis.predictor.constants import constants, step_time_interval
 from analysis.predictor.model.step import predict
-from analysis.render.table import Table
+from analysis.render.table import Table, percent
 
 SHORT = 1.0  # seconds: goals name steps below a second apart
 TEXT = frozenset(
