@@ -44,7 +44,7 @@ def run(folders: Sequence[Path], as_json: bool) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(prog="python -m analysis.compare", description=__doc__)
     parser.add_argument(
         "runs",

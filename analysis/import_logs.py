@@ -184,7 +184,7 @@ def parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     args = parser().parse_args(argv)
     try:
         return run(args)

@@ -49,7 +49,7 @@ TEXT = frozenset(["what", "where the time goes", "layout", "plan", "memory"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     args = _parser().parse_args(argv)
     try:
         made, draw = _made(args)

@@ -113,7 +113,7 @@ def _compared(runs: Sequence[Run], left_out: Sequence[str]) -> Comparison:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(prog="python -m analysis.report", description=__doc__)
     parser.add_argument(
         "runs",

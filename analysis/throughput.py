@@ -372,7 +372,7 @@ def table(folders: Sequence[Path], causal: bool = False) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m analysis.throughput",
         description=__doc__,

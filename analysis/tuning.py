@@ -173,7 +173,7 @@ def table(folders: Sequence[Path]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m analysis.tuning",
         description=__doc__,

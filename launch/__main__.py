@@ -162,7 +162,7 @@ def launch(found: Sequence[Plan]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     args = arguments(argv)
     try:
         found = plans(args.overrides, args.multirun)

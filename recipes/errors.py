@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: it carries a line that says what, why, and what to do
+"""The one exception for a wrong input: it carries a line that says what, why, and what to do
 instead.
 """
 

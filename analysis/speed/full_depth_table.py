@@ -392,7 +392,7 @@ def _value(value: float | None) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m analysis.speed.full_depth_table",
         description=__doc__,

@@ -2,7 +2,7 @@
 it.
 
 Every command takes Hydra overrides (`model=… precision=… mapping.tp=4`); `a,b` values make a sweep.
-All errors that a user can mend leave here as one InputError line.
+All errors of a wrong input leave here as one InputError line.
 """
 
 from __future__ import annotations

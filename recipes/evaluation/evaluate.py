@@ -235,7 +235,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     args = arguments(argv)
     try:
         with redirect_stdout(

@@ -69,7 +69,7 @@ def relabelled(measured: Measured, layer: Shape) -> Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     args = _parser().parse_args(argv)
     try:
         asked = shapes(args.models, args.k, args.tp)

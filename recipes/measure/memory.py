@@ -182,7 +182,7 @@ def shown(rows: Sequence[Row]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison and its summary; one line and exit code 2 for what the user can mend."""
+    """Print the comparison and its summary; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m recipes.measure.memory",
         description=__doc__,

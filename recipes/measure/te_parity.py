@@ -30,7 +30,7 @@ from recipes.te_parity_rows import Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m recipes.measure.te_parity",
         description=__doc__,

@@ -1,7 +1,7 @@
 """What NeMo 2.3 and Megatron-Core 0.12 need before they train on a machine without a GPU.
 
 Both assume CUDA in places that have nothing to do with CUDA: a device index, a string compare, an
-assertion.  Each function below mends one such place and names the upstream line that needs it (NeMo
+assertion.  Each function below fixes one such place and names the upstream line that needs it (NeMo
 v2.3.2, Megatron-Core 0.12.3, PyTorch 2.13).  `activate` applies them once, before NeMo is used, and
 does nothing where there is a GPU.
 """

@@ -131,6 +131,7 @@ def test_a_wrong_input_gets_one_line(
     assert error.startswith("error: ") and line in error and error.count("\n") == 1
 
 
+@pytest.mark.nemo
 def test_a_tree_without_scripts_or_of_another_nemo_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_tree_without_scripts_or_of_another_nemo_is_refused(
     assert "is NeMo 2.4.0 and NeMo 2.3.2 is installed" in capsys.readouterr().err
 
 
+@pytest.mark.nemo
 def test_a_trees_scripts_are_executed_and_what_deviates_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

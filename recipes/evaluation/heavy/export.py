@@ -2,7 +2,7 @@
 HFLlamaExporter, HFNemotronExporter).
 
 The exporters read a checkpoint by building the model again, on one GPU, with Transformer Engine's
-layers.  Each function below mends one such assumption and names the upstream line that makes it
+layers.  Each function below fixes one such assumption and names the upstream line that makes it
 (NeMo v2.3.2).  The weights come from a model that was loaded already, in the run's own precision,
 so no second copy is made.
 """

@@ -149,7 +149,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; one line and exit code 2 for what the user can mend."""
+    """Run the command; one line and exit code 2 for a wrong input."""
     parser = ArgumentParser(
         prog="python -m recipes.measure.gpu.emulation_cpu",
         description=__doc__,

@@ -2,7 +2,7 @@
 scaling.
 
 NeMo 25.04 was made for Transformer Engine 2.2.  Newer ones moved two names that Megatron-Core 0.12
-imports, and brought block scaling, which Megatron-Core learned later.  `activate` mends both before
+imports, and brought block scaling, which Megatron-Core learned later.  `activate` fixes both before
 NeMo is imported, lets checkpoints be written under newer PyTorch, stands in for the one kernel of
 APEX that NeMo's container has and other machines lack, takes out what only leaves garbage, and does
 nothing without a GPU.
